@@ -1,0 +1,18 @@
+"""Keep what augmentation changes: an image-reconstruction task for joint-embedding methods."""
+
+from .attach import attach, detach, is_attached
+from .aux import ReconAux, ReconAuxOutput
+from .decoder import CrossAttentionDecoder
+from .loss import ReconstructionLoss
+from .splitter import FeatureSplitter
+
+__all__ = [
+    "CrossAttentionDecoder",
+    "FeatureSplitter",
+    "ReconAux",
+    "ReconAuxOutput",
+    "ReconstructionLoss",
+    "attach",
+    "detach",
+    "is_attached",
+]

@@ -1,0 +1,292 @@
+"""Splitter, decoder and loss behind one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import CrossAttentionDecoder
+from .loss import LossKind, ReconstructionLoss, resize_view
+from .splitter import FeatureSplitter
+
+Context = Literal["invariant", "equivariant", "both"]
+Reconstruct = Literal["alternate", "random", "both"]
+
+
+@dataclass
+class ReconAuxOutput:
+    """What one call of :class:`ReconAux` gives.
+
+    Attributes:
+        loss: what to add to the method's loss: ``weight`` times ``reconstruction_loss``.
+        reconstruction_loss: the same before the weight, detached.
+        reconstruction: ``(V*B, C, target_size, target_size)`` in the views' own units, detached,
+            V the number of views that were rebuilt; with ``normalize_patches=True`` the decoder
+            speaks of normalised patches, and so does this.
+        target: the views that were rebuilt, resized, in the same shape and order.
+        rebuilt: which of the two views were rebuilt, ``(0,)``, ``(1,)`` or ``(0, 1)``.
+    """
+
+    loss: Tensor
+    reconstruction_loss: Tensor
+    reconstruction: Tensor
+    target: Tensor
+    rebuilt: tuple[int, ...]
+
+
+class ReconAux(nn.Module):
+    """The image-reconstruction task that keeps what augmentation changes.
+
+    Wang, Krajsek & Scharr, "Equivariant Representation Learning for Augmentation-based
+    Self-Supervised Learning via Image Reconstruction", 2024, arXiv 2412.03314.
+
+    Args:
+        feature_dim: D, the number of channels of the encoder's features.
+        weight: what the reconstruction loss is multiplied with; 0 at construction switches the
+            task off: the decoder is frozen.
+        equivariant_dim: how many of the last channels are equivariant; half by default. 0 is no
+            split: the method's loss and the decoder both see the whole feature.
+        context: which part of the other view's feature the decoder sees:
+            ``"invariant"``, ``"equivariant"`` or ``"both"``.
+        target_size: height and width of the reconstruction, in pixels.
+        patch_size: side of the patch that each of the decoder's queries becomes, in pixels.
+        image_channels: channels of the views.
+        decoder_dim: width of the decoder.
+        decoder_depth: its number of cross-attention blocks.
+        decoder_heads: its attention heads.
+        decoder_tokens: how many tokens it makes from a pooled feature.
+        loss: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        normalize_patches: compare to per-patch normalised views (MAE's target).
+        reconstruct: which view a call rebuilds: ``"alternate"`` (first, second, first, ...),
+            ``"random"`` (drawn from a generator of its own) or ``"both"``.
+        spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``.
+        seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last
+            given. The global random state is left as it is.
+
+    Raises:
+        ValueError: if an option is out of range; the message names it.
+
+    Example:
+        >>> aux = ReconAux(feature_dim=512)
+        >>> x1, x2 = torch.rand(2, 4, 3, 96, 96)              # two views of four images
+        >>> y1, y2 = torch.rand(2, 4, 512)                    # the encoder's features
+        >>> aux.invariant(y1).shape                           # what the projection head gets
+        torch.Size([4, 256])
+        >>> output = aux((x1, x2), (y1, y2))
+        >>> output.loss.backward()
+        >>> output.reconstruction.shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        *,
+        weight: float = 1.0,
+        equivariant_dim: int | None = None,
+        context: Context = "invariant",
+        target_size: int = 32,
+        patch_size: int = 4,
+        image_channels: int = 3,
+        decoder_dim: int = 128,
+        decoder_depth: int = 2,
+        decoder_heads: int = 4,
+        decoder_tokens: int = 8,
+        loss: LossKind = "mse",
+        normalize_patches: bool = False,
+        reconstruct: Reconstruct = "alternate",
+        spatial: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"expected a finite weight of 0 or more, got {weight}")
+        _require("context", context, get_args(Context))
+        _require("reconstruct", reconstruct, get_args(Reconstruct))
+        self.weight = weight
+        self.context = context
+        self.reconstruct = reconstruct
+        self.target_size = target_size
+        self.image_channels = image_channels
+        self.splitter = FeatureSplitter(feature_dim, equivariant_dim)
+        self.reconstruction_loss = ReconstructionLoss(
+            loss, normalize_patches=normalize_patches, patch_size=patch_size
+        )
+        seed = torch.initial_seed() if seed is None else seed
+        with _seeded(seed):
+            self.decoder = CrossAttentionDecoder(
+                self._width("equivariant"),
+                self._width(context),
+                target_size=target_size,
+                patch_size=patch_size,
+                image_channels=image_channels,
+                dim=decoder_dim,
+                depth=decoder_depth,
+                heads=decoder_heads,
+                tokens=decoder_tokens,
+                spatial=spatial,
+            )
+        self.decoder.requires_grad_(weight > 0)
+        # the views' units, read off the first batch, so that weight means the same for any of them
+        self.register_buffer("pixel_mean", torch.zeros(image_channels, 1, 1))
+        self.register_buffer("pixel_std", torch.ones(image_channels, 1, 1))
+        self.register_buffer("calibrated", torch.tensor(False))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._calls = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to train: False if built with ``weight=0``."""
+        return next(self.decoder.parameters()).requires_grad
+
+    def invariant(self, feature: Tensor) -> Tensor:
+        """Give the invariant part of a feature, ``(B, D)`` -> ``(B, D - equivariant_dim)``."""
+        part: Tensor = self.splitter(feature)[0]
+        return part
+
+    def equivariant(self, feature: Tensor) -> Tensor:
+        """Give the equivariant part of a feature, ``(B, D)`` -> ``(B, equivariant_dim)``."""
+        part: Tensor = self.splitter(feature)[1]
+        return part
+
+    def forward(self, views: Sequence[Tensor], features: Sequence[Tensor]) -> ReconAuxOutput:
+        """Rebuild a view and say how well.
+
+        Args:
+            views: two augmented views of the same images, each ``(B, C, H, W)``.
+            features: the encoder's features of them, each ``(B, D)``, or, with ``spatial=True``,
+                ``(B, D, H, W)`` or ``(B, N, D)``.
+
+        Returns:
+            The weighted loss and what it was computed from.
+
+        Raises:
+            ValueError: if there aren't two of each, or a shape isn't as above.
+            FloatingPointError: if the reconstruction loss is not finite.
+        """
+        self._check(views, features)
+        chosen = self._choose()
+        own = torch.cat([self._part("equivariant", features[i]) for i in chosen])
+        other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
+        target = torch.cat([resize_view(views[i], self.target_size) for i in chosen])
+        decoded = self.decoder(own, other)
+        if self.training:
+            self._calibrate(target)
+        loss = self.reconstruction_loss(decoded, (target - self.pixel_mean) / self.pixel_std)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(_not_finite(loss, target, features))
+        return ReconAuxOutput(
+            loss=self.weight * loss,
+            reconstruction_loss=loss.detach(),
+            reconstruction=decoded.detach().float() * self.pixel_std + self.pixel_mean,
+            target=target,
+            rebuilt=chosen,
+        )
+
+    def _part(self, name: Context, feature: Tensor) -> Tensor:
+        invariant, equivariant = self.splitter(feature)
+        if name == "both" or self.splitter.equivariant_dim == 0:
+            return feature
+        return invariant if name == "invariant" else equivariant
+
+    def _width(self, name: Context) -> int:
+        width = self._part(name, torch.empty(1, self.splitter.feature_dim)).shape[1]
+        if width == 0:
+            raise ValueError(
+                f"expected context= to name a part with channels, got {name!r}, which has none "
+                f"where equivariant_dim={self.splitter.equivariant_dim} is the whole feature"
+            )
+        return width
+
+    def _choose(self) -> tuple[int, ...]:
+        if self.reconstruct == "both":
+            return (0, 1)
+        if self.reconstruct == "random":
+            return (int(torch.randint(2, (), generator=self._generator)),)
+        self._calls += 1
+        return ((self._calls - 1) % 2,)
+
+    @torch.no_grad()
+    def _calibrate(self, target: Tensor) -> None:
+        std, mean = torch.std_mean(target, dim=(0, 2, 3), correction=0)
+        self.pixel_mean.copy_(torch.where(self.calibrated, self.pixel_mean, mean[:, None, None]))
+        std = torch.where(std > 0, std, 1.0)[:, None, None]
+        self.pixel_std.copy_(torch.where(self.calibrated, self.pixel_std, std))
+        self.calibrated.fill_(True)
+
+    def _check(self, views: Sequence[Tensor], features: Sequence[Tensor]) -> None:
+        if len(views) != 2 or len(features) != 2:
+            raise ValueError(
+                f"expected two views and their two features, got {len(views)} and {len(features)}"
+            )
+        shapes = [tuple(view.shape) for view in views]
+        if any(len(s) != 4 or s[1] != self.image_channels for s in shapes):
+            raise ValueError(
+                f"expected views (B, {self.image_channels}, H, W), got {shapes[0]} and {shapes[1]};"
+                " image_channels= tells how many channels they have"
+            )
+        batches = [len(x) for x in (*views, *features)]
+        if len(set(batches)) != 1 or batches[0] == 0:
+            raise ValueError(
+                "expected two views of the same images and their features, got batches of "
+                f"{batches[0]} and {batches[1]} views, {batches[2]} and {batches[3]} features"
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Save which view comes next, so that a resumed run goes on as it would have."""
+        return {"calls": self._calls, "generator": self._generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore which view comes next."""
+        self._calls = state["calls"]
+        self._generator.set_state(state["generator"].cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a torch.Generator can't be pickled, nor deep-copied
+        return {**self.__dict__, "_generator": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator()
+        generator.set_state(state["_generator"])
+        super().__setstate__({**state, "_generator": generator})
+
+    def extra_repr(self) -> str:
+        """Show the options in the module's printout."""
+        return f"weight={self.weight}, context={self.context!r}, reconstruct={self.reconstruct!r}"
+
+
+def _require(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"expected {option}= to be one of {known}, got {value!r}")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed`` on the CPU; leave the global random state as it was."""
+    state = torch.random.default_generator.get_state()
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.random.default_generator.set_state(state)
+
+
+def _not_finite(loss: Tensor, target: Tensor, features: Sequence[Tensor]) -> str:
+    def span(x: Tensor) -> str:
+        return f"{x.min().item():.3g} to {x.max().item():.3g}"
+
+    return (
+        f"expected a finite reconstruction loss, got {loss.item()}; the view's pixels range from "
+        f"{span(target)}, the features from {span(features[0])} and {span(features[1])}. Look for "
+        "NaN or infinity in the data, or train with a lower learning rate or weight="
+    )

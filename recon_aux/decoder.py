@@ -1,0 +1,162 @@
+"""Cross-attention fusion decoder: features of two views -> image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+
+class Tokenizer(nn.Module):
+    """Make tokens from a feature: several from a pooled vector, one from each position otherwise.
+
+    Args:
+        feature_dim: channels of the feature.
+        dim: channels of the tokens.
+        tokens: how many tokens a pooled vector ``(B, D)`` becomes.
+        spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``.
+    """
+
+    def __init__(self, feature_dim: int, dim: int, tokens: int, *, spatial: bool) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.norm = nn.LayerNorm(feature_dim)
+        self.project = nn.Linear(feature_dim, dim if spatial else tokens * dim)
+        self.dim = dim
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)`` -> ``(B, tokens, dim)``."""
+        if (feature.ndim != 2) != self.spatial:
+            expected = "(B, D, H, W) or (B, N, D)" if self.spatial else "pooled, (B, D)"
+            raise ValueError(
+                f"expected features {expected}, got {tuple(feature.shape)}; "
+                f"spatial={not self.spatial} builds a decoder for those"
+            )
+        if not self.spatial:
+            return rearrange(self.project(self.norm(feature)), "b (n d) -> b n d", d=self.dim)
+        if feature.ndim == 4:
+            feature = rearrange(feature, "b d h w -> b (h w) d")
+        tokens = self.project(self.norm(feature))
+        return tokens + _positions(tokens)
+
+
+def _positions(tokens: Tensor) -> Tensor:
+    """Sine-cosine position code ``(N, dim)``, for any number of tokens."""
+    n, dim = tokens.shape[-2:]
+    half = dim // 2
+    rate = torch.exp(torch.arange(half, device=tokens.device) * (-math.log(1e4) / max(half, 1)))
+    angle = torch.arange(n, device=tokens.device)[:, None] * rate
+    code = torch.cat([angle.sin(), angle.cos()], dim=-1)
+    return F.pad(code, (0, dim - 2 * half)).to(tokens.dtype)
+
+
+class CrossAttentionBlock(nn.Module):
+    """Queries attend to tokens, then an MLP; both residual, pre-norm."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+        )
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """``(B, P, dim)``, ``(B, N, dim)`` -> ``(B, P, dim)``."""
+        q = rearrange(self.query(self.norm(queries)), "b p (h d) -> b h p d", h=self.heads)
+        k, v = rearrange(self.key_value(tokens), "b n (k h d) -> k b h n d", k=2, h=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        queries = queries + self.out(rearrange(attended, "b h p d -> b p (h d)"))
+        decoded: Tensor = queries + self.mlp(queries)
+        return decoded
+
+
+class CrossAttentionDecoder(nn.Module):
+    """Rebuild a view from its own equivariant feature and the other view's context.
+
+    Learned patch queries attend to tokens made from both features (Wang, Krajsek & Scharr, 2024,
+    arXiv 2412.03314); each query becomes one patch of the image.
+
+    Args:
+        equivariant_dim: channels of the feature of the view to rebuild.
+        context_dim: channels of what comes from the other view.
+        target_size: height and width of the image, in pixels.
+        patch_size: side of the patch that one query becomes, in pixels.
+        image_channels: C.
+        dim: width of queries and tokens.
+        depth: number of cross-attention blocks.
+        heads: attention heads.
+        tokens: how many tokens a pooled feature becomes; attention over one is no attention.
+        spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, one token each.
+
+    Raises:
+        ValueError: if ``patch_size`` doesn't divide ``target_size``, or ``heads`` ``dim``.
+
+    Example:
+        >>> decoder = CrossAttentionDecoder(256, 256, target_size=32)
+        >>> decoder(torch.rand(4, 256), torch.rand(4, 256)).shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        equivariant_dim: int,
+        context_dim: int,
+        *,
+        target_size: int = 32,
+        patch_size: int = 4,
+        image_channels: int = 3,
+        dim: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        tokens: int = 8,
+        spatial: bool = False,
+    ) -> None:
+        super().__init__()
+        if target_size % patch_size:
+            raise ValueError(
+                f"expected a patch_size that divides target_size={target_size}, got {patch_size}"
+            )
+        if dim % heads:
+            raise ValueError(f"expected decoder_heads that divide decoder_dim={dim}, got {heads}")
+        self.side = target_size // patch_size
+        self.patch_size = patch_size
+        self.queries = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)
+        self.equivariant_tokens = Tokenizer(equivariant_dim, dim, tokens, spatial=spatial)
+        self.context_tokens = Tokenizer(context_dim, dim, tokens, spatial=spatial)
+        # tells the two kinds of token apart
+        self.source = nn.Parameter(torch.randn(2, dim) * 0.02)
+        self.blocks = nn.ModuleList(CrossAttentionBlock(dim, heads) for _ in range(depth))
+        self.to_patch = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, image_channels * patch_size**2)
+        )
+
+    def forward(self, equivariant: Tensor, context: Tensor) -> Tensor:
+        """Decode.
+
+        Args:
+            equivariant: from the view to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
+            context: from the other view, likewise.
+
+        Returns:
+            The image ``(B, C, target_size, target_size)``.
+
+        Raises:
+            ValueError: if a feature's rank isn't what ``spatial`` says.
+        """
+        own = self.equivariant_tokens(equivariant) + self.source[0]
+        other = self.context_tokens(context) + self.source[1]
+        tokens = torch.cat([own, other], dim=1)
+        queries = repeat(self.queries, "p d -> b p d", b=len(tokens))
+        for block in self.blocks:
+            queries = block(queries, tokens)
+        p = self.patch_size
+        return rearrange(
+            self.to_patch(queries), "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p
+        )

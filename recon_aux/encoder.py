@@ -1,0 +1,131 @@
+"""What an encoder takes and gives: its image channels, its image size, its feature's width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .splitter import channel_dim
+
+Features = Callable[[Any], Tensor]
+
+
+class EncoderShape(NamedTuple):
+    """Channels of the images, channels of the features, and whether these keep positions."""
+
+    image_channels: int
+    feature_dim: int
+    spatial: bool
+
+
+def as_feature(output: Any, features: Features | None = None) -> Tensor:
+    """Take the feature out of what an encoder returned.
+
+    Args:
+        output: a tensor, or anything that ``features`` makes one from.
+        features: takes the feature from the output.
+
+    Returns:
+        ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``; a 1x1 feature map becomes ``(B, D)``.
+
+    Raises:
+        TypeError: if there is no tensor.
+    """
+    feature = output if features is None else features(output)
+    if not isinstance(feature, Tensor):
+        raise TypeError(
+            f"expected the encoder to return a tensor, got {_describe(feature)}; "
+            "features=lambda output: ... tells how to take the feature from it"
+        )
+    return feature.flatten(1) if feature.ndim == 4 and feature.shape[2:] == (1, 1) else feature
+
+
+def encoder_shape(
+    encoder: nn.Module,
+    *,
+    image_channels: int | None = None,
+    image_size: int | None = None,
+    features: Features | None = None,
+) -> EncoderShape:
+    """Find out by one forward of a blank image, in eval mode and without gradient.
+
+    Batch-norm statistics and the random state stay as they are.
+
+    Args:
+        encoder: images -> features.
+        image_channels: where the encoder's first convolution doesn't show it.
+        image_size: side of the blank image, where the encoder accepts one alone and no attribute
+            of it says which.
+        features: takes the feature from what the encoder returns.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ValueError: if the encoder doesn't accept the blank image.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Conv2d(1, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> encoder_shape(encoder)
+        EncoderShape(image_channels=1, feature_dim=16, spatial=False)
+    """
+    channels = image_channels or _first_conv_channels(encoder)
+    size = image_size or _declared_image_size(encoder) or 64
+    like = next(encoder.parameters(), torch.empty(0))
+    blank = torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype)
+    try:
+        with _undisturbed(encoder, like.device):
+            output = encoder(blank)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"expected an encoder that takes images {tuple(blank.shape)}, but {error}; "
+            "image_size= and image_channels= tell what it takes"
+        ) from error
+    feature = as_feature(output, features)
+    if feature.ndim not in (2, 3, 4):
+        channel_dim(feature, feature.shape[-1])
+    feature_dim = feature.shape[2 if feature.ndim == 3 else 1]
+    return EncoderShape(channels, feature_dim, spatial=feature.ndim != 2)
+
+
+def _first_conv_channels(encoder: nn.Module) -> int:
+    convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
+    first = next(convolutions, None)
+    return 3 if first is None else first.in_channels
+
+
+def _declared_image_size(encoder: nn.Module) -> int | None:
+    for module in encoder.modules():
+        for name in ("img_size", "image_size"):
+            size = getattr(module, name, None)
+            if isinstance(size, (tuple, list)) and size:
+                size = size[0]
+            if isinstance(size, int):
+                return size
+    return None
+
+
+@contextmanager
+def _undisturbed(encoder: nn.Module, device: torch.device) -> Iterator[None]:
+    modes = [(module, module.training) for module in encoder.modules()]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {[_describe(v) for v in value]}"
+    if isinstance(value, dict):
+        return f"dict of { ({k: _describe(v) for k, v in value.items()}) }"
+    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

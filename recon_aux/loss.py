@@ -1,0 +1,105 @@
+"""How far is a reconstruction from the view it rebuilds?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+LossKind = Literal["mse", "l1", "smooth_l1"]
+
+_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
+
+
+def resize_view(view: Tensor, target_size: int) -> Tensor:
+    """Resize a view to ``target_size`` pixels square, antialiased, in float32 without gradient.
+
+    Args:
+        view: ``(B, C, H, W)``, any float type.
+        target_size: height and width of the result, in pixels.
+
+    Returns:
+        ``(B, C, target_size, target_size)`` in float32.
+
+    Example:
+        >>> resize_view(torch.rand(2, 3, 96, 64), 32).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    view = view.detach().float()
+    if view.shape[-2:] == (target_size, target_size):
+        return view
+    size = (target_size, target_size)
+    return F.interpolate(view, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+class ReconstructionLoss(nn.Module):
+    """Mean error per pixel and channel between a reconstruction and its target, in float32.
+
+    Args:
+        kind: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        normalize_patches: compare to a target whose every patch has been given zero mean and
+            unit variance (He et al., "Masked Autoencoders", CVPR 2022, section 3).
+        patch_size: side of such a patch, in pixels; divides height and width.
+
+    Raises:
+        ValueError: if ``kind`` is none of these.
+
+    Example:
+        >>> target = torch.rand(2, 3, 8, 8)
+        >>> round(ReconstructionLoss()(target + 0.5, target).item(), 4)
+        0.25
+    """
+
+    def __init__(
+        self, kind: LossKind = "mse", *, normalize_patches: bool = False, patch_size: int = 4
+    ) -> None:
+        super().__init__()
+        if kind not in _KINDS:
+            raise ValueError(f"expected loss= to be one of {get_args(LossKind)}, got {kind!r}")
+        self.kind = kind
+        self.normalize_patches = normalize_patches
+        self.patch_size = patch_size
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Compare.
+
+        Args:
+            reconstruction: ``(B, C, H, W)``.
+            target: the same shape.
+
+        Returns:
+            The loss, a float32 scalar.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        if reconstruction.shape != target.shape:
+            raise ValueError(
+                f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
+                f"got {tuple(reconstruction.shape)}"
+            )
+        with torch.autocast(reconstruction.device.type, enabled=False):
+            target = target.float()
+            if self.normalize_patches:
+                target = self._normalized(target)
+            return _KINDS[self.kind](reconstruction.float(), target)
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        p = self.patch_size
+        patches = rearrange(image, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        patches = (patches - mean) / (variance + 1e-6).sqrt()
+        c, h = image.shape[1], image.shape[2] // p
+        return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p, c=c, h=h)
+
+    def extra_repr(self) -> str:
+        """Show the options in the module's printout."""
+        return f"kind={self.kind!r}, normalize_patches={self.normalize_patches}"
