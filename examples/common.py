@@ -1,22 +1,27 @@
-"""What the examples share: options, data, views, backbones, and the side-by-side report."""
+"""What the examples share: options, data, views, encoders, and the side-by-side report."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
+import pytorch_lightning
 import torch
 import torchvision
 from rich.console import Console
 from rich.progress import track
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
+from recon_aux import ReconAux
 from recon_aux.probe import ProbeResult, draw_parameters, probe, render, transform
 
 Split = tuple[Tensor, Tensor]
@@ -43,8 +48,6 @@ def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, S
 
 def _digits(image_size: int) -> tuple[Split, Split]:
     """scikit-learn's handwritten digits, each in an ink and on a paper of its own colour."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     strokes = torch.from_numpy(digits.images).float()[:, None] / 16
     strokes = nn.functional.interpolate(strokes, image_size - 8, mode="bilinear")
@@ -59,7 +62,9 @@ def _digits(image_size: int) -> tuple[Split, Split]:
 
 
 def _folder(root: Path, image_size: int) -> tuple[Split, Split]:
-    expected = f"--data expects digits, cifar10, or a folder with train/ and test/ (or val/), {root}"
+    expected = (
+        f"--data expects digits, cifar10, or a folder with train/ and test/ (or val/), {root}"
+    )
     if not root.is_dir():
         raise SystemExit(f"{expected} is not a folder")
     splits = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
@@ -124,7 +129,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def small_resnet18(width: int = 64, stride: int = 1) -> nn.Module:
-    """Build torchvision's ResNet-18 with a stem for small images, any width: ``(B, 8 * width)``."""
+    """Build torchvision's ResNet-18 with a 3x3 stem and no pooling after it: ``(B, 8 * width)``."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 3, stride, 1, bias=False),
         nn.BatchNorm2d(width),
@@ -143,3 +148,182 @@ def small_resnet18(width: int = 64, stride: int = 1) -> nn.Module:
             layers.append(BasicBlock(channels, out, stride, downsample))
             channels = out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+ENCODERS = {
+    "tiny-resnet18": lambda: small_resnet18(width=32, stride=2),
+    "small-resnet18": small_resnet18,
+}
+
+
+def build_encoder(name: str) -> nn.Module:
+    """Build one of ``ENCODERS``, or any torchvision classifier without its last layer."""
+    if name in ENCODERS:
+        return ENCODERS[name]()
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise SystemExit(f"--backbone expects {list(ENCODERS)} or torchvision's name, got {name!r}")
+    encoder = torchvision.models.get_model(name)
+    for last in ("fc", "classifier", "heads", "head"):
+        if hasattr(encoder, last):
+            setattr(encoder, last, nn.Identity())
+    return encoder
+
+
+# --- one study: bare and attached, with the same seed, data and budget ---
+
+
+class Study:
+    """Reads the command line, holds the data, and measures what is trained on it."""
+
+    def __init__(self, description: str | None) -> None:
+        self.args = args = _parse(description)
+        self.out = Path(
+            args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{Path(args.data).name}"
+        )
+        if self.out.exists() and any(self.out.iterdir()) and not args.overwrite:
+            raise SystemExit(
+                f"expected a new output folder, {self.out} holds another run; "
+                "--overwrite replaces it, --out names another"
+            )
+        self.console = Console()
+        self.train, self.test, self.classes = load(args.data, args.image_size, args.limit)
+        self.results: dict[str, ProbeResult] = {}
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+        self.aux: tuple[nn.Module, ReconAux] | None = None
+
+    @property
+    def compare(self) -> bool:
+        """Whether the bare method is trained, too."""
+        return not self.args.no_compare
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options for attach() that the command line gives."""
+        given = {"weight": self.args.weight, "equivariant_dim": self.args.equivariant_dim}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def encoder(self) -> tuple[nn.Module, int]:
+        """Seed everything, then build an encoder; give it and its feature's width."""
+        torch.manual_seed(self.args.seed)
+        encoder = build_encoder(self.args.backbone).to(memory_format=torch.channels_last)
+        size = self.args.image_size
+        with torch.random.fork_rng(), torch.no_grad():
+            width = encoder.eval()(torch.zeros(1, 3, size, size)).shape[1]
+        encoder.train()
+        self.started = time.perf_counter()
+        return encoder, width
+
+    def loader(self) -> DataLoader[Any]:
+        """Batches of ``[x0, x1], labels``."""
+        return DataLoader(
+            TensorDataset(*self.train),
+            self.args.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.args.workers,
+            persistent_workers=self.args.workers > 0,
+            collate_fn=TwoViews(flip=self.args.data != "digits"),
+        )
+
+    def trainer(self) -> pytorch_lightning.Trainer:
+        """A plain Lightning trainer with a progress bar."""
+        return pytorch_lightning.Trainer(
+            max_epochs=self.args.epochs,
+            accelerator=self.args.device,
+            devices=1,
+            precision=self.args.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+
+    def measure(self, name: str, encoder: nn.Module, aux: ReconAux | None = None) -> None:
+        """Probe a trained encoder, whole and, if it is split, in its parts."""
+        self.seconds[name] = time.perf_counter() - self.started
+        self.results[name] = probe(
+            encoder,
+            self.train,
+            self.test,
+            equivariant_dim=0 if aux is None else aux.splitter.equivariant_dim,
+            normalize=normalize,
+            device=next(encoder.parameters()).device,
+            seed=self.args.seed,
+            progress=True,
+        )
+        if aux is not None:
+            self.aux = (encoder, aux)
+
+    def report(self) -> None:
+        """Print the table; save it, the numbers and the reconstructions."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = render(self.results)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        (self.out / "table.md").write_text(text)
+        record = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "options": vars(self.args),
+            "torch": torch.__version__,
+            "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
+            "results": {name: result.to_dict() for name, result in self.results.items()},
+        }
+        (self.out / "results.json").write_text(json.dumps(record, indent=1))
+        if self.aux is not None:
+            self._save_reconstructions(*self.aux)
+        for name, seconds in self.seconds.items():
+            self.console.print(f"{name} trained in {seconds:.0f} s")
+        self.console.print(f"saved table.md, results.json, reconstructions.png in {self.out}")
+
+    @torch.no_grad()
+    def _save_reconstructions(self, encoder: nn.Module, aux: ReconAux) -> None:
+        encoder.eval(), aux.eval()
+        images = self.test[0][:10]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            samples = [(image, torch.tensor(0)) for image in images]
+            views, _ = TwoViews(flip=False)(samples)
+        device = next(encoder.parameters()).device
+        views = [view.to(device) for view in views]
+        output = aux(views, [encoder(view) for view in views])
+        first = output.rebuilt[0]
+        rows = {
+            "view": views[first],
+            "other view": views[1 - first],
+            "reconstruction": output.reconstruction[: len(images)],
+        }
+        figure, axes = plt.subplots(3, len(images), figsize=(len(images) * 1.1, 3.5))
+        for (label, pictures), line in zip(rows.items(), axes, strict=True):
+            for picture, axis in zip(pictures.cpu(), line, strict=True):
+                axis.imshow((picture * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0))
+                axis.set(xticks=[], yticks=[])
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=12)
+        figure.tight_layout(pad=0.3)
+        figure.savefig(self.out / "reconstructions.png", dpi=100)
+        plt.close(figure)
+
+
+def _parse(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="digits", help="digits, cifar10, or a folder with train/ and test/")
+    add("--limit", type=int, help="use so many train images, drawn at random")
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=128)
+    add("--lr", type=float, default=2e-3)
+    add("--backbone", default="tiny-resnet18", help=f"{', '.join(ENCODERS)}, or torchvision's name")
+    add("--image-size", type=int, default=32, help="pixels")
+    add(
+        "--weight", type=float, help="of the reconstruction loss; the method's default if not given"
+    )
+    add("--equivariant-dim", type=int, help="half of the feature's channels if not given")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cpu, gpu, mps: Lightning's accelerator")
+    add("--precision", default="32-true", help="Lightning's, e.g. bf16-mixed")
+    add("--workers", type=int, default=0, help="processes that make the views")
+    add("--out", help="output folder; runs/SCRIPT-DATA if not given")
+    add("--overwrite", action="store_true", help="replace what is in the output folder")
+    add("--no-compare", action="store_true", help="train the attached model alone")
+    return parser.parse_args()

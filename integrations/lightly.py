@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -96,7 +96,7 @@ def _find_heads(model: nn.Module) -> list[nn.Module]:
     return [
         child
         for name, child in model.named_children()
-        if "projection" in name or "projector" in name
+        if isinstance(child, ProjectionHead) or "projection" in name or "projector" in name
         if "Prediction" not in type(child).__name__
     ]
 

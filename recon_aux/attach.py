@@ -75,7 +75,7 @@ def attach(
             f"expected a bare {type(model).__name__}, got one with a recon_aux already; "
             "recon_aux.detach(model) takes it off"
         )
-    for method in ("training_step", "configure_optimizers"):
+    for method in _WRAPPERS:
         if not callable(getattr(model, method, None)):
             raise TypeError(
                 f"expected a LightningModule, got {type(model).__name__} without {method}(); "
@@ -137,7 +137,7 @@ def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Mo
     Raises:
         ValueError: if it isn't a submodule of the model; the message lists those there are.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if isinstance(module, str) and module in modules:
         return modules[module]
     if isinstance(module, nn.Module) and any(module is known for known in modules.values()):
@@ -174,12 +174,15 @@ class Capture:
         self.without_gradient = 0
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Remember images and feature of one call."""
         if not self.recording:
             return
         image = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if image is None or image.ndim != 4:
             shape = None if image is None else tuple(image.shape)
-            raise ValueError(f"expected the encoder to be called with images (B, C, H, W), got {shape}")
+            raise ValueError(
+                f"expected the encoder to be called with images (B, C, H, W), got {shape}"
+            )
         feature = as_feature(output, self.features)
         if not feature.requires_grad:
             self.without_gradient += 1
@@ -199,6 +202,7 @@ class Mask:
         self.equivariant_dim = equivariant_dim
 
     def __call__(self, head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Give the head its arguments with the first tensor masked."""
         args, kwargs = list(args), dict(kwargs)
         for holder in (args, kwargs):
             for key in range(len(args)) if holder is args else list(kwargs):
@@ -211,7 +215,7 @@ class Mask:
         )
 
     def mask(self, feature: Tensor, head: nn.Module) -> Tensor:
-        """Zero the last channels of ``(B, D)``, ``(B, N, D)``, ``(B, D, H, W)`` or its flattening."""
+        """Zero the last channels of any feature, a flattened ``(B, D * H * W)`` too."""
         dim = 1 if feature.ndim == 4 else feature.ndim - 1
         positions, rest = divmod(feature.shape[dim], self.feature_dim)
         if feature.ndim not in (2, 3, 4) or rest or (positions != 1 and feature.ndim != 2):
@@ -252,6 +256,12 @@ class _ConfigureOptimizers(_Wrapper):
         return configured
 
 
+_WRAPPERS: dict[str, type[_Wrapper]] = {
+    "training_step": _TrainingStep,
+    "configure_optimizers": _ConfigureOptimizers,
+}
+
+
 class Attachment:
     """The hooks on one model and what they have seen in the current step."""
 
@@ -277,14 +287,11 @@ class Attachment:
                 head.register_forward_pre_hook(mask, with_kwargs=True) for head in self.heads
             ]
         # an instance may have methods of its own over its class's
-        self.replaced = {
-            name: vars(model)[name] for name in ("training_step", "configure_optimizers")
-            if name in vars(model)
-        }  # fmt: skip
-        model.training_step = _TrainingStep(model.training_step, self)  # type: ignore[assignment]
-        model.configure_optimizers = _ConfigureOptimizers(  # type: ignore[assignment]
-            model.configure_optimizers, self
-        )
+        self.replaced: dict[str, Any] = {
+            name: vars(model)[name] for name in _WRAPPERS if name in vars(model)
+        }
+        for name, wrapper in _WRAPPERS.items():
+            setattr(model, name, wrapper(getattr(model, name), self))
 
     @property
     def aux(self) -> ReconAux:
@@ -296,7 +303,7 @@ class Attachment:
         """Take off hooks and wrapped methods."""
         for handle in self.handles:
             handle.remove()
-        for name in ("training_step", "configure_optimizers"):
+        for name in _WRAPPERS:
             delattr(model, name)
         vars(model).update(self.replaced)
 

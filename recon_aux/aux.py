@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,7 +64,7 @@ class ReconAux(nn.Module):
         loss: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
         normalize_patches: compare to per-patch normalised views (MAE's target).
         reconstruct: which view a call rebuilds: ``"alternate"`` (first, second, first, ...),
-            ``"random"`` (drawn from a generator of its own) or ``"both"``.
+            ``"random"`` (drawn from ``seed``, not from the global random state) or ``"both"``.
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``.
         seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last
             given. The global random state is left as it is.
@@ -140,7 +141,7 @@ class ReconAux(nn.Module):
         self.register_buffer("pixel_mean", torch.zeros(image_channels, 1, 1))
         self.register_buffer("pixel_std", torch.ones(image_channels, 1, 1))
         self.register_buffer("calibrated", torch.tensor(False))
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._calls = 0
 
     @property
@@ -184,8 +185,9 @@ class ReconAux(nn.Module):
         loss = self.reconstruction_loss(decoded, (target - self.pixel_mean) / self.pixel_std)
         if not torch.isfinite(loss):
             raise FloatingPointError(_not_finite(loss, target, features))
+        weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
-            loss=self.weight * loss,
+            loss=weighted,
             reconstruction_loss=loss.detach(),
             reconstruction=decoded.detach().float() * self.pixel_std + self.pixel_mean,
             target=target,
@@ -193,6 +195,8 @@ class ReconAux(nn.Module):
         )
 
     def _part(self, name: Context, feature: Tensor) -> Tensor:
+        invariant: Tensor
+        equivariant: Tensor
         invariant, equivariant = self.splitter(feature)
         if name == "both" or self.splitter.equivariant_dim == 0:
             return feature
@@ -210,9 +214,9 @@ class ReconAux(nn.Module):
     def _choose(self) -> tuple[int, ...]:
         if self.reconstruct == "both":
             return (0, 1)
-        if self.reconstruct == "random":
-            return (int(torch.randint(2, (), generator=self._generator)),)
         self._calls += 1
+        if self.reconstruct == "random":
+            return (Random(f"{self._seed} {self._calls}").randrange(2),)
         return ((self._calls - 1) % 2,)
 
     @torch.no_grad()
@@ -243,21 +247,11 @@ class ReconAux(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Save which view comes next, so that a resumed run goes on as it would have."""
-        return {"calls": self._calls, "generator": self._generator.get_state()}
+        return {"calls": self._calls, "seed": self._seed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore which view comes next."""
-        self._calls = state["calls"]
-        self._generator.set_state(state["generator"].cpu())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a torch.Generator can't be pickled, nor deep-copied
-        return {**self.__dict__, "_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        generator = torch.Generator()
-        generator.set_state(state["_generator"])
-        super().__setstate__({**state, "_generator": generator})
+        self._calls, self._seed = state["calls"], state["seed"]
 
     def extra_repr(self) -> str:
         """Show the options in the module's printout."""
@@ -272,13 +266,10 @@ def _require(option: str, value: str, known: tuple[str, ...]) -> None:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draw from ``seed`` on the CPU; leave the global random state as it was."""
-    state = torch.random.default_generator.get_state()
-    torch.random.default_generator.manual_seed(seed)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.random.default_generator.set_state(state)
+    # torch.manual_seed would reseed the accelerators, too
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _not_finite(loss: Tensor, target: Tensor, features: Sequence[Tensor]) -> str:

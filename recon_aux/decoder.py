@@ -36,10 +36,11 @@ class Tokenizer(nn.Module):
                 f"spatial={not self.spatial} builds a decoder for those"
             )
         if not self.spatial:
-            return rearrange(self.project(self.norm(feature)), "b (n d) -> b n d", d=self.dim)
+            vector: Tensor = self.project(self.norm(feature))
+            return rearrange(vector, "b (n d) -> b n d", d=self.dim)
         if feature.ndim == 4:
             feature = rearrange(feature, "b d h w -> b (h w) d")
-        tokens = self.project(self.norm(feature))
+        tokens: Tensor = self.project(self.norm(feature))
         return tokens + _positions(tokens)
 
 
@@ -156,7 +157,6 @@ class CrossAttentionDecoder(nn.Module):
         queries = repeat(self.queries, "p d -> b p d", b=len(tokens))
         for block in self.blocks:
             queries = block(queries, tokens)
+        patches: Tensor = self.to_patch(queries)
         p = self.patch_size
-        return rearrange(
-            self.to_patch(queries), "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p
-        )
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)

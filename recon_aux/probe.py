@@ -1,20 +1,36 @@
-"""How much does an encoder know about what was done to an image? Numbers and a table."""
+"""How much does an encoder know about what was done to an image? Numbers and a table.
+
+Needs kornia, scikit-learn and rich: ``pip install 'recon-aux[probe]'``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .splitter import FeatureSplitter
 
-if TYPE_CHECKING:
-    import numpy as np
+try:
+    import kornia
+    from rich import box
+    from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.metrics import r2_score
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+except ImportError as error:
+    raise ImportError(
+        f"recon_aux.probe needs {error.name}; install it with: pip install 'recon-aux[probe]'"
+    ) from error
 
 TRANSFORMATIONS: dict[str, tuple[float, float]] = {
     "rotation": (-30.0, 30.0),  # degrees
@@ -84,7 +100,6 @@ def transform(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         >>> transform(images, draw_parameters(2)).shape
         torch.Size([2, 3, 32, 32])
     """
-    kornia = _require("kornia")
     height, width = images.shape[-2:]
 
     def value(name: str) -> Tensor:
@@ -150,7 +165,7 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain numbers, ready for JSON."""
-        return asdict(self)["parts"] | {}
+        return {name: asdict(part) for name, part in self.parts.items()}
 
     @classmethod
     def from_dict(cls, parts: Mapping[str, Mapping[str, Any]]) -> ProbeResult:
@@ -170,12 +185,7 @@ def table(results: Mapping[str, ProbeResult]) -> Table:
     Returns:
         A table for rich's ``print``.
     """
-    rich_table = _require("rich.table")
-    grid: Table = rich_table.Table(box=_require("rich.box").MARKDOWN)
-    grid.add_column("encoder", no_wrap=True)
-    columns = ["linear %", "k-NN %", "mean R²", *COMBINED]
-    for column in columns:
-        grid.add_column(column.replace("translation_", "t"), justify="right", no_wrap=True)
+    grid = _grid(["linear %", "k-NN %", "mean R²", *COMBINED])
     for name, result in results.items():
         for part_name, part in result.parts.items():
             numbers = [f"{part.linear:.1f}", f"{part.knn:.1f}", f"{part.mean_combined:.3f}"]
@@ -184,12 +194,17 @@ def table(results: Mapping[str, ProbeResult]) -> Table:
     return grid
 
 
+def _grid(columns: Iterable[str]) -> Table:
+    grid = Table(box=box.MARKDOWN)
+    grid.add_column("encoder", no_wrap=True)
+    for column in columns:
+        grid.add_column(column.replace("translation_", "t"), justify="right", no_wrap=True)
+    return grid
+
+
 def alone_table(results: Mapping[str, ProbeResult]) -> Table:
     """Like :func:`table`, for each transformation alone."""
-    grid: Table = _require("rich.table").Table(box=_require("rich.box").MARKDOWN)
-    grid.add_column("encoder", no_wrap=True)
-    for column in TRANSFORMATIONS:
-        grid.add_column(column.replace("translation_", "t"), justify="right", no_wrap=True)
+    grid = _grid(TRANSFORMATIONS)
     for name, result in results.items():
         for part_name, part in result.parts.items():
             grid.add_row(
@@ -200,12 +215,11 @@ def alone_table(results: Mapping[str, ProbeResult]) -> Table:
 
 def render(results: Mapping[str, ProbeResult]) -> str:
     """Give both tables as text."""
-    console = _require("rich.console").Console(width=140)
+    console = Console(width=140)
     with console.capture() as capture:
         console.print("R² with all transformations combined", table(results))
         console.print("R² with each transformation alone", alone_table(results))
-    text: str = capture.get()
-    return text
+    return capture.get()
 
 
 def probe(
@@ -244,9 +258,6 @@ def probe(
     Returns:
         Accuracies in percent and R², see :class:`PartResult`.
 
-    Raises:
-        ImportError: without kornia, scikit-learn and rich: ``pip install 'recon-aux[probe]'``.
-
     Example:
         >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
         >>> result = probe(lambda x: x.mean((2, 3)), (images, labels), (images, labels))
@@ -262,7 +273,7 @@ def probe(
 
     def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> np.ndarray:
         features = []
-        for rows in torch.arange(len(images)).split(batch_size):
+        for rows in torch.split(torch.arange(len(images)), batch_size):
             batch = images[rows].to(device)
             batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
             if parameters is not None:
@@ -312,28 +323,23 @@ def probe(
 
 
 def _ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    import numpy as np
-
-    linear_model, metrics = _require("sklearn.linear_model"), _require("sklearn.metrics")
     targets = [torch.stack(list(p.values()), dim=1).numpy() for p in parameters]
-    model = _standardized(linear_model.RidgeCV(alphas=np.logspace(-1, 5, 7)))
+    model = _standardized(RidgeCV(alphas=np.logspace(-1, 5, 7)))
     model.fit(x[0], targets[0])
     predicted = model.predict(x[1]).reshape(targets[1].shape)
-    scores = metrics.r2_score(targets[1], predicted, multioutput="raw_values")
+    scores = r2_score(targets[1], predicted, multioutput="raw_values")
     return dict(zip(parameters[0], scores.tolist(), strict=True))
 
 
 def _accuracies(x: Sequence[Any], labels: Sequence[Any]) -> tuple[float, float]:
-    linear_model, neighbors = _require("sklearn.linear_model"), _require("sklearn.neighbors")
-    linear = _standardized(linear_model.LogisticRegression(C=0.01, max_iter=500))
-    knn = neighbors.KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
+    linear = _standardized(LogisticRegression(C=0.01, max_iter=500))
+    knn = KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
     scores = [100 * model.fit(x[0], labels[0]).score(x[1], labels[1]) for model in (linear, knn)]
     return scores[0], scores[1]
 
 
 def _standardized(model: Any) -> Any:
-    pipeline, preprocessing = _require("sklearn.pipeline"), _require("sklearn.preprocessing")
-    return pipeline.make_pipeline(preprocessing.StandardScaler(), model)
+    return make_pipeline(StandardScaler(), model)
 
 
 @contextmanager
@@ -351,17 +357,6 @@ def _evaluating(encoder: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _bar(show: bool, total: int) -> Iterator[Callable[[int], None]]:
-    with _require("rich.progress").Progress(disable=not show) as bar:
+    with Progress(disable=not show) as bar:
         task = bar.add_task("probing", total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _require(name: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"recon_aux.probe needs {name}; install it with: pip install 'recon-aux[probe]'"
-        ) from error

@@ -52,7 +52,7 @@ def feature_dim(backbone: nn.Module) -> int:
     return dim
 
 
-def one_by_one_classes(base: type) -> dict[str, type]:  # noqa: C901
+def one_by_one_classes(base: type) -> dict[str, type]:
     class SimCLR(base):  # type: ignore[misc]
         def __init__(self, backbone: nn.Module) -> None:
             super().__init__()
@@ -110,7 +110,7 @@ def one_by_one_classes(base: type) -> dict[str, type]:  # noqa: C901
     return {"SimCLR": SimCLR, "VICReg": VICReg, "BYOL": BYOL}
 
 
-def concatenated_classes(base: type) -> dict[str, type]:  # noqa: C901
+def concatenated_classes(base: type) -> dict[str, type]:
     class Concatenated(base):  # type: ignore[misc]
         def __init__(self, backbone: nn.Module) -> None:
             super().__init__()

@@ -14,11 +14,11 @@ import torch
 import torchvision
 from lightly.models.modules import SimCLRProjectionHead
 from models import batch, build, tiny_encoder
+from recon_aux.integrations.lightly import attach
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import recon_aux
-from recon_aux.integrations.lightly import attach
 
 METHODS = ["SimCLR", "BYOL", "VICReg"]
 STYLES = ["one_by_one", "concatenated"]
@@ -117,7 +117,9 @@ def weights_after(model: Any, **kw: Any) -> tuple[dict[str, Tensor], Tensor]:
     return state, torch.random.get_rng_state()
 
 
-def assert_identical(a: tuple[dict[str, Tensor], Tensor], b: tuple[dict[str, Tensor], Tensor]) -> None:
+def assert_identical(
+    a: tuple[dict[str, Tensor], Tensor], b: tuple[dict[str, Tensor], Tensor]
+) -> None:
     assert a[0].keys() == b[0].keys()
     for name in a[0]:
         assert torch.equal(a[0][name], b[0][name]), name
