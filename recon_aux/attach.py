@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .aux import ReconAux
-from .encoder import Features, as_feature, encoder_shape
+from .encoder import Features, as_feature, encoder_shape, take_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -155,6 +155,13 @@ def describe_children(model: nn.Module) -> str:
     return ", ".join(children) or "none"
 
 
+class EncoderCall(NamedTuple):
+    """The images that one call of the encoder took, and the very tensor that it gave."""
+
+    image: Tensor
+    output: Tensor
+
+
 class Capture:
     """A forward hook that sees image and feature together, while it is recording."""
 
@@ -170,7 +177,7 @@ class Capture:
     def stop(self) -> None:
         """Forget, and record nothing."""
         self.recording = False
-        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[EncoderCall] = []
         self.without_gradient = 0
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -183,11 +190,11 @@ class Capture:
             raise ValueError(
                 f"expected the encoder to be called with images (B, C, H, W), got {shape}"
             )
-        feature = as_feature(output, self.features)
-        if not feature.requires_grad:
+        output = take_tensor(output, self.features)
+        if not output.requires_grad:
             self.without_gradient += 1
-        elif not any(image is seen for seen, _ in self.calls):
-            self.calls.append((image, feature))
+        else:
+            self.calls.append(EncoderCall(image, output))
 
 
 class Mask:
@@ -320,7 +327,7 @@ class Attachment:
             )
         views, features = self._two_views(given)
         if not self.verified:
-            self._verify(loss, [feature for _, feature in self.capture.calls])
+            self._verify(loss)
             self.verified = True
         if not self.aux.enabled:
             return result
@@ -361,14 +368,18 @@ class Attachment:
                 f"gradient, saw {self.capture.without_gradient} calls without and none with; "
                 f"backbone= tells which of these is the encoder: {describe_children(self.model)}"
             )
-        largest = max(image.shape[-2] * image.shape[-1] for image, _ in calls)
-        calls = [call for call in calls if call[0].shape[-2] * call[0].shape[-1] == largest]
-        if len(calls) == 1:
-            image, feature = calls[0]
-            self._require_concatenated(image, given)
-            return image.chunk(2), feature.chunk(2)
-        (x0, y0), (x1, y1) = calls[:2]
-        return (x0, x1), (y0, y1)
+        largest = max(call.image.shape[-2:].numel() for call in calls)
+        views: dict[int, EncoderCall] = {}
+        for call in calls:
+            if call.image.shape[-2:].numel() == largest:
+                # of several calls with the same images the first counts
+                views.setdefault(id(call.image), call)
+        images = [call.image for call in views.values()]
+        features = [as_feature(call.output) for call in views.values()]
+        if len(views) == 1:
+            self._require_concatenated(images[0], given)
+            return images[0].chunk(2), features[0].chunk(2)
+        return tuple(images[:2]), tuple(features[:2])
 
     def _require_concatenated(self, image: Tensor, given: Any) -> None:
         batches = {len(x) for x in _tensors(given) if x.ndim == 4}
@@ -380,12 +391,14 @@ class Attachment:
                 f"{sorted(batches)}; recon_aux needs a method with two views"
             )
 
-    def _verify(self, loss: Tensor, features: Sequence[Tensor]) -> None:
+    def _verify(self, loss: Tensor) -> None:
         """Once: does the method's loss really leave the equivariant channels alone?"""
         if not self.aux.splitter.equivariant_dim or not loss.requires_grad:
             return
-        gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
-        if any(g is not None and self.aux.equivariant(g).any() for g in gradients):
+        outputs = [call.output for call in self.capture.calls]
+        gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+        reached = [self.aux.equivariant(as_feature(g)) for g in gradients if g is not None]
+        if any(part.any() for part in reached):
             raise RuntimeError(
                 "expected the method's loss to see the invariant channels alone, but its gradient "
                 "reaches the equivariant ones past the heads "

@@ -22,15 +22,20 @@ class EncoderShape(NamedTuple):
     spatial: bool
 
 
-def as_feature(output: Any, features: Features | None = None) -> Tensor:
-    """Take the feature out of what an encoder returned.
+def as_feature(output: Tensor) -> Tensor:
+    """Bring an encoder's output to ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
+
+    A 1x1 feature map, as a cut-off ResNet gives, becomes ``(B, D)``.
+    """
+    return output.flatten(1) if output.ndim == 4 and output.shape[2:] == (1, 1) else output
+
+
+def take_tensor(output: Any, features: Features | None = None) -> Tensor:
+    """Take the feature out of what an encoder returned, as the very tensor that is in there.
 
     Args:
-        output: a tensor, or anything that ``features`` makes one from.
+        output: a tensor, or anything that ``features`` takes one from.
         features: takes the feature from the output.
-
-    Returns:
-        ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``; a 1x1 feature map becomes ``(B, D)``.
 
     Raises:
         TypeError: if there is no tensor.
@@ -41,7 +46,7 @@ def as_feature(output: Any, features: Features | None = None) -> Tensor:
             f"expected the encoder to return a tensor, got {_describe(feature)}; "
             "features=lambda output: ... tells how to take the feature from it"
         )
-    return feature.flatten(1) if feature.ndim == 4 and feature.shape[2:] == (1, 1) else feature
+    return feature
 
 
 def encoder_shape(
@@ -85,7 +90,7 @@ def encoder_shape(
             f"expected an encoder that takes images {tuple(blank.shape)}, but {error}; "
             "image_size= and image_channels= tell what it takes"
         ) from error
-    feature = as_feature(output, features)
+    feature = as_feature(take_tensor(output, features))
     if feature.ndim not in (2, 3, 4):
         channel_dim(feature, feature.shape[-1])
     feature_dim = feature.shape[2 if feature.ndim == 3 else 1]

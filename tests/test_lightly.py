@@ -14,11 +14,11 @@ import torch
 import torchvision
 from lightly.models.modules import SimCLRProjectionHead
 from models import batch, build, tiny_encoder
-from recon_aux.integrations.lightly import attach
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import recon_aux
+from recon_aux.integrations.lightly import attach
 
 METHODS = ["SimCLR", "BYOL", "VICReg"]
 STYLES = ["one_by_one", "concatenated"]

@@ -1,0 +1,294 @@
+"""The engine: what it refuses, and by what name; what it leaves as it was."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import sys
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+from lightly.models.modules import SimCLRProjectionHead
+from models import batch, build, tiny_encoder
+from torch import Tensor, nn
+
+import recon_aux
+from recon_aux.attach import Mask
+from recon_aux.encoder import encoder_shape
+from recon_aux.integrations.lightly import attach
+
+
+class Method(nn.Module):
+    """The least that trains as a LightningModule does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = tiny_encoder()
+        self.projection_head = SimCLRProjectionHead(16, 32, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        z0, z1 = (self.projection_head(self.backbone(x).flatten(1)) for x in batch[0])
+        return (z0 - z1).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def method(**replaced: Any) -> Any:
+    return type("Method", (Method,), replaced)()
+
+
+def test_attaching_twice() -> None:
+    model = attach(method())
+    with pytest.raises(ValueError, match=r"expected a bare Method.*recon_aux\.detach"):
+        attach(model)
+
+
+def test_detaching_what_is_not_attached() -> None:
+    with pytest.raises(ValueError, match="got a bare Method"):
+        recon_aux.detach(method())
+
+
+def test_no_encoder_is_found() -> None:
+    model = method()
+    model.trunk = model.backbone
+    del model.backbone
+    with pytest.raises(ValueError, match=r"expected an encoder.*backbone= .*trunk \(Sequential\)"):
+        attach(model)
+
+
+def test_a_name_that_is_no_submodule() -> None:
+    with pytest.raises(ValueError, match=r"backbone= .*got 'trunk'; there are: backbone"):
+        attach(method(), backbone="trunk")
+    with pytest.raises(ValueError, match=r"heads= .*got 'top'; there are: backbone"):
+        attach(method(), heads=["top"])
+
+
+def test_no_head_is_found() -> None:
+    model = method()
+    model.top = nn.Linear(16, 8)
+    del model.projection_head
+    with pytest.raises(ValueError, match=r"expected a projection head.*heads= .*top \(Linear\)"):
+        attach(model)
+    assert recon_aux.is_attached(attach(model, equivariant_dim=0))
+
+
+def test_a_head_that_was_not_told_of() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return Method.training_step(self, batch, 0) + self.other(self.backbone(batch[0][0])).mean()
+
+    model = method(training_step=step)
+    model.other = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    attach(model)
+    with pytest.raises(RuntimeError, match=r"past the heads \['projection_head'\]; heads= .*other"):
+        model.training_step(batch(), 0)
+    attach(recon_aux.detach(model), heads=["projection_head", "other.1"])
+    assert torch.isfinite(model.training_step(batch(), 0))
+
+
+def test_an_encoder_that_is_never_called() -> None:
+    model = method(training_step=lambda self, batch, i: self.projection_head.layers[0].weight.sum())
+    attach(model)
+    with pytest.raises(
+        RuntimeError, match=r"call the encoder backbone .*0 calls without.*backbone="
+    ):
+        model.training_step(batch(), 0)
+
+
+def test_an_encoder_that_is_only_called_without_gradient() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            y = self.backbone(batch[0][0]).flatten(1)
+        return self.projection_head(y).mean()
+
+    model = attach(method(training_step=step))
+    with pytest.raises(RuntimeError, match="saw 1 calls without and none with"):
+        model.training_step(batch(), 0)
+
+
+def test_a_method_with_one_view() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return self.projection_head(self.backbone(batch[0][0]).flatten(1)).mean()
+
+    model = attach(method(training_step=step))
+    with pytest.raises(RuntimeError, match=r"expected two views.*one call .*\(8, 3, 32, 32\)"):
+        model.training_step(batch(), 0)
+
+
+def test_views_of_different_batch_size() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        x0, x1 = batch[0]
+        y0, y1 = (self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x1[:5]))
+        return y0.mean() + y1.mean()
+
+    model = attach(method(training_step=step))
+    with pytest.raises(ValueError, match="batches of 8 and 5 views"):
+        model.training_step(batch(), 0)
+
+
+def test_manual_optimization() -> None:
+    with pytest.raises(TypeError, match="automatic_optimization=False"):
+        attach(method(automatic_optimization=False))
+    model = attach(method())
+    model.automatic_optimization = False
+    with pytest.raises(TypeError, match="automatic_optimization=False"):
+        model.training_step(batch(), 0)
+
+
+def test_a_step_that_is_skipped_passes_through() -> None:
+    model = attach(method(training_step=lambda self, batch, batch_idx: None))
+    assert model.training_step(batch(), 0) is None
+
+
+def test_a_step_that_returns_something_else() -> None:
+    model = attach(method(training_step=lambda self, batch, batch_idx: {"total": 1}))
+    with pytest.raises(TypeError, match=r"a dict with 'loss'.*got \['total'\]"):
+        model.training_step(batch(), 0)
+
+
+def test_a_model_that_does_not_train_as_lightning_does() -> None:
+    with pytest.raises(TypeError, match=r"Sequential without training_step\(\).*ReconAux"):
+        recon_aux.attach(nn.Sequential(tiny_encoder()), backbone="0", heads=[])
+
+
+def test_no_optimizer() -> None:
+    model = attach(method(configure_optimizers=lambda self: None))
+    with pytest.raises(ValueError, match="expected configure_optimizers to return an optimizer"):
+        model.configure_optimizers()
+
+
+def test_a_split_that_leaves_the_method_nothing() -> None:
+    with pytest.raises(ValueError, match="equivariant_dim below the feature's 16 channels, got 16"):
+        attach(method(), equivariant_dim=16, context="equivariant")
+    with pytest.raises(ValueError, match=r"equivariant_dim from 0 to .*16 channels, got 17"):
+        attach(method(), equivariant_dim=17)
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    model = attach(method())
+    views, labels = batch()
+    views[1][0, 0, 0, 0] = float("inf")
+    model.backbone.eval()
+    model.backbone.register_forward_hook(lambda *call: call[2].nan_to_num(0, 0, 0))
+    with pytest.raises(FloatingPointError, match="expected a finite reconstruction loss"):
+        for _ in range(2):
+            model.training_step((views, labels), 0)
+
+
+def test_an_encoder_that_returns_no_tensor() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = tiny_encoder()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"pooled": self.encoder(x)}
+
+    model = method()
+    model.backbone = Wrapped()
+    with pytest.raises(TypeError, match=r"pooled.*tensor \(1, 16, 1, 1\).*features="):
+        attach(model)
+    attach(model, features=lambda output: output["pooled"])
+    assert model.recon_aux.splitter.feature_dim == 16
+
+
+def test_an_encoder_that_accepts_one_size_alone() -> None:
+    model = method()
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16))
+    with pytest.raises(ValueError, match=r"takes images \(1, 3, 64, 64\), but .*image_size="):
+        attach(model)
+    attach(model, image_size=32).training_step(batch(), 0)
+
+
+def test_a_missing_framework_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    importing = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".", maxsplit=1)[0] in ("lightly", "kornia"):
+            raise ImportError(f"No module named {name!r}", name=name.split(".", maxsplit=1)[0])
+        return importing(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for module, extra in (("integrations.lightly", "lightly"), ("probe", "probe")):
+        monkeypatch.delitem(sys.modules, f"recon_aux.{module}", raising=False)
+        with pytest.raises(ImportError, match=rf"pip install 'recon-aux\[{extra}\]'"):
+            importlib.import_module(f"recon_aux.{module}")
+
+
+def test_the_blank_image_leaves_no_trace() -> None:
+    encoder = nn.Sequential(tiny_encoder(channels=13, dropout=0.5), nn.Dropout())
+    encoder[0][1].eval()
+    modes = [module.training for module in encoder.modules()]
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert encoder_shape(encoder) == (13, 16, False)
+    assert [module.training for module in encoder.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2, 3), (4, 5, 6), (4, 36)])
+def test_a_masked_head_computes_what_a_narrower_one_would(shape: tuple[int, ...]) -> None:
+    feature = torch.rand(shape, requires_grad=True)
+    masked = Mask(6, 2).mask(feature, nn.Identity())
+    masked.sum().backward()
+    dim = 2 if len(shape) == 3 else 1
+    width = 2 * (shape[dim] // 6)
+    kept = shape[dim] - width
+    assert torch.equal(masked.narrow(dim, 0, kept), feature.narrow(dim, 0, kept))
+    assert not masked.narrow(dim, kept, width).any()
+    assert feature.grad is not None
+    assert not feature.grad.narrow(dim, kept, width).any()
+
+
+def test_a_flattened_map_loses_the_channels_that_the_map_would() -> None:
+    feature = torch.rand(4, 6, 2, 3)
+    mask = Mask(6, 2)
+    flattened = mask.mask(feature.flatten(1), nn.Identity())
+    assert torch.equal(flattened, mask.mask(feature, nn.Identity()).flatten(1))
+
+
+def test_a_head_that_does_not_take_the_feature_is_named() -> None:
+    with pytest.raises(ValueError, match=r"head Identity to receive .*6 channels, got \(4, 7\)"):
+        Mask(6, 2).mask(torch.rand(4, 7), nn.Identity())
+
+
+def test_methods_of_the_instance_come_back() -> None:
+    model = method()
+
+    def own(batch: Any, batch_idx: int) -> Tensor:
+        return Method.training_step(model, batch, batch_idx)
+
+    model.training_step = own
+    attach(model).training_step(batch(), 0)
+    assert recon_aux.detach(model).training_step is own
+
+
+def test_multi_crop_rebuilds_the_large_views() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        x0, x1 = batch[0]
+        small = torch.rand(8, 3, 16, 16)
+        z = [self.projection_head(self.backbone(x).flatten(1)) for x in (small, x0, x1, small)]
+        return torch.stack(z).var(0).mean()
+
+    model = attach(method(training_step=step))
+    seen: list[Any] = []
+    model.recon_aux.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    views, labels = batch()
+    model.training_step((views, labels), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], views, strict=True))
+
+
+def test_gradients_of_the_methods_loss_are_those_of_the_bare_model_where_nothing_is_split() -> None:
+    def gradients(attached: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = build(pytorch_lightning.LightningModule, "SimCLR", "one_by_one")
+        if attached:
+            attach(model, weight=0, equivariant_dim=0)
+        model.training_step(batch(), 0).backward()
+        return [p.grad for p in model.backbone.parameters()]
+
+    pairs = zip(gradients(False), gradients(True), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -1,0 +1,313 @@
+"""Splitter, decoder, loss and ReconAux: against closed forms, over shapes and types."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss
+from recon_aux.loss import resize_view
+
+few = settings(max_examples=25, deadline=None)
+SHAPES = {"vector": (4, 12), "map": (4, 12, 3, 2), "tokens": (4, 7, 12)}
+
+
+@few
+@given(
+    shape=st.sampled_from(list(SHAPES.values())),
+    equivariant_dim=st.integers(0, 12),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_the_parts_are_the_feature_cut_in_two(
+    shape: tuple[int, ...], equivariant_dim: int, dtype: torch.dtype
+) -> None:
+    feature = torch.rand(shape).to(dtype)
+    dim = 2 if len(shape) == 3 else 1
+    invariant, equivariant = FeatureSplitter(12, equivariant_dim)(feature)
+    assert equivariant.shape[dim] == equivariant_dim
+    assert torch.equal(torch.cat([invariant, equivariant], dim), feature)
+    assert invariant.dtype == dtype
+
+
+def test_half_is_the_default_and_odd_widths_favour_the_invariant_part() -> None:
+    assert FeatureSplitter(7).equivariant_dim == 3
+    assert FeatureSplitter(7).invariant_dim == 4
+
+
+@pytest.mark.parametrize("dim", [-1, 13])
+def test_an_equivariant_dim_out_of_range_is_named(dim: int) -> None:
+    with pytest.raises(ValueError, match=rf"equivariant_dim from 0 to .*12 channels, got {dim}"):
+        FeatureSplitter(12, dim)
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 11), (4, 11, 3, 3), (4, 12, 5), (4, 12, 1, 1, 1)])
+def test_features_of_another_rank_or_width_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected features \(B, 12\).* feature_dim="):
+        FeatureSplitter(12)(torch.rand(shape))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("mse", 0.25), ("l1", 0.5), ("smooth_l1", 0.5 * 0.25)]
+)
+def test_losses_in_closed_form(kind: Any, expected: float) -> None:
+    target = torch.rand(2, 3, 8, 8)
+    loss = ReconstructionLoss(kind)(target + 0.5, target)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_is_float32_even_under_autocast_and_for_half_inputs() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ReconstructionLoss()(x.bfloat16(), x)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx((x.bfloat16().float() - x).square().mean().item())
+
+
+def test_patch_normalisation_ignores_brightness_and_contrast_of_each_patch() -> None:
+    target = torch.rand(2, 3, 8, 8)
+    loss = ReconstructionLoss(normalize_patches=True, patch_size=4)
+    guess = torch.rand(2, 3, 8, 8)
+    factor = torch.tensor([1.0, 5.0, 0.5, 3.0]).view(2, 2).repeat_interleave(4, 0)
+    factor = factor.repeat_interleave(4, 1)
+    assert loss(guess, target * factor + factor).item() == pytest.approx(
+        loss(guess, target).item(), rel=1e-3
+    )
+    # one patch by hand
+    patch = target[:1, :, :4, :4]
+    normal = (patch - patch.mean()) / patch.std()
+    assert ReconstructionLoss(normalize_patches=True)(normal, patch).item() == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_an_unknown_loss_and_unlike_shapes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"loss= .*mse.*got 'huber'"):
+        ReconstructionLoss("huber")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\), got \(1, 3, 4, 4\)"):
+        ReconstructionLoss()(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 8, 8))
+
+
+def test_resizing_averages_areas_and_leaves_the_right_size_alone() -> None:
+    view = torch.rand(2, 3, 64, 64)
+    constant = resize_view(torch.full((1, 3, 50, 70), 0.3), 16)
+    assert torch.allclose(constant, torch.full((1, 3, 16, 16), 0.3))
+    # a checkerboard finer than the target is grey only if antialiased
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
+    assert (resize_view(board[None, None].float(), 16) - 0.5).abs().max() < 0.05
+    assert resize_view(view, 64).data_ptr() == view.data_ptr()
+    assert not resize_view(view.requires_grad_(), 16).requires_grad
+
+
+@few
+@given(
+    batch=st.integers(1, 3),
+    patches=st.integers(1, 4),
+    patch=st.sampled_from([1, 2, 4]),
+    channels=st.integers(1, 5),
+    depth=st.integers(0, 2),
+    kind=st.sampled_from(["vector", "map", "tokens"]),
+)
+def test_the_decoder_gives_an_image_of_any_size(
+    batch: int, patches: int, patch: int, channels: int, depth: int, kind: str
+) -> None:
+    decoder = CrossAttentionDecoder(
+        12, 6, target_size=patch * patches, patch_size=patch, image_channels=channels,
+        dim=16, depth=depth, heads=4, tokens=2, spatial=kind != "vector",
+    )  # fmt: skip
+    own = torch.rand(batch, *SHAPES[kind][1:])
+    other = own.narrow(2 if kind == "tokens" else 1, 0, 6)
+    assert decoder(own, other).shape == (batch, channels, patch * patches, patch * patches)
+
+
+def test_both_features_reach_every_patch() -> None:
+    decoder = CrossAttentionDecoder(12, 6)
+    own = torch.rand(1, 12, requires_grad=True)
+    other = torch.rand(1, 6, requires_grad=True)
+    image = decoder(own, other)
+    for corner in (image[..., :2, :2], image[..., -2:, -2:]):
+        gradients = torch.autograd.grad(corner.sum(), [own, other], retain_graph=True)
+        assert all(g.any() for g in gradients)
+
+
+def test_patches_land_where_their_query_stands() -> None:
+    decoder = CrossAttentionDecoder(4, 4, target_size=8, patch_size=4, image_channels=1, depth=0)
+    with torch.no_grad():
+        decoder.queries.zero_()
+        decoder.queries[1, 0] = 1.0  # the patch right of the first
+        image = decoder(torch.rand(1, 4), torch.rand(1, 4))[0, 0]
+    others = [image[:4, :4], image[4:, :4], image[4:, 4:]]
+    assert torch.equal(others[0], others[1])
+    assert torch.equal(others[0], others[2])
+    assert not torch.allclose(image[:4, 4:], others[0])
+
+
+def test_the_decoder_names_sizes_that_do_not_divide_and_features_of_another_rank() -> None:
+    with pytest.raises(ValueError, match=r"divides target_size=32, got 5"):
+        ReconAux(8, patch_size=5)
+    with pytest.raises(ValueError, match=r"decoder_heads .* decoder_dim=32, got 5"):
+        ReconAux(8, decoder_dim=32, decoder_heads=5)
+    views = torch.rand(2, 4, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"pooled, \(B, D\), got \(4, 4, 2, 2\); spatial=True"):
+        ReconAux(8)(views, torch.rand(2, 4, 8, 2, 2))
+
+
+def views_and_features(batch: int = 4, dim: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.rand(2, batch, 3, 32, 32), torch.rand(2, batch, dim)
+
+
+def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
+    views, features = views_and_features()
+    output = ReconAux(8, weight=7.0)(views, features)
+    assert output.loss.item() == pytest.approx(7 * output.reconstruction_loss.item())
+    assert torch.equal(output.target, views[output.rebuilt[0]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_the_loss_does_not_depend_on_the_views_units(scale: float) -> None:
+    views, features = views_and_features()
+    expected = ReconAux(8, seed=0)(views, features).loss.item()
+    scaled = ReconAux(8, seed=0)(views * scale + 3, features)
+    assert scaled.loss.item() == pytest.approx(expected, rel=1e-3)
+    assert scaled.reconstruction.mean().item() == pytest.approx(scale / 2 + 3, rel=0.2)
+
+
+def test_constant_views_are_no_division_by_zero() -> None:
+    output = ReconAux(8)(torch.ones(2, 4, 3, 32, 32), torch.rand(2, 4, 8))
+    assert math.isfinite(output.loss.item())
+
+
+def rebuilt(aux: ReconAux, calls: int) -> list[tuple[int, ...]]:
+    return [aux(*views_and_features(2)).rebuilt for _ in range(calls)]
+
+
+def test_views_take_turns_are_drawn_or_both() -> None:
+    assert rebuilt(ReconAux(8), 4) == [(0,), (1,), (0,), (1,)]
+    assert rebuilt(ReconAux(8, reconstruct="both"), 2) == [(0, 1), (0, 1)]
+    drawn = rebuilt(ReconAux(8, reconstruct="random", seed=1), 30)
+    assert {(0,), (1,)} == set(drawn)
+    assert drawn == rebuilt(ReconAux(8, reconstruct="random", seed=1), 30)
+
+
+@pytest.mark.parametrize("reconstruct", ["alternate", "random"])
+def test_the_choice_of_view_goes_on_from_a_checkpoint(reconstruct: Any) -> None:
+    aux = ReconAux(8, reconstruct=reconstruct, seed=3)
+    rebuilt(aux, 5)
+    resumed = ReconAux(8, reconstruct=reconstruct, seed=4)
+    resumed.load_state_dict(copy.deepcopy(aux.state_dict()))
+    assert rebuilt(resumed, 12) == rebuilt(aux, 12)
+
+
+def test_the_rebuilt_view_gives_its_equivariant_part_and_the_other_its_context() -> None:
+    views, features = views_and_features(dim=8)
+    for context, kept in (("invariant", [0, 4]), ("equivariant", [4, 8]), ("both", [0, 8])):
+        y0, y1 = (y.clone().requires_grad_() for y in features)
+        ReconAux(8, context=context)(views, (y0, y1)).loss.backward()  # type: ignore[arg-type]
+        used = [[bool(column.any()) for column in y.grad.T] for y in (y0, y1)]  # type: ignore[union-attr]
+        assert used[0] == [False] * 4 + [True] * 4
+        assert used[1] == [kept[0] <= i < kept[1] for i in range(8)]
+
+
+def test_without_a_split_the_decoder_sees_the_whole_feature() -> None:
+    views, features = views_and_features()
+    y0 = features[0].requires_grad_()
+    aux = ReconAux(8, equivariant_dim=0)
+    aux(views, (y0, features[1])).loss.backward()
+    assert y0.grad is not None
+    assert y0.grad.any(dim=0).all()
+    assert aux.invariant(y0).shape == (4, 8)
+
+
+def test_building_and_running_leave_the_random_state_alone() -> None:
+    state = torch.random.get_rng_state()
+    aux = ReconAux(8, reconstruct="random")
+    assert torch.equal(state, torch.random.get_rng_state())
+    views, features = views_and_features()
+    state = torch.random.get_rng_state()
+    aux(views, features)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_decoder_follows_the_users_seed_or_its_own() -> None:
+    def weights(**options: Any) -> Tensor:
+        return ReconAux(8, **options).decoder.queries
+
+    torch.manual_seed(5)
+    first = weights()
+    torch.rand(3)
+    assert torch.equal(first, weights())
+    torch.manual_seed(6)
+    assert not torch.equal(first, weights())
+    assert torch.equal(weights(seed=5), first)
+
+
+def test_it_learns_to_rebuild_a_view_that_the_feature_describes() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(64, 8)
+    paint = torch.randn(4, 3 * 64) / 2
+    views = (features[:, 4:] @ paint).view(64, 3, 8, 8)
+    aux = ReconAux(8, target_size=8, decoder_dim=64)
+    optimizer = torch.optim.Adam(aux.parameters(), lr=3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        output = aux((views, views), (features, features))
+        output.loss.backward()
+        optimizer.step()
+    assert output.reconstruction_loss < 0.1  # 1 is what predicting the mean gives
+
+
+@pytest.mark.parametrize(
+    ("views", "features", "message"),
+    [
+        ([(4, 3, 32, 32), (3, 3, 32, 32)], [(4, 8), (3, 8)], r"batches of 4 and 3 views"),
+        ([(4, 3, 32, 32)] * 2, [(4, 8), (2, 8)], r"4 and 2 features"),
+        ([(4, 1, 32, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\).* image_channels="),
+        ([(4, 3, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\), got \(4, 3, 32\)"),
+        ([(4, 3, 32, 32)], [(4, 8)], r"two views and their two features, got 1 and 1"),
+        ([(4, 3, 32, 32)] * 2, [(4, 9)] * 2, r"features \(B, 8\).* got \(4, 9\); feature_dim="),
+        ([(0, 3, 32, 32)] * 2, [(0, 8)] * 2, r"batches of 0 and 0"),
+    ],
+)
+def test_views_and_features_that_do_not_fit_are_named(
+    views: Any, features: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReconAux(8)([torch.rand(s) for s in views], [torch.rand(s) for s in features])
+
+
+@pytest.mark.parametrize("broken", ["view", "feature"])
+def test_a_loss_that_is_not_finite_is_named_with_what_went_in(broken: str) -> None:
+    views, features = views_and_features()
+    (views if broken == "view" else features)[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"finite reconstruction loss, got nan; .*range"):
+        ReconAux(8)(views, features)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, r"finite weight of 0 or more, got -1"),
+        ({"weight": float("nan")}, r"finite weight"),
+        ({"context": "all"}, r"context= to be one of .*invariant.* got 'all'"),
+        ({"reconstruct": "none"}, r"reconstruct= to be one of"),
+        ({"equivariant_dim": 8}, r"context= .*'invariant', which has none .*equivariant_dim=8"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReconAux(8, **options)
+
+
+def test_the_core_imports_no_framework() -> None:
+    frameworks = "{'lightly', 'lightning', 'pytorch_lightning', 'torchvision', 'kornia', 'sklearn'}"
+    code = f"import sys, recon_aux; print(sorted({frameworks} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert printed.stdout.decode().strip() == "[]"
