@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _BACKBONES = ("student_backbone", "online_backbone", "backbone", "student", "encoder")
 
 # what balances each loss with the reconstruction loss; the README says how they were measured
-_WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 1.0, "NegativeCosineSimilarity": 1.0}
+_WEIGHTS = {"NTXentLoss": 4.0, "VICRegLoss": 25.0, "NegativeCosineSimilarity": 1.0}
 
 
 def attach(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import CrossAttentionDecoder
-from .loss import LossKind, ReconstructionLoss, resize_view
+from .loss import LossKind, PixelScale, ReconstructionLoss, resize_view
 from .splitter import FeatureSplitter
 
 Context = Literal["invariant", "equivariant", "both"]
@@ -61,7 +61,8 @@ class ReconAux(nn.Module):
         decoder_depth: its number of cross-attention blocks.
         decoder_heads: its attention heads.
         decoder_tokens: how many tokens it makes from a pooled feature.
-        loss: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        loss: ``"mse"``, ``"l1"`` or ``"smooth_l1"``, on pixels whitened over their channels.
+        structure: weight of the same error on patches normalised in both images.
         normalize_patches: compare to per-patch normalised views (MAE's target).
         reconstruct: which view a call rebuilds: ``"alternate"`` (first, second, first, ...),
             ``"random"`` (drawn from ``seed``, not from the global random state) or ``"both"``.
@@ -84,10 +85,6 @@ class ReconAux(nn.Module):
         torch.Size([4, 3, 32, 32])
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-    calibrated: Tensor
-
     def __init__(
         self,
         feature_dim: int,
@@ -96,13 +93,14 @@ class ReconAux(nn.Module):
         equivariant_dim: int | None = None,
         context: Context = "invariant",
         target_size: int = 32,
-        patch_size: int = 4,
+        patch_size: int = 8,
         image_channels: int = 3,
         decoder_dim: int = 128,
-        decoder_depth: int = 2,
-        decoder_heads: int = 4,
+        decoder_depth: int = 1,
+        decoder_heads: int = 8,
         decoder_tokens: int = 8,
         loss: LossKind = "mse",
+        structure: float = 0.5,
         normalize_patches: bool = False,
         reconstruct: Reconstruct = "alternate",
         spatial: bool = False,
@@ -120,8 +118,9 @@ class ReconAux(nn.Module):
         self.image_channels = image_channels
         self.splitter = FeatureSplitter(feature_dim, equivariant_dim)
         self.reconstruction_loss = ReconstructionLoss(
-            loss, normalize_patches=normalize_patches, patch_size=patch_size
+            loss, structure=structure, normalize_patches=normalize_patches, patch_size=patch_size
         )
+        self.pixel_scale = PixelScale(image_channels)
         seed = torch.initial_seed() if seed is None else seed
         with _seeded(seed):
             self.decoder = CrossAttentionDecoder(
@@ -137,10 +136,6 @@ class ReconAux(nn.Module):
                 spatial=spatial,
             )
         self.decoder.requires_grad_(weight > 0)
-        # the views' units, read off the first batch, so that weight means the same for any of them
-        self.register_buffer("pixel_mean", torch.zeros(image_channels, 1, 1))
-        self.register_buffer("pixel_std", torch.ones(image_channels, 1, 1))
-        self.register_buffer("calibrated", torch.tensor(False))
         self._seed = seed
         self._calls = 0
 
@@ -180,16 +175,17 @@ class ReconAux(nn.Module):
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
         target = torch.cat([resize_view(views[i], self.target_size) for i in chosen])
         decoded = self.decoder(own, other)
-        if self.training:
-            self._calibrate(target)
-        loss = self.reconstruction_loss(decoded, (target - self.pixel_mean) / self.pixel_std)
+        with torch.autocast(target.device.type, enabled=False):
+            white = self.pixel_scale.whiten(target, calibrate=self.training)
+            loss = self.reconstruction_loss(decoded, white)
+            reconstruction = self.pixel_scale.restore(decoded.detach().float())
         if not torch.isfinite(loss):
             raise FloatingPointError(_not_finite(loss, target, features))
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,
             reconstruction_loss=loss.detach(),
-            reconstruction=decoded.detach().float() * self.pixel_std + self.pixel_mean,
+            reconstruction=reconstruction,
             target=target,
             rebuilt=chosen,
         )
@@ -218,14 +214,6 @@ class ReconAux(nn.Module):
         if self.reconstruct == "random":
             return (Random(f"{self._seed} {self._calls}").randrange(2),)
         return ((self._calls - 1) % 2,)
-
-    @torch.no_grad()
-    def _calibrate(self, target: Tensor) -> None:
-        std, mean = torch.std_mean(target, dim=(0, 2, 3), correction=0)
-        self.pixel_mean.copy_(torch.where(self.calibrated, self.pixel_mean, mean[:, None, None]))
-        std = torch.where(std > 0, std, 1.0)[:, None, None]
-        self.pixel_std.copy_(torch.where(self.calibrated, self.pixel_std, std))
-        self.calibrated.fill_(True)
 
     def _check(self, views: Sequence[Tensor], features: Sequence[Tensor]) -> None:
         if len(views) != 2 or len(features) != 2:

@@ -40,17 +40,80 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
     return F.interpolate(view, size, mode="bilinear", align_corners=False, antialias=True)
 
 
+class PixelScale(nn.Module):
+    """Whitens pixels over their channels, by the statistics of the first batch it sees.
+
+    The loss then means the same whatever units the views come in, and colour counts as much as
+    brightness, which varies far more in photographs. The statistics are buffers: saved with the
+    model, and shared among processes.
+
+    Args:
+        channels: C.
+        floor: added to the variance of each direction in colour space, as a fraction of the
+            largest, so that channels which carry only noise stay small.
+
+    Example:
+        >>> scale = PixelScale(3)
+        >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
+        >>> white = scale.whiten(views, calibrate=True)
+        >>> torch.allclose(scale.restore(white), views, atol=1e-3)
+        True
+    """
+
+    mean: Tensor
+    to_white: Tensor
+    from_white: Tensor
+    calibrated: Tensor
+
+    def __init__(self, channels: int, floor: float = 0.3) -> None:
+        super().__init__()
+        self.floor = floor
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("to_white", torch.eye(channels))
+        self.register_buffer("from_white", torch.eye(channels))
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    def whiten(self, images: Tensor, *, calibrate: bool) -> Tensor:
+        """Views' units -> white, ``(B, C, H, W)``; the first to ``calibrate`` sets the scale."""
+        if calibrate:
+            self._calibrate(images)
+        return torch.einsum("ij,bjhw->bihw", self.to_white, images - self.mean)
+
+    def restore(self, white: Tensor) -> Tensor:
+        """White -> views' units, ``(B, C, H, W)``."""
+        return torch.einsum("ij,bjhw->bihw", self.from_white, white) + self.mean
+
+    @torch.no_grad()
+    def _calibrate(self, images: Tensor) -> None:
+        # what isn't finite is refused where the loss is checked, and must not become the scale
+        if self.calibrated or not torch.isfinite(images).all():
+            return
+        mean = images.mean(dim=(0, 2, 3))[:, None, None]
+        pixels = rearrange(images - mean, "b c h w -> c (b h w)").double()
+        variance, directions = torch.linalg.eigh(pixels @ pixels.T / pixels.shape[1])
+        # where nothing varies at all, units stay as they are
+        variance = variance + self.floor * variance.max()
+        deviation = torch.where(variance > 0, variance, 1.0).sqrt()
+        self.mean.copy_(mean)
+        self.to_white.copy_(directions @ torch.diag(1 / deviation) @ directions.T)
+        self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)
+        self.calibrated.fill_(True)
+
+
 class ReconstructionLoss(nn.Module):
     """Mean error per pixel and channel between a reconstruction and its target, in float32.
 
     Args:
         kind: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
-        normalize_patches: compare to a target whose every patch has been given zero mean and
-            unit variance (He et al., "Masked Autoencoders", CVPR 2022, section 3).
+        structure: weight of a second term, the same error after each patch of both images has
+            been given zero mean and unit variance: what is in a patch, whatever its colour and
+            contrast.
+        normalize_patches: compare to a target whose every patch has been normalised so, the
+            reconstruction as it is (He et al., "Masked Autoencoders", CVPR 2022, section 3).
         patch_size: side of such a patch, in pixels; divides height and width.
 
     Raises:
-        ValueError: if ``kind`` is none of these.
+        ValueError: if ``kind`` is none of these or ``structure`` is out of range.
 
     Example:
         >>> target = torch.rand(2, 3, 8, 8)
@@ -59,12 +122,20 @@ class ReconstructionLoss(nn.Module):
     """
 
     def __init__(
-        self, kind: LossKind = "mse", *, normalize_patches: bool = False, patch_size: int = 4
+        self,
+        kind: LossKind = "mse",
+        *,
+        structure: float = 0.0,
+        normalize_patches: bool = False,
+        patch_size: int = 8,
     ) -> None:
         super().__init__()
+        if not 0 <= structure < float("inf"):
+            raise ValueError(f"expected a finite structure= of 0 or more, got {structure}")
         if kind not in _KINDS:
             raise ValueError(f"expected loss= to be one of {get_args(LossKind)}, got {kind!r}")
         self.kind = kind
+        self.structure = structure
         self.normalize_patches = normalize_patches
         self.patch_size = patch_size
 
@@ -87,19 +158,28 @@ class ReconstructionLoss(nn.Module):
                 f"got {tuple(reconstruction.shape)}"
             )
         with torch.autocast(reconstruction.device.type, enabled=False):
-            target = target.float()
-            if self.normalize_patches:
-                target = self._normalized(target)
-            return _KINDS[self.kind](reconstruction.float(), target)
+            error = _KINDS[self.kind]
+            got, expected = self._patches(reconstruction.float()), self._patches(target.float())
+            loss = error(got, _normalized(expected, 1e-6) if self.normalize_patches else expected)
+            if self.structure:
+                # a flat patch has no structure, only noise, which a smaller floor would blow up
+                loss = loss + self.structure * error(
+                    _normalized(got, 0.01), _normalized(expected, 0.01)
+                )
+            return loss
 
-    def _normalized(self, image: Tensor) -> Tensor:
+    def _patches(self, image: Tensor) -> Tensor:
         p = self.patch_size
-        patches = rearrange(image, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        patches = (patches - mean) / (variance + 1e-6).sqrt()
-        c, h = image.shape[1], image.shape[2] // p
-        return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p, c=c, h=h)
+        return rearrange(image, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
 
     def extra_repr(self) -> str:
         """Show the options in the module's printout."""
-        return f"kind={self.kind!r}, normalize_patches={self.normalize_patches}"
+        return (
+            f"kind={self.kind!r}, structure={self.structure}, "
+            f"normalize_patches={self.normalize_patches}"
+        )
+
+
+def _normalized(patches: Tensor, floor: float) -> Tensor:
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + floor).sqrt()

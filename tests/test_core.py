@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss
-from recon_aux.loss import resize_view
+from recon_aux.loss import PixelScale, resize_view
 
 few = settings(max_examples=25, deadline=None)
 SHAPES = {"vector": (4, 12), "map": (4, 12, 3, 2), "tokens": (4, 7, 12)}
@@ -84,9 +84,36 @@ def test_patch_normalisation_ignores_brightness_and_contrast_of_each_patch() -> 
     # one patch by hand
     patch = target[:1, :, :4, :4]
     normal = (patch - patch.mean()) / patch.std()
-    assert ReconstructionLoss(normalize_patches=True)(normal, patch).item() == pytest.approx(
-        0, abs=1e-6
-    )
+    assert ReconstructionLoss(normalize_patches=True, patch_size=4)(
+        normal, patch
+    ).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_structure_term_sees_neither_colour_nor_contrast_of_a_patch() -> None:
+    target = torch.rand(2, 3, 8, 8)
+    plain = ReconstructionLoss(patch_size=8)
+    both = ReconstructionLoss(patch_size=8, structure=2.0)
+    brighter = target + 1
+    assert both(brighter, target).item() == pytest.approx(plain(brighter, target).item(), rel=1e-4)
+    inverted = 2 * target.mean((1, 2, 3), keepdim=True) - target
+    spread = target.var((1, 2, 3)) / (target.var((1, 2, 3)) + 0.01)
+    expected = plain(inverted, target) + 2.0 * 4 * spread.mean()
+    assert both(inverted, target).item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+def test_pixels_are_whitened_over_channels_by_the_first_batch() -> None:
+    mixing = torch.tensor([[1.0, 0.9, 0.8], [0.0, 0.2, 0.0], [0.0, 0.0, 0.3]])
+    views = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(16, 3, 8, 8)) * 50 + 100
+    scale = PixelScale(3, floor=0.0)
+    white = scale.whiten(views, calibrate=True).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.cov(white), torch.eye(3), atol=1e-2)
+    assert white.mean().abs() < 1e-3
+    before = scale.state_dict()["to_white"].clone()
+    scale.whiten(views * 3, calibrate=True)
+    assert torch.equal(before, scale.to_white)
+    floored = PixelScale(3, floor=0.5)
+    quiet = floored.whiten(views, calibrate=True).transpose(0, 1).flatten(1)
+    assert torch.linalg.eigvalsh(torch.cov(quiet)).min() < 0.2
 
 
 def test_an_unknown_loss_and_unlike_shapes_are_named() -> None:
