@@ -18,6 +18,7 @@ from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import VisionDataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
@@ -34,16 +35,13 @@ def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, S
     """Load the train split, the test split and the number of classes."""
     if data == "digits":
         train, test = _digits(image_size)
+        train = (train[0][:limit], train[1][:limit])
     elif data == "cifar10":
         splits = [torchvision.datasets.CIFAR10("datasets", s, download=True) for s in (True, False)]
-        train, test = (_stack(split, image_size, "CIFAR-10") for split in splits)
+        train, test = _stack(*splits, image_size, limit)
     else:
-        train, test = _folder(Path(data), image_size)
-    classes = int(train[1].max()) + 1
-    if limit:
-        rows = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[:limit]
-        train = (train[0][rows], train[1][rows])
-    return train, test, classes
+        train, test = _folder(Path(data), image_size, limit)
+    return train, test, int(train[1].max()) + 1
 
 
 def _digits(image_size: int) -> tuple[Split, Split]:
@@ -61,7 +59,7 @@ def _digits(image_size: int) -> tuple[Split, Split]:
     return train, test
 
 
-def _folder(root: Path, image_size: int) -> tuple[Split, Split]:
+def _folder(root: Path, image_size: int, limit: int | None) -> tuple[Split, Split]:
     expected = (
         f"--data expects digits, cifar10, or a folder with train/ and test/ (or val/), {root}"
     )
@@ -83,10 +81,13 @@ def _folder(root: Path, image_size: int) -> tuple[Split, Split]:
     train, test = datasets
     if train.classes != test.classes:
         raise SystemExit(f"expected the same class folders in {splits[0]} and in {splits[1]}")
-    return _stack(train, image_size, "train images"), _stack(test, image_size, "test images")
+    return _stack(train, test, image_size, limit)
 
 
-def _stack(dataset: torchvision.datasets.VisionDataset, image_size: int, name: str) -> Split:
+def _stack(
+    train: VisionDataset, test: VisionDataset, image_size: int, limit: int | None
+) -> tuple[Split, Split]:
+    """Read images into memory, of the train split ``limit`` at random."""
     prepare = v2.Compose(
         [
             v2.RGB(),
@@ -95,12 +96,19 @@ def _stack(dataset: torchvision.datasets.VisionDataset, image_size: int, name: s
             v2.PILToTensor(),
         ]
     )
-    images, labels = [], []
-    for index in track(range(len(dataset)), f"reading {name}"):
-        image, label = dataset[index]
-        images.append(prepare(image))
-        labels.append(label)
-    return torch.stack(images), torch.tensor(labels)
+    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    splits = []
+    for name, dataset, rows in (
+        ("train", train, shuffled[:limit]),
+        ("test", test, range(len(test))),
+    ):
+        images, labels = [], []
+        for row in track(rows, f"reading {name} images"):
+            image, label = dataset[row]
+            images.append(prepare(image))
+            labels.append(label)
+        splits.append((torch.stack(images), torch.tensor(labels)))
+    return splits[0], splits[1]
 
 
 class TwoViews:
@@ -278,7 +286,7 @@ class Study:
     @torch.no_grad()
     def _save_reconstructions(self, encoder: nn.Module, aux: ReconAux) -> None:
         encoder.eval(), aux.eval()
-        images = self.test[0][:10]
+        images = self.test[0][:: max(1, len(self.test[0]) // 10)][:10]
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             samples = [(image, torch.tensor(0)) for image in images]
