@@ -1,0 +1,39 @@
+"""What the README says to run and to set is what there is."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from recon_aux import ReconAux
+from recon_aux.attach import attach
+from recon_aux.integrations.lightly import _WEIGHTS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_option_is_in_the_readme_and_nothing_else() -> None:
+    table = README.split("## Options")[1].split("## Results")[0]
+    listed = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    taken = {*inspect.signature(ReconAux).parameters, *inspect.signature(attach).parameters}
+    alone = {"model", "options", "backbone", "heads", "image_size", "features"}
+    assert listed == taken - alone
+    assert all(f"`{name}`" in table for name in alone - {"model", "options"})
+
+
+def test_the_default_weights_are_the_readmes() -> None:
+    numbers = [f"{weight:g}" for weight in _WEIGHTS.values()]
+    row = next(line for line in README.splitlines() if line.startswith("| `weight`"))
+    assert re.findall(r"\d+", row)[: len(numbers)] == numbers
