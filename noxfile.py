@@ -1,5 +1,6 @@
 """`nox` checks style and types, runs every test, builds the package and imports what it built."""
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -21,6 +22,7 @@ def tests(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Build wheel and sdist; install the wheel somewhere empty and import it from there."""
     built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(built), silent=True)
     (wheel,) = built.glob("*.whl")
     (_,) = built.glob("*.tar.gz")

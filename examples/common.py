@@ -31,8 +31,8 @@ Split = tuple[Tensor, Tensor]
 # --- data: uint8 images (N, 3, H, W) and labels (N,), in memory ---
 
 
-def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, Split, int]:
-    """Load the train split, the test split and the number of classes."""
+def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, Split]:
+    """Load the train split and the test split."""
     if data == "digits":
         train, test = _digits(image_size)
         train = (train[0][:limit], train[1][:limit])
@@ -41,7 +41,7 @@ def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, S
         train, test = _stack(*splits, image_size, limit)
     else:
         train, test = _folder(Path(data), image_size, limit)
-    return train, test, int(train[1].max()) + 1
+    return train, test
 
 
 def _digits(image_size: int) -> tuple[Split, Split]:
@@ -194,11 +194,24 @@ class Study:
                 "--overwrite replaces it, --out names another"
             )
         self.console = Console()
-        self.train, self.test, self.classes = load(args.data, args.image_size, args.limit)
+        self.train, self.test = load(args.data, args.image_size, args.limit)
         self.results: dict[str, ProbeResult] = {}
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.aux: tuple[nn.Module, ReconAux] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where Lightning's --device trains."""
+        return self.trainer().strategy.root_device
+
+    def autocast(self) -> torch.autocast:
+        """What --precision asks for, for a loop without Lightning."""
+        known = {"32-true": None, "bf16-mixed": torch.bfloat16}
+        if self.args.precision not in known:
+            raise SystemExit(f"--precision expects {list(known)}, got {self.args.precision!r}")
+        dtype = known[self.args.precision]
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=bool(dtype))
 
     @property
     def compare(self) -> bool:
@@ -250,13 +263,15 @@ class Study:
     def measure(self, name: str, encoder: nn.Module, aux: ReconAux | None = None) -> None:
         """Probe a trained encoder, whole and, if it is split, in its parts."""
         self.seconds[name] = time.perf_counter() - self.started
+        # Lightning brings a model back to the CPU after training
+        torch.nn.ModuleList([encoder] if aux is None else [encoder, aux]).to(self.device)
         self.results[name] = probe(
             encoder,
             self.train,
             self.test,
             equivariant_dim=0 if aux is None else aux.splitter.equivariant_dim,
             normalize=normalize,
-            device=next(encoder.parameters()).device,
+            device=self.device,
             seed=self.args.seed,
             progress=True,
         )
@@ -291,8 +306,7 @@ class Study:
             torch.manual_seed(self.args.seed)
             samples = [(image, torch.tensor(0)) for image in images]
             views, _ = TwoViews(flip=False)(samples)
-        device = next(encoder.parameters()).device
-        views = [view.to(device) for view in views]
+        views = [view.to(self.device) for view in views]
         output = aux(views, [encoder(view) for view in views])
         first = output.rebuilt[0]
         rows = {

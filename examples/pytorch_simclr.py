@@ -11,7 +11,7 @@ from recon_aux import ReconAux
 
 def train(encoder, head, aux, study):
     """Train for the study's budget; ``aux`` is None for the bare method."""
-    device = "cuda" if torch.cuda.is_available() and study.args.device != "cpu" else "cpu"
+    device = study.device
     modules = torch.nn.ModuleList([encoder, head] + ([] if aux is None else [aux])).to(device)
     loader, epochs, lr = study.loader(), study.args.epochs, study.args.lr
     criterion = NTXentLoss(temperature=0.2)
@@ -22,12 +22,13 @@ def train(encoder, head, aux, study):
     for _ in track(range(epochs), "bare" if aux is None else "attached"):
         for (x0, x1), _ in loader:
             x0, x1 = x0.to(device), x1.to(device)
-            y0, y1 = encoder(x0), encoder(x1)
-            if aux is None:
-                loss = criterion(head(y0), head(y1))
-            else:
-                loss = criterion(head(aux.invariant(y0)), head(aux.invariant(y1)))
-                loss = loss + aux((x0, x1), (y0, y1)).loss
+            with study.autocast():
+                y0, y1 = encoder(x0), encoder(x1)
+                if aux is None:
+                    loss = criterion(head(y0), head(y1))
+                else:
+                    loss = criterion(head(aux.invariant(y0)), head(aux.invariant(y1)))
+                    loss = loss + aux((x0, x1), (y0, y1)).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -43,7 +44,7 @@ if __name__ == "__main__":
         study.measure("bare", encoder)
 
     encoder, feature_dim = study.encoder()
-    aux = ReconAux(feature_dim, **study.options)
+    aux = ReconAux(feature_dim, **{"weight": 4.0, **study.options})
     train(encoder, SimCLRProjectionHead(aux.splitter.invariant_dim, 512, 128), aux, study)
     study.measure("attached", encoder, aux)
 

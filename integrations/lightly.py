@@ -41,7 +41,7 @@ def attach(
             encodes two views, one by one or concatenated.
         backbone: the encoder, or its name; by default found by its usual names.
         heads: the modules that take the encoder's features, or their names; by default lightly's
-            projection heads that are as wide as a feature, momentum ones too.
+            projection heads and what is called one, momentum ones too.
         weight: weight of the reconstruction loss; the default depends on the method's loss.
         options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
 
@@ -102,5 +102,5 @@ def _find_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _default_weight(model: nn.Module) -> float:
-    losses = {type(child).__name__ for child in model.children()}
+    losses = {base.__name__ for child in model.children() for base in type(child).__mro__}
     return next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)

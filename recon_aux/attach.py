@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,10 +24,10 @@ def attach(
     *,
     backbone: str | nn.Module,
     heads: Sequence[str | nn.Module],
-    feature_dim: int | None = None,
     image_channels: int | None = None,
     image_size: int | None = None,
     features: Features | None = None,
+    views: int | None = None,
     **options: Any,
 ) -> Model:
     """Add the reconstruction task to a model that trains through ``training_step``.
@@ -41,10 +42,12 @@ def attach(
         backbone: the encoder that the training step calls with gradient, or its name.
         heads: every module that takes the encoder's features, those of momentum encoders too, or
             their names.
-        feature_dim: width of the features; by default one blank image is encoded to find out.
         image_channels: channels of the views; by default what the first convolution takes.
-        image_size: side of that blank image, for an encoder that accepts one size alone.
+        image_size: side of the blank image that is encoded once to find the feature's width, for
+            an encoder that accepts one size alone.
         features: takes the feature from what the encoder returns, if that isn't a tensor.
+        views: how many views one call of the encoder gets concatenated; by default read off the
+            batch that the training step gets.
         options: those of :class:`ReconAux`.
 
     Returns:
@@ -83,24 +86,25 @@ def attach(
             )
     _refuse_manual_optimization(model)
     encoder = find_module(model, backbone, "backbone")
-    shape = None
-    if feature_dim is None or image_channels is None or "spatial" not in options:
-        shape = encoder_shape(
-            encoder, image_channels=image_channels, image_size=image_size, features=features
-        )
-        feature_dim = feature_dim or shape.feature_dim
-        image_channels = image_channels or shape.image_channels
-        options.setdefault("spatial", shape.spatial)
-    aux = ReconAux(feature_dim, image_channels=image_channels, **options)
+    masked = [find_module(model, head, "heads") for head in heads]
+    shape = encoder_shape(
+        encoder, image_channels=image_channels, image_size=image_size, features=features
+    )
+    aux = ReconAux(
+        shape.feature_dim,
+        image_channels=shape.image_channels,
+        spatial=shape.feature_rank != 2,
+        **options,
+    )
     if aux.splitter.invariant_dim == 0:
         raise ValueError(
-            f"expected equivariant_dim below the feature's {feature_dim} channels, got "
+            f"expected equivariant_dim below the feature's {shape.feature_dim} channels, got "
             f"{aux.splitter.equivariant_dim}, which leaves the method's own loss nothing to see"
         )
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    masked = [find_module(model, head, "heads") for head in heads]
-    setattr(model, _ATTACHMENT, Attachment(model, encoder, masked, features))
+    mask = Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
+    setattr(model, _ATTACHMENT, Attachment(model, encoder, masked, mask, features, views))
     return model
 
 
@@ -204,9 +208,10 @@ class Mask:
     gradient: zero-masking is slicing.
     """
 
-    def __init__(self, feature_dim: int, equivariant_dim: int) -> None:
+    def __init__(self, feature_dim: int, equivariant_dim: int, feature_rank: int) -> None:
         self.feature_dim = feature_dim
         self.equivariant_dim = equivariant_dim
+        self.feature_rank = feature_rank
 
     def __call__(self, head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Give the head its arguments with the first tensor masked."""
@@ -225,12 +230,16 @@ class Mask:
         """Zero the last channels of any feature, a flattened ``(B, D * H * W)`` too."""
         dim = 1 if feature.ndim == 4 else feature.ndim - 1
         positions, rest = divmod(feature.shape[dim], self.feature_dim)
-        if feature.ndim not in (2, 3, 4) or rest or (positions != 1 and feature.ndim != 2):
+        flattened = positions > 1 and feature.ndim == 2 and self.feature_rank != 2
+        if feature.ndim not in (2, 3, 4) or rest or (positions != 1 and not flattened):
             raise ValueError(
                 f"expected the head {type(head).__name__} to receive the encoder's "
                 f"{self.feature_dim} channels, got {tuple(feature.shape)}; "
                 "heads= tells which modules take the encoder's features"
             )
+        if flattened and self.feature_rank == 3:
+            tokens = rearrange(feature, "b (n d) -> b n d", n=positions)
+            return self.mask(tokens, head).flatten(1)
         # a flattened map is channel-major, so the equivariant channels are last there, too
         width = self.equivariant_dim * positions
         after = [0, 0] * (feature.ndim - 1 - dim)
@@ -277,19 +286,20 @@ class Attachment:
         model: nn.Module,
         encoder: nn.Module,
         heads: Sequence[nn.Module],
+        mask: Mask,
         features: Features | None,
+        views: int | None,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.heads = list(heads)
         self.verified = False
         self.capture = Capture(features)
-        splitter = self.aux.splitter
-        mask = Mask(splitter.feature_dim, splitter.equivariant_dim)
+        self.views = views
         self.handles: list[RemovableHandle] = [
             encoder.register_forward_hook(self.capture, with_kwargs=True)
         ]
-        if splitter.equivariant_dim:
+        if mask.equivariant_dim:
             self.handles += [
                 head.register_forward_pre_hook(mask, with_kwargs=True) for head in self.heads
             ]
@@ -354,7 +364,11 @@ class Attachment:
         if not missing:
             return
         encoder = {id(p) for p in self.encoder.parameters()}
-        group = next((g for g in groups if encoder & {id(p) for p in g["params"]}), groups[0])
+
+        def encoder_size(group: dict[str, Any]) -> int:
+            return sum(p.numel() for p in group["params"] if id(p) in encoder)
+
+        group = max(groups, key=encoder_size)
         # joining a group, rather than adding one, keeps schedulers that were already built right
         group["params"].extend(p for _, p in missing)
         if "param_names" in group:
@@ -377,19 +391,27 @@ class Attachment:
         images = [call.image for call in views.values()]
         features = [as_feature(call.output) for call in views.values()]
         if len(views) == 1:
-            self._require_concatenated(images[0], given)
-            return images[0].chunk(2), features[0].chunk(2)
+            size = self._view_size(images[0], given)
+            return torch.split(images[0], size)[:2], torch.split(features[0], size)[:2]
         return tuple(images[:2]), tuple(features[:2])
 
-    def _require_concatenated(self, image: Tensor, given: Any) -> None:
-        batches = {len(x) for x in _tensors(given) if x.ndim == 4}
-        alone = len(image) in batches and len(image) // 2 not in batches
-        if len(image) % 2 or alone:
-            raise RuntimeError(
-                "expected two views, one in each call of the encoder or both concatenated, saw one "
-                f"call with images {tuple(image.shape)} where the batch has images of "
-                f"{sorted(batches)}; recon_aux needs a method with two views"
-            )
+    def _view_size(self, image: Tensor, given: Any) -> int:
+        """Say how many images each of the views has that one call got concatenated."""
+        if self.views is None:
+            sizes = {len(x) for x in _tensors(given) if x.ndim in (1, 4) and len(x)}
+        else:
+            sizes = {len(image) // self.views} if len(image) % self.views == 0 else set()
+        fitting = {size for size in sizes if len(image) % size == 0}
+        if len(fitting) == 1 and (size := fitting.pop()) * 2 <= len(image):
+            return size
+        seen = [tuple(call.image.shape) for call in self.capture.calls]
+        raise RuntimeError(
+            "expected two views, one in each call of the encoder or concatenated in one, saw calls "
+            f"with gradient of images {seen} and {self.capture.without_gradient} without, where "
+            f"images and labels of the batch number {sorted(sizes)}; recon_aux needs two views of "
+            "one size that the encoder gets with gradient, and views= tells how many are "
+            "concatenated where the batch doesn't show it"
+        )
 
     def _verify(self, loss: Tensor) -> None:
         """Once: does the method's loss really leave the equivariant channels alone?"""

@@ -135,14 +135,24 @@ class ReconAux(nn.Module):
                 tokens=decoder_tokens,
                 spatial=spatial,
             )
-        self.decoder.requires_grad_(weight > 0)
+        self._frozen = weight == 0
+        self.decoder.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
 
     @property
     def enabled(self) -> bool:
-        """Whether there is anything to train: False if built with ``weight=0``."""
-        return next(self.decoder.parameters()).requires_grad
+        """Whether there is anything to train: False if built with ``weight=0``.
+
+        Raises:
+            ValueError: if it was built with ``weight=0`` and then given a weight.
+        """
+        if self.weight > 0 and self._frozen:
+            raise ValueError(
+                f"expected the weight to stay 0, as it was at construction, got {self.weight}; to "
+                "ramp it up, build with a positive weight= and set .weight = 0 before training"
+            )
+        return not self._frozen
 
     def invariant(self, feature: Tensor) -> Tensor:
         """Give the invariant part of a feature, ``(B, D)`` -> ``(B, D - equivariant_dim)``."""
@@ -174,9 +184,12 @@ class ReconAux(nn.Module):
         own = torch.cat([self._part("equivariant", features[i]) for i in chosen])
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
         target = torch.cat([resize_view(views[i], self.target_size) for i in chosen])
+        if not torch.is_autocast_enabled(own.device.type):
+            like = self.decoder.queries
+            own, other = own.to(like.dtype), other.to(like.dtype)
         decoded = self.decoder(own, other)
         with torch.autocast(target.device.type, enabled=False):
-            white = self.pixel_scale.whiten(target, calibrate=self.training)
+            white = self.pixel_scale.whiten(target)
             loss = self.reconstruction_loss(decoded, white)
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
         if not torch.isfinite(loss):

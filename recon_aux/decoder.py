@@ -97,7 +97,8 @@ class CrossAttentionDecoder(nn.Module):
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, one token each.
 
     Raises:
-        ValueError: if ``patch_size`` doesn't divide ``target_size``, or ``heads`` ``dim``.
+        ValueError: if a size is below 1, or ``patch_size`` doesn't divide ``target_size``, or
+            ``heads`` ``dim``.
 
     Example:
         >>> decoder = CrossAttentionDecoder(256, 256, target_size=32)
@@ -120,6 +121,17 @@ class CrossAttentionDecoder(nn.Module):
         spatial: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {
+            "target_size": target_size,
+            "patch_size": patch_size,
+            "decoder_dim": dim,
+            "decoder_depth": depth,
+            "decoder_heads": heads,
+            "decoder_tokens": tokens,
+        }
+        for option, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"expected {option}= of 1 or more, got {size}")
         if target_size % patch_size:
             raise ValueError(
                 f"expected a patch_size that divides target_size={target_size}, got {patch_size}"

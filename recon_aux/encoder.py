@@ -15,11 +15,14 @@ Features = Callable[[Any], Tensor]
 
 
 class EncoderShape(NamedTuple):
-    """Channels of the images, channels of the features, and whether these keep positions."""
+    """Channels of the images, channels and rank of the features.
+
+    The rank is 2 for ``(B, D)``, 3 for tokens ``(B, N, D)``, 4 for a map ``(B, D, H, W)``.
+    """
 
     image_channels: int
     feature_dim: int
-    spatial: bool
+    feature_rank: int
 
 
 def as_feature(output: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def encoder_shape(
     Example:
         >>> encoder = nn.Sequential(nn.Conv2d(1, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> encoder_shape(encoder)
-        EncoderShape(image_channels=1, feature_dim=16, spatial=False)
+        EncoderShape(image_channels=1, feature_dim=16, feature_rank=2)
     """
     channels = image_channels or _first_conv_channels(encoder)
     size = image_size or _declared_image_size(encoder) or 64
@@ -94,7 +97,7 @@ def encoder_shape(
     if feature.ndim not in (2, 3, 4):
         channel_dim(feature, feature.shape[-1])
     feature_dim = feature.shape[2 if feature.ndim == 3 else 1]
-    return EncoderShape(channels, feature_dim, spatial=feature.ndim != 2)
+    return EncoderShape(channels, feature_dim, feature.ndim)
 
 
 def _first_conv_channels(encoder: nn.Module) -> int:

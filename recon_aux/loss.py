@@ -45,7 +45,7 @@ class PixelScale(nn.Module):
 
     The loss then means the same whatever units the views come in, and colour counts as much as
     brightness, which varies far more in photographs. The statistics are buffers: saved with the
-    model, and shared among processes.
+    model, and kept from then on.
 
     Args:
         channels: C.
@@ -55,7 +55,7 @@ class PixelScale(nn.Module):
     Example:
         >>> scale = PixelScale(3)
         >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
-        >>> white = scale.whiten(views, calibrate=True)
+        >>> white = scale.whiten(views)
         >>> torch.allclose(scale.restore(white), views, atol=1e-3)
         True
     """
@@ -73,27 +73,28 @@ class PixelScale(nn.Module):
         self.register_buffer("from_white", torch.eye(channels))
         self.register_buffer("calibrated", torch.tensor(False))
 
-    def whiten(self, images: Tensor, *, calibrate: bool) -> Tensor:
-        """Views' units -> white, ``(B, C, H, W)``; the first to ``calibrate`` sets the scale."""
-        if calibrate:
-            self._calibrate(images)
-        return torch.einsum("ij,bjhw->bihw", self.to_white, images - self.mean)
+    def whiten(self, images: Tensor) -> Tensor:
+        """Views' units -> white, ``(B, C, H, W)`` in float32; the first call sets the scale."""
+        self._calibrate(images)
+        return torch.einsum("ij,bjhw->bihw", self.to_white.float(), images - self.mean.float())
 
     def restore(self, white: Tensor) -> Tensor:
-        """White -> views' units, ``(B, C, H, W)``."""
-        return torch.einsum("ij,bjhw->bihw", self.from_white, white) + self.mean
+        """White -> views' units, ``(B, C, H, W)`` in float32."""
+        white = torch.einsum("ij,bjhw->bihw", self.from_white.float(), white)
+        return white + self.mean.float()
 
     @torch.no_grad()
     def _calibrate(self, images: Tensor) -> None:
-        # what isn't finite is refused where the loss is checked, and must not become the scale
-        if self.calibrated or not torch.isfinite(images).all():
+        if self.calibrated:
             return
         mean = images.mean(dim=(0, 2, 3))[:, None, None]
-        pixels = rearrange(images - mean, "b c h w -> c (b h w)").double()
-        variance, directions = torch.linalg.eigh(pixels @ pixels.T / pixels.shape[1])
-        # where nothing varies at all, units stay as they are
-        variance = variance + self.floor * variance.max()
-        deviation = torch.where(variance > 0, variance, 1.0).sqrt()
+        pixels = rearrange(images - mean, "b c h w -> c (b h w)")
+        covariance = (pixels @ pixels.T / pixels.shape[1]).cpu().double()
+        # blank images must not become the scale, nor what the loss is about to refuse
+        if not torch.isfinite(covariance).all() or not covariance.any():
+            return
+        variance, directions = torch.linalg.eigh(covariance)
+        deviation = (variance + self.floor * variance.max()).sqrt()
         self.mean.copy_(mean)
         self.to_white.copy_(directions @ torch.diag(1 / deviation) @ directions.T)
         self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)

@@ -48,6 +48,8 @@ TRANSFORMATIONS: dict[str, tuple[float, float]] = {
 COMBINED = tuple(name for name in TRANSFORMATIONS if name != "blur")
 """The parameters drawn all at once for the combined transformation."""
 
+Parts = dict[str, np.ndarray]
+
 _NEUTRAL = {"scale": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}
 
 
@@ -242,7 +244,7 @@ def probe(
     from the features of the original and of the transformed image, concatenated.
 
     Args:
-        encoder: images ``(B, 3, H, W)`` -> features ``(B, D)`` (or more dimensions, flattened);
+        encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``;
             a module is put into eval mode for the while.
         train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)``.
         test: the same, of the test split.
@@ -271,24 +273,24 @@ def probe(
     ]
     tasks = {name: (name,) for name in TRANSFORMATIONS} | {"combined": COMBINED}
 
-    def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> np.ndarray:
-        features = []
+    def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Parts:
+        features: dict[str, list[Tensor]] = {}
         for rows in torch.split(torch.arange(len(images)), batch_size):
             batch = images[rows].to(device)
             batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
             if parameters is not None:
                 batch = transform(batch, {name: p[rows] for name, p in parameters.items()})
             feature = encoder(batch if normalize is None else normalize(batch))
-            features.append(feature.flatten(1).float().cpu())
+            for part, values in _split(feature, equivariant_dim).items():
+                features.setdefault(part, []).append(values.flatten(1).float().cpu())
             advance(len(rows))
-        array: np.ndarray = torch.cat(features).numpy()
-        return array
+        return {part: torch.cat(values).numpy() for part, values in features.items()}
 
     work = len(train[0]) + len(test[0]) + len(tasks) * sum(len(rows) for rows in chosen)
     with _bar(progress, work) as advance, _evaluating(encoder), torch.no_grad():
         clean = [encode(images) for images, _ in (train, test)]
         drawn: dict[str, list[dict[str, Tensor]]] = {}
-        warped: dict[str, list[np.ndarray]] = {}
+        warped: dict[str, list[Parts]] = {}
         for task, names in tasks.items():
             drawn[task] = [draw_parameters(len(r), names, generator=generator) for r in chosen]
             warped[task] = [
@@ -298,21 +300,14 @@ def probe(
                 )
             ]
 
-    splitter = FeatureSplitter(clean[0].shape[1], equivariant_dim)
-    columns = {"whole": slice(None)}
-    if equivariant_dim:
-        columns["invariant"] = slice(0, splitter.invariant_dim)
-        columns["equivariant"] = slice(splitter.invariant_dim, None)
     labels = [labels.numpy() for _, labels in (train, test)]
     parts = {}
-    for part, column in columns.items():
-        x = [features[:, column] for features in clean]
-        if x[0].shape[1] == 0:
-            continue
+    for part in clean[0]:
+        x = [features[part] for features in clean]
         r2: dict[str, dict[str, float]] = {}
         for task in tasks:
             pairs_x = [
-                torch.cat([torch.from_numpy(f[rows]), torch.from_numpy(w[:, column])], 1).numpy()
+                np.concatenate([f[rows], w[part]], axis=1)
                 for f, rows, w in zip(x, chosen, warped[task], strict=True)
             ]
             r2[task] = _ridge_r2(pairs_x, drawn[task])
@@ -320,6 +315,15 @@ def probe(
         alone = {name: scores[name] for name, scores in r2.items()}
         parts[part] = PartResult(*_accuracies(x, labels), alone=alone, combined=combined)
     return ProbeResult(parts)
+
+
+def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
+    if not equivariant_dim:
+        return {"whole": feature}
+    channels = feature.shape[2 if feature.ndim == 3 else 1]
+    invariant, equivariant = FeatureSplitter(channels, equivariant_dim)(feature)
+    parts = {"whole": feature, "invariant": invariant, "equivariant": equivariant}
+    return {name: part for name, part in parts.items() if part.numel()}
 
 
 def _ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -113,8 +113,88 @@ def test_a_method_with_one_view() -> None:
         return self.projection_head(self.backbone(batch[0][0]).flatten(1)).mean()
 
     model = attach(method(training_step=step))
-    with pytest.raises(RuntimeError, match=r"expected two views.*one call .*\(8, 3, 32, 32\)"):
+    with pytest.raises(RuntimeError, match=r"expected two views.*\(8, 3, 32, 32\).*views="):
         model.training_step(batch(), 0)
+
+
+def concatenating(count: int) -> Any:
+    """A step that encodes ``count`` views in one call."""
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        views = batch.views if hasattr(batch, "views") else batch[0]
+        z = self.projection_head(self.backbone(torch.cat(views)).flatten(1))
+        return torch.stack(z.chunk(count)).var(0).mean()
+
+    return step
+
+
+def test_three_concatenated_views_are_cut_where_they_were_joined() -> None:
+    model = attach(method(training_step=concatenating(3)))
+    seen: list[Any] = []
+    model.recon_aux.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    views, labels = batch()
+    model.training_step(([*views, views[0] / 2], labels), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], views, strict=True))
+
+
+def test_a_batch_that_does_not_show_its_views_needs_to_be_told() -> None:
+    class Opaque:
+        views = batch()[0]
+
+    model = attach(method(training_step=concatenating(2)))
+    with pytest.raises(RuntimeError, match=r"expected two views.*number \[\].*views= tells"):
+        model.training_step(Opaque(), 0)
+    attach(recon_aux.detach(model), views=2).training_step(Opaque(), 0)
+
+
+def test_stacked_views_of_which_one_is_encoded_are_not_taken_for_two() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return self.projection_head(self.backbone(batch[0][0]).flatten(1)).mean()
+
+    model = attach(method(training_step=step))
+    views, labels = batch()
+    for given in ((torch.stack(views), labels), (torch.stack(views),)):
+        with pytest.raises(RuntimeError, match="expected two views"):
+            model.training_step(given, 0)
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
+    model = method()
+    keys = list(model.state_dict())
+    for options in ({"heads": ["typo"]}, {"weight": -1.0}, {"image_channels": 5}):
+        with pytest.raises(ValueError, match="expected"):
+            attach(model, **options)
+        assert list(model.state_dict()) == keys
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_weight_given_after_it_was_built_without_is_not_ignored() -> None:
+    model = attach(method(), weight=0)
+    model.recon_aux.weight = 4.0
+    with pytest.raises(ValueError, match=r"weight to stay 0.*build with a positive weight="):
+        model.training_step(batch(), 0)
+
+
+def test_a_weight_can_be_ramped_from_zero() -> None:
+    model = attach(method(), weight=1.0)
+    model.recon_aux.weight = 0.0
+    model.training_step(batch(), 0).backward()
+    assert not model.recon_aux.decoder.queries.grad.any()
+    model.recon_aux.weight = 0.5
+    model.training_step(batch(), 0).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_the_decoder_trains_where_most_of_the_encoder_does() -> None:
+    def configure(self: Any) -> Any:
+        stem, *rest = self.backbone.parameters()
+        groups = [{"params": [stem], "lr": 1e-6}, {"params": rest, "lr": 1e-3}]
+        return torch.optim.AdamW([*groups, {"params": self.projection_head.parameters()}])
+
+    model = attach(method(configure_optimizers=configure))
+    groups = model.configure_optimizers().param_groups
+    queries = model.recon_aux.decoder.queries
+    assert [group["lr"] for group in groups if any(p is queries for p in group["params"])] == [1e-3]
 
 
 def test_views_of_different_batch_size() -> None:
@@ -223,16 +303,20 @@ def test_the_blank_image_leaves_no_trace() -> None:
     modes = [module.training for module in encoder.modules()]
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     state = torch.random.get_rng_state()
-    assert encoder_shape(encoder) == (13, 16, False)
+    assert encoder_shape(encoder) == (13, 16, 2)
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2, 3), (4, 5, 6), (4, 36)])
-def test_a_masked_head_computes_what_a_narrower_one_would(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((4, 6), 2), ((4, 6, 2, 3), 4), ((4, 5, 6), 3), ((4, 36), 4)]
+)
+def test_a_masked_head_computes_what_a_narrower_one_would(
+    shape: tuple[int, ...], rank: int
+) -> None:
     feature = torch.rand(shape, requires_grad=True)
-    masked = Mask(6, 2).mask(feature, nn.Identity())
+    masked = Mask(6, 2, rank).mask(feature, nn.Identity())
     masked.sum().backward()
     dim = 2 if len(shape) == 3 else 1
     width = 2 * (shape[dim] // 6)
@@ -243,16 +327,19 @@ def test_a_masked_head_computes_what_a_narrower_one_would(shape: tuple[int, ...]
     assert not feature.grad.narrow(dim, kept, width).any()
 
 
-def test_a_flattened_map_loses_the_channels_that_the_map_would() -> None:
-    feature = torch.rand(4, 6, 2, 3)
-    mask = Mask(6, 2)
+@pytest.mark.parametrize("shape", [(4, 6, 2, 3), (4, 5, 6)])
+def test_a_flattened_feature_loses_the_channels_that_it_would(shape: tuple[int, ...]) -> None:
+    feature = torch.rand(shape)
+    mask = Mask(6, 2, len(shape))
     flattened = mask.mask(feature.flatten(1), nn.Identity())
     assert torch.equal(flattened, mask.mask(feature, nn.Identity()).flatten(1))
 
 
 def test_a_head_that_does_not_take_the_feature_is_named() -> None:
-    with pytest.raises(ValueError, match=r"head Identity to receive .*6 channels, got \(4, 7\)"):
-        Mask(6, 2).mask(torch.rand(4, 7), nn.Identity())
+    for width in (7, 12):  # a pooled feature is never twice as wide as itself
+        message = rf"head Identity to receive .*6 channels, got \(4, {width}\)"
+        with pytest.raises(ValueError, match=message):
+            Mask(6, 2, 2).mask(torch.rand(4, width), nn.Identity())
 
 
 def test_methods_of_the_instance_come_back() -> None:

@@ -105,14 +105,14 @@ def test_pixels_are_whitened_over_channels_by_the_first_batch() -> None:
     mixing = torch.tensor([[1.0, 0.9, 0.8], [0.0, 0.2, 0.0], [0.0, 0.0, 0.3]])
     views = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(16, 3, 8, 8)) * 50 + 100
     scale = PixelScale(3, floor=0.0)
-    white = scale.whiten(views, calibrate=True).transpose(0, 1).flatten(1)
+    white = scale.whiten(views).transpose(0, 1).flatten(1)
     assert torch.allclose(torch.cov(white), torch.eye(3), atol=1e-2)
     assert white.mean().abs() < 1e-3
     before = scale.state_dict()["to_white"].clone()
-    scale.whiten(views * 3, calibrate=True)
+    scale.whiten(views * 3)
     assert torch.equal(before, scale.to_white)
     floored = PixelScale(3, floor=0.5)
-    quiet = floored.whiten(views, calibrate=True).transpose(0, 1).flatten(1)
+    quiet = floored.whiten(views).transpose(0, 1).flatten(1)
     assert torch.linalg.eigvalsh(torch.cov(quiet)).min() < 0.2
 
 
@@ -140,7 +140,7 @@ def test_resizing_averages_areas_and_leaves_the_right_size_alone() -> None:
     patches=st.integers(1, 4),
     patch=st.sampled_from([1, 2, 4]),
     channels=st.integers(1, 5),
-    depth=st.integers(0, 2),
+    depth=st.integers(1, 2),
     kind=st.sampled_from(["vector", "map", "tokens"]),
 )
 def test_the_decoder_gives_an_image_of_any_size(
@@ -166,7 +166,7 @@ def test_both_features_reach_every_patch() -> None:
 
 
 def test_patches_land_where_their_query_stands() -> None:
-    decoder = CrossAttentionDecoder(4, 4, target_size=8, patch_size=4, image_channels=1, depth=0)
+    decoder = CrossAttentionDecoder(4, 4, target_size=8, patch_size=4, image_channels=1)
     with torch.no_grad():
         decoder.queries.zero_()
         decoder.queries[1, 0] = 1.0  # the patch right of the first
@@ -182,6 +182,9 @@ def test_the_decoder_names_sizes_that_do_not_divide_and_features_of_another_rank
         ReconAux(8, patch_size=5)
     with pytest.raises(ValueError, match=r"decoder_heads .* decoder_dim=32, got 5"):
         ReconAux(8, decoder_dim=32, decoder_heads=5)
+    for option in ("decoder_depth", "decoder_heads", "decoder_tokens", "patch_size"):
+        with pytest.raises(ValueError, match=rf"{option}= of 1 or more, got 0"):
+            ReconAux(8, **{option: 0})
     views = torch.rand(2, 4, 3, 32, 32)
     with pytest.raises(ValueError, match=r"pooled, \(B, D\), got \(4, 4, 2, 2\); spatial=True"):
         ReconAux(8)(views, torch.rand(2, 4, 8, 2, 2))
@@ -207,9 +210,21 @@ def test_the_loss_does_not_depend_on_the_views_units(scale: float) -> None:
     assert scaled.reconstruction.mean().item() == pytest.approx(scale / 2 + 3, rel=0.2)
 
 
-def test_constant_views_are_no_division_by_zero() -> None:
-    output = ReconAux(8)(torch.ones(2, 4, 3, 32, 32), torch.rand(2, 4, 8))
+def test_blank_views_are_no_division_by_zero_and_do_not_set_the_scale() -> None:
+    aux = ReconAux(8)
+    output = aux(torch.ones(2, 4, 3, 32, 32), torch.rand(2, 4, 8))
     assert math.isfinite(output.loss.item())
+    views, features = views_and_features()
+    assert aux(views * 255, features).reconstruction_loss < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_whole_model_in_another_type(dtype: torch.dtype) -> None:
+    views, features = views_and_features()
+    output = ReconAux(8).to(dtype)(views.to(dtype), features.to(dtype))
+    assert output.loss.dtype == torch.float32
+    mixed = ReconAux(8)(views, features.to(dtype).requires_grad_())
+    mixed.loss.backward()
 
 
 def rebuilt(aux: ReconAux, calls: int) -> list[tuple[int, ...]]:

@@ -101,6 +101,18 @@ def test_the_parts_know_what_stands_in_them() -> None:
     )
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_maps_and_tokens_are_split_along_their_channels(tokens: bool) -> None:
+    def feature(images: Tensor) -> Tensor:
+        known = nn.functional.avg_pool2d(images, 4)
+        whole = torch.cat([torch.zeros_like(known), known], dim=1)
+        return whole.flatten(2).transpose(1, 2) if tokens else whole
+
+    result = probe(feature, split(100, 0), split(60, 1), equivariant_dim=3)
+    assert result.parts["invariant"].mean_combined < 0.05
+    assert result.parts["equivariant"].alone["brightness"] > 0.5
+
+
 def test_labels_are_found_by_both_classifiers() -> None:
     def labelled(n: int, seed: int) -> tuple[Tensor, Tensor]:
         images, labels = split(n, seed)
