@@ -45,14 +45,16 @@ def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, S
 
 
 def _digits(image_size: int) -> tuple[Split, Split]:
-    """scikit-learn's handwritten digits, each in an ink and on a paper of its own colour."""
+    """scikit-learn's handwritten digits in shades of orange ink on blue paper."""
     digits = load_digits()
     strokes = torch.from_numpy(digits.images).float()[:, None] / 16
     strokes = nn.functional.interpolate(strokes, image_size - 8, mode="bilinear")
     strokes = nn.functional.pad(strokes, (4, 4, 4, 4))
     generator = torch.Generator().manual_seed(0)
-    paper, ink = torch.rand(2, len(strokes), 3, 1, 1, generator=generator)
-    images = (strokes * (0.4 + 0.6 * ink) + (1 - strokes) * 0.5 * paper) * 255
+    shade = torch.rand(2, len(strokes), 3, 1, 1, generator=generator) * 0.2
+    ink = torch.tensor([0.8, 0.5, 0.2])[:, None, None] + shade[0]
+    paper = torch.tensor([0.1, 0.2, 0.4])[:, None, None] + shade[1]
+    images = (strokes * ink + (1 - strokes) * paper) * 255
     labels = torch.from_numpy(digits.target)
     rows = torch.randperm(len(images), generator=generator).split([1400, len(images) - 1400])
     train, test = ((images[r].to(torch.uint8), labels[r]) for r in rows)
@@ -336,7 +338,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--lr", type=float, default=2e-3)
     add("--backbone", default="tiny-resnet18", help=f"{', '.join(ENCODERS)}, or torchvision's name")
-    add("--image-size", type=int, default=32, help="pixels")
+    add("--image-size", type=int, help="pixels; 16 for digits, else 32 if not given")
     add(
         "--weight", type=float, help="of the reconstruction loss; the method's default if not given"
     )
@@ -348,4 +350,6 @@ def _parse(description: str | None) -> argparse.Namespace:
     add("--out", help="output folder; runs/SCRIPT-DATA if not given")
     add("--overwrite", action="store_true", help="replace what is in the output folder")
     add("--no-compare", action="store_true", help="train the attached model alone")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.image_size = args.image_size or (16 if args.data == "digits" else 32)
+    return args
