@@ -398,7 +398,9 @@ class Attachment:
     def _view_size(self, image: Tensor, given: Any) -> int:
         """Say how many images each of the views has that one call got concatenated."""
         if self.views is None:
-            sizes = {len(x) for x in _tensors(given) if x.ndim in (1, 4) and len(x)}
+            given = [x for x in _tensors(given) if len(x)]
+            images = {len(x) for x in given if x.ndim == 4}
+            sizes = images or {len(x) for x in given if x.ndim == 1}
         else:
             sizes = {len(image) // self.views} if len(image) % self.views == 0 else set()
         fitting = {size for size in sizes if len(image) % size == 0}
@@ -465,7 +467,8 @@ def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield value
+        if value.ndim:
+            yield value
     elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
     elif isinstance(value, (list, tuple)):
