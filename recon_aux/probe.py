@@ -187,7 +187,7 @@ def table(results: Mapping[str, ProbeResult]) -> Table:
     Returns:
         A table for rich's ``print``.
     """
-    grid = _grid(["linear %", "k-NN %", "mean R²", *COMBINED])
+    grid = markdown_table(["linear %", "k-NN %", "mean R²", *COMBINED])
     for name, result in results.items():
         for part_name, part in result.parts.items():
             numbers = [f"{part.linear:.1f}", f"{part.knn:.1f}", f"{part.mean_combined:.3f}"]
@@ -196,7 +196,8 @@ def table(results: Mapping[str, ProbeResult]) -> Table:
     return grid
 
 
-def _grid(columns: Iterable[str]) -> Table:
+def markdown_table(columns: Iterable[str]) -> Table:
+    """Start a table of encoders, to be printed by rich as Markdown."""
     grid = Table(box=box.MARKDOWN)
     grid.add_column("encoder", no_wrap=True)
     for column in columns:
@@ -206,7 +207,7 @@ def _grid(columns: Iterable[str]) -> Table:
 
 def alone_table(results: Mapping[str, ProbeResult]) -> Table:
     """Like :func:`table`, for each transformation alone."""
-    grid = _grid(TRANSFORMATIONS)
+    grid = markdown_table(TRANSFORMATIONS)
     for name, result in results.items():
         for part_name, part in result.parts.items():
             grid.add_row(
