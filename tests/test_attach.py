@@ -306,7 +306,14 @@ def test_the_blank_image_leaves_no_trace() -> None:
     assert encoder_shape(encoder) == (13, 16, 2)
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    encoder.append(RandomlyShifted())
+    encoder_shape(encoder)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+class RandomlyShifted(nn.Module):
+    def forward(self, feature: Tensor) -> Tensor:
+        return feature + torch.rand(1)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +365,20 @@ def test_multi_crop_rebuilds_the_large_views() -> None:
         x0, x1 = batch[0]
         small = torch.rand(8, 3, 16, 16)
         z = [self.projection_head(self.backbone(x).flatten(1)) for x in (small, x0, x1, small)]
+        return torch.stack(z).var(0).mean()
+
+    model = attach(method(training_step=step))
+    seen: list[Any] = []
+    model.recon_aux.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    views, labels = batch()
+    model.training_step((views, labels), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], views, strict=True))
+
+
+def test_images_that_are_encoded_twice_are_one_view() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        x0, x1 = batch[0]
+        z = [self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x0, x1)]
         return torch.stack(z).var(0).mean()
 
     model = attach(method(training_step=step))

@@ -130,6 +130,10 @@ def test_resizing_averages_areas_and_leaves_the_right_size_alone() -> None:
     # a checkerboard finer than the target is grey only if antialiased
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
     assert (resize_view(board[None, None].float(), 16) - 0.5).abs().max() < 0.05
+    # a pixel between the sampled ones counts, too
+    point = torch.zeros(1, 1, 64, 64)
+    point[..., 0, 0] = 1
+    assert resize_view(point, 16)[0, 0, 0, 0] > 0
     assert resize_view(view, 64).data_ptr() == view.data_ptr()
     assert not resize_view(view.requires_grad_(), 16).requires_grad
 

@@ -241,7 +241,8 @@ class AtModuleLevel(pytorch_lightning.LightningModule):
         return (z0 - z1).square().mean()
 
     def configure_optimizers(self) -> Any:
-        return {"optimizer": torch.optim.Adam(self.named_parameters())}
+        modules = {"backbone": self.backbone, "projection_head": self.projection_head}
+        return {"optimizer": torch.optim.Adam(nn.ModuleDict(modules).named_parameters())}
 
 
 def test_a_step_that_takes_no_batch_index_and_named_parameters() -> None:
@@ -249,3 +250,4 @@ def test_a_step_that_takes_no_batch_index_and_named_parameters() -> None:
     optimizer = fit(model, steps=1).optimizers[0]
     (group,) = optimizer.param_groups
     assert len(group["params"]) == len(group["param_names"]) == len(list(model.parameters()))
+    assert "recon_aux.decoder.queries" in group["param_names"]
