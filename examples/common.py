@@ -197,15 +197,12 @@ class Study:
             )
         self.console = Console()
         self.train, self.test = load(args.data, args.image_size, args.limit)
+        # where Lightning's --device trains
+        self.device = self.trainer().strategy.root_device
         self.results: dict[str, ProbeResult] = {}
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.aux: tuple[nn.Module, ReconAux] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where Lightning's --device trains."""
-        return self.trainer().strategy.root_device
 
     def autocast(self) -> torch.autocast:
         """What --precision asks for, for a loop without Lightning."""
