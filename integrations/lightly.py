@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from recon_aux.attach import attach as _attach
-from recon_aux.attach import describe_children
+from recon_aux.attach import attach_by
+from recon_aux.find import Conventions
 
 try:
     from lightly.models.modules.heads import ProjectionHead
@@ -20,10 +20,10 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_BACKBONES = ("student_backbone", "online_backbone", "backbone", "student", "encoder")
-
 # what balances each loss with the reconstruction loss; the README says how they were measured
 _WEIGHTS = {"NTXentLoss": 4.0, "VICRegLoss": 25.0, "NegativeCosineSimilarity": 1.0}
+
+_PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}
 
 
 def attach(
@@ -38,7 +38,7 @@ def attach(
 
     Args:
         model: a LightningModule of ``lightning`` or ``pytorch_lightning``, whose training step
-            encodes two views, one by one or concatenated.
+            encodes two views, one by one or concatenated, or one of them with a momentum encoder.
         backbone: the encoder, or its name; by default found by its usual names.
         heads: the modules that take the encoder's features, or their names; by default lightly's
             projection heads and what is called one, momentum ones too.
@@ -49,6 +49,7 @@ def attach(
         The same model, changed in place; ``model.recon_aux`` is the :class:`recon_aux.ReconAux`.
 
     Raises:
+        TypeError: if the method has no two views, as masked image modelling.
         ValueError: if no encoder or no head is found; the message lists the submodules.
 
     Example:
@@ -69,38 +70,35 @@ def attach(
         >>> model.recon_aux.splitter
         FeatureSplitter(invariant_dim=256, equivariant_dim=256)
     """
-    backbone = _find_backbone(model) if backbone is None else backbone
-    heads = _find_heads(model) if heads is None else heads
-    if not heads and options.get("equivariant_dim") != 0:
-        raise ValueError(
-            f"expected a projection head in {type(model).__name__}, found none; heads= tells which "
-            f"modules take the encoder's features, of these: {describe_children(model)}"
-        )
-    weight = _default_weight(model) if weight is None else weight
-    return _attach(model, backbone=backbone, heads=heads, weight=weight, **options)
+    # a loss on patches needs tokens, which lightly's masked transformers give through encode
+    if _PATCH_LOSSES & {type(child).__name__ for child in model.children()}:
+        options.setdefault("backbone_method", "encode")
+    return attach_by(_LIGHTLY, model, backbone=backbone, heads=heads, weight=weight, **options)
 
 
-def _find_backbone(model: nn.Module) -> nn.Module:
-    children = dict(model.named_children())
-    for name in _BACKBONES:
-        child = children.get(name)
-        if child is not None and any(p.requires_grad for p in child.parameters()):
-            return child
-    raise ValueError(
-        f"expected an encoder named one of {_BACKBONES} in {type(model).__name__}; "
-        f"backbone= tells which it is, of these: {describe_children(model)}"
-    )
-
-
-def _find_heads(model: nn.Module) -> list[nn.Module]:
-    return [
-        child
-        for name, child in model.named_children()
-        if isinstance(child, ProjectionHead) or "projection" in name or "projector" in name
-        if "Prediction" not in type(child).__name__
-    ]
+def _is_head(name: str, module: nn.Module) -> bool:
+    if "predict" in (name + type(module).__name__).lower():
+        return False
+    named = "." not in name and ("projection" in name or "projector" in name)
+    # KoLeo's loss takes the encoder's features themselves
+    return named or isinstance(module, ProjectionHead) or type(module).__name__ == "KoLeoLoss"
 
 
 def _default_weight(model: nn.Module) -> float:
     losses = {base.__name__ for child in model.children() for base in type(child).__mro__}
     return next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)
+
+
+_LIGHTLY = Conventions(
+    backbones=("student_backbone", "online_backbone", "backbone", "student", "encoder"),
+    is_head=_is_head,
+    default_weight=_default_weight,
+    refused={
+        "MAE": "rebuilds masked patches of one view",
+        "SimMIM": "rebuilds masked patches of one view",
+        "Pixio": "rebuilds masked patches of one view",
+        "AIM": "predicts the next patch of one view",
+        "IJEPA": "predicts masked blocks of one view",
+        "CAPI": "predicts clusters of masked patches of one view",
+    },
+)

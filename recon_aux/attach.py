@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .aux import ReconAux
-from .encoder import Features, as_feature, encoder_shape, take_tensor
+from .encoder import Features, as_feature, encoder_shape
+from .find import Conventions, describe_children, find_copies, find_module, unwrap
+from .graph import reached
+from .intercept import Capture, Door, EncoderCall, Guard, Mask, doors
+from .views import two_views
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,6 +25,7 @@ def attach(
     *,
     backbone: str | nn.Module,
     heads: Sequence[str | nn.Module],
+    backbone_method: str = "forward",
     image_channels: int | None = None,
     image_size: int | None = None,
     features: Features | None = None,
@@ -42,6 +44,8 @@ def attach(
         backbone: the encoder that the training step calls with gradient, or its name.
         heads: every module that takes the encoder's features, those of momentum encoders too, or
             their names.
+        backbone_method: the encoder's method that the training step calls, if it isn't called
+            itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         image_channels: channels of the views; by default what the first convolution takes.
         image_size: side of the blank image that is encoded once to find the feature's width, for
             an encoder that accepts one size alone.
@@ -78,17 +82,28 @@ def attach(
             f"expected a bare {type(model).__name__}, got one with a recon_aux already; "
             "recon_aux.detach(model) takes it off"
         )
-    for method in _WRAPPERS:
+    if unwrap(model) is not model:
+        raise TypeError(
+            f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
+            "then compile or wrap it"
+        )
+    for method in _METHODS:
         if not callable(getattr(model, method, None)):
             raise TypeError(
                 f"expected a LightningModule, got {type(model).__name__} without {method}(); "
                 "for a loop of your own use recon_aux.ReconAux, see the README"
             )
     _refuse_manual_optimization(model)
+    if views is not None and views < 2:
+        raise ValueError(f"expected views= of 2 or more, got {views}")
     encoder = find_module(model, backbone, "backbone")
     masked = [find_module(model, head, "heads") for head in heads]
     shape = encoder_shape(
-        encoder, image_channels=image_channels, image_size=image_size, features=features
+        unwrap(encoder),
+        method=backbone_method,
+        image_channels=image_channels,
+        image_size=image_size,
+        features=features,
     )
     aux = ReconAux(
         shape.feature_dim,
@@ -103,9 +118,48 @@ def attach(
         )
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    mask = Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
-    setattr(model, _ATTACHMENT, Attachment(model, encoder, masked, mask, features, views))
+    attachment = Attachment(model, encoder, backbone_method, Capture(features), views)
+    if aux.splitter.equivariant_dim:
+        attachment.hide_from(
+            masked, Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
+        )
+    setattr(model, _ATTACHMENT, attachment)
     return model
+
+
+def attach_by(
+    conventions: Conventions,
+    model: Model,
+    *,
+    backbone: str | nn.Module | None = None,
+    heads: Sequence[str | nn.Module] | None = None,
+    weight: float | None = None,
+    **options: Any,
+) -> Model:
+    """Attach, and find by a framework's conventions what isn't given.
+
+    Args:
+        conventions: the framework's.
+        model: as for :func:`attach`.
+        backbone: by default what the conventions find.
+        heads: likewise.
+        weight: of the reconstruction loss; by default the conventions' for this method.
+        options: those of :func:`attach` and :class:`ReconAux`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if the conventions know the method for one without two views.
+        ValueError: if no encoder or no head is found, and as :func:`attach` does.
+    """
+    conventions.refuse(model)
+    if backbone is None:
+        backbone = conventions.find_encoder(model)
+    if heads is None:
+        heads = [] if options.get("equivariant_dim") == 0 else conventions.find_heads(model)
+    weight = conventions.default_weight(model) if weight is None else weight
+    return attach(model, backbone=backbone, heads=heads, weight=weight, **options)
 
 
 def detach(model: Model) -> Model:
@@ -124,7 +178,8 @@ def detach(model: Model) -> Model:
         raise ValueError(
             f"expected a model that attach() returned, got a bare {type(model).__name__}"
         )
-    getattr(model, _ATTACHMENT).remove(model)
+    for door in doors(model):
+        door.close()
     delattr(model, _ATTACHMENT)
     del model.recon_aux
     return model
@@ -135,180 +190,31 @@ def is_attached(model: nn.Module) -> bool:
     return hasattr(model, _ATTACHMENT)
 
 
-def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Module:
-    """Resolve a submodule given by itself or by its dotted name.
-
-    Raises:
-        ValueError: if it isn't a submodule of the model; the message lists those there are.
-    """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    if isinstance(module, str) and module in modules:
-        return modules[module]
-    if isinstance(module, nn.Module) and any(module is known for known in modules.values()):
-        return module
-    given = module if isinstance(module, str) else type(module).__name__
-    raise ValueError(
-        f"expected {option}= to name a submodule of {type(model).__name__}, got {given!r}; "
-        f"there are: {describe_children(model)}"
-    )
-
-
-def describe_children(model: nn.Module) -> str:
-    """List a model's direct submodules for an error message."""
-    children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
-    return ", ".join(children) or "none"
-
-
-class EncoderCall(NamedTuple):
-    """The images that one call of the encoder took, and the very tensor that it gave."""
-
-    image: Tensor
-    output: Tensor
-
-
-class Capture:
-    """A forward hook that sees image and feature together, while it is recording."""
-
-    def __init__(self, features: Features | None) -> None:
-        self.features = features
-        self.stop()
-
-    def start(self) -> None:
-        """Forget, and record from here on."""
-        self.stop()
-        self.recording = True
-
-    def stop(self) -> None:
-        """Forget, and record nothing."""
-        self.recording = False
-        self.calls: list[EncoderCall] = []
-        self.without_gradient = 0
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Remember images and feature of one call."""
-        if not self.recording:
-            return
-        image = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if image is None or image.ndim != 4:
-            shape = None if image is None else tuple(image.shape)
-            raise ValueError(
-                f"expected the encoder to be called with images (B, C, H, W), got {shape}"
-            )
-        output = take_tensor(output, self.features)
-        if not output.requires_grad:
-            self.without_gradient += 1
-        else:
-            self.calls.append(EncoderCall(image, output))
-
-
-class Mask:
-    """A forward pre-hook that zeroes the equivariant channels of what a head receives.
-
-    A linear layer fed zeros computes what a narrower layer would, and its unused weights get zero
-    gradient: zero-masking is slicing.
-    """
-
-    def __init__(self, feature_dim: int, equivariant_dim: int, feature_rank: int) -> None:
-        self.feature_dim = feature_dim
-        self.equivariant_dim = equivariant_dim
-        self.feature_rank = feature_rank
-
-    def __call__(self, head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Give the head its arguments with the first tensor masked."""
-        args, kwargs = list(args), dict(kwargs)
-        for holder in (args, kwargs):
-            for key in range(len(args)) if holder is args else list(kwargs):
-                if isinstance(holder[key], Tensor):
-                    holder[key] = self.mask(holder[key], head)
-                    return tuple(args), kwargs
-        raise ValueError(
-            f"expected the head {type(head).__name__} to be called with features, got no tensor; "
-            "heads= tells which modules take the encoder's features"
-        )
-
-    def mask(self, feature: Tensor, head: nn.Module) -> Tensor:
-        """Zero the last channels of any feature, a flattened ``(B, D * H * W)`` too."""
-        dim = 1 if feature.ndim == 4 else feature.ndim - 1
-        positions, rest = divmod(feature.shape[dim], self.feature_dim)
-        flattened = positions > 1 and feature.ndim == 2 and self.feature_rank != 2
-        if feature.ndim not in (2, 3, 4) or rest or (positions != 1 and not flattened):
-            raise ValueError(
-                f"expected the head {type(head).__name__} to receive the encoder's "
-                f"{self.feature_dim} channels, got {tuple(feature.shape)}; "
-                "heads= tells which modules take the encoder's features"
-            )
-        if flattened and self.feature_rank == 3:
-            tokens = rearrange(feature, "b (n d) -> b n d", n=positions)
-            return self.mask(tokens, head).flatten(1)
-        # a flattened map is channel-major, so the equivariant channels are last there, too
-        width = self.equivariant_dim * positions
-        after = [0, 0] * (feature.ndim - 1 - dim)
-        return F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
-
-
-class _Wrapper:
-    """Stands in for a method of one model; a copy of the model gets a copy with it."""
-
-    def __init__(self, method: Callable[..., Any], attachment: Attachment) -> None:
-        # Lightning reads a hook's signature through __wrapped__
-        self.__wrapped__ = method
-        self.attachment = attachment
-
-
-class _TrainingStep(_Wrapper):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.attachment.capture
-        capture.start()
-        try:
-            return self.attachment.add_loss(self.__wrapped__(*args, **kwargs), (args, kwargs))
-        finally:
-            capture.stop()
-
-
-class _ConfigureOptimizers(_Wrapper):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        configured = self.__wrapped__(*args, **kwargs)
-        self.attachment.enroll(configured)
-        return configured
-
-
-_WRAPPERS: dict[str, type[_Wrapper]] = {
-    "training_step": _TrainingStep,
-    "configure_optimizers": _ConfigureOptimizers,
-}
-
-
 class Attachment:
-    """The hooks on one model and what they have seen in the current step."""
+    """What one model was given: doors, and what they have seen in the current step."""
 
     def __init__(
         self,
         model: nn.Module,
         encoder: nn.Module,
-        heads: Sequence[nn.Module],
-        mask: Mask,
-        features: Features | None,
+        backbone_method: str,
+        capture: Capture,
         views: int | None,
     ) -> None:
         self.model = model
         self.encoder = encoder
-        self.heads = list(heads)
-        self.verified = False
-        self.capture = Capture(features)
+        self.backbone_method = backbone_method
+        self.capture = capture
         self.views = views
-        self.handles: list[RemovableHandle] = [
-            encoder.register_forward_hook(self.capture, with_kwargs=True)
-        ]
-        if mask.equivariant_dim:
-            self.handles += [
-                head.register_forward_pre_hook(mask, with_kwargs=True) for head in self.heads
-            ]
-        # an instance may have methods of its own over its class's
-        self.replaced: dict[str, Any] = {
-            name: vars(model)[name] for name in _WRAPPERS if name in vars(model)
-        }
-        for name, wrapper in _WRAPPERS.items():
-            setattr(model, name, wrapper(getattr(model, name), self))
+        self.verified = False
+        self.heads: list[nn.Module] = []
+        self.mask: Mask | None = None
+        self.watched = [encoder]
+        Door(encoder, backbone_method, capture)
+        self.watch_copies()
+        guards: dict[str, Guard] = {"training_step": self.step, "configure_optimizers": self.enroll}
+        for method in _METHODS:
+            Door(model, method, guards[method])
 
     @property
     def aux(self) -> ReconAux:
@@ -316,13 +222,35 @@ class Attachment:
         aux: ReconAux = self.model.get_submodule("recon_aux")  # type: ignore[assignment]
         return aux
 
-    def remove(self, model: nn.Module) -> None:
-        """Take off hooks and wrapped methods."""
-        for handle in self.handles:
-            handle.remove()
-        for name in _WRAPPERS:
-            delattr(model, name)
-        vars(model).update(self.replaced)
+    def watch_copies(self) -> None:
+        """Watch momentum encoders, too: their features are the other view's in MoCo."""
+        for copy in find_copies(self.model, self.encoder):
+            if not any(copy is known for known in self.watched):
+                self.watched.append(copy)
+                Door(copy, self.backbone_method, self.capture)
+
+    def hide_from(self, heads: Sequence[nn.Module], mask: Mask) -> None:
+        """Hide the equivariant channels from the heads."""
+        self.mask = mask
+        for head in heads:
+            if not any(head is known for known in self.heads):
+                self.heads.append(head)
+                Door(head, "forward", mask)
+
+    def step(self, model: nn.Module, training_step: Callable[..., Any], args: Any, kw: Any) -> Any:
+        """Run the method's training step and add the reconstruction loss to what it returns."""
+        if not self.verified:
+            # momentum encoders may have been made since
+            self.watch_copies()
+            if self.mask:
+                self.mask.nodes = []
+        self.capture.start()
+        try:
+            return self.add_loss(training_step(*args, **kw), (args, kw))
+        finally:
+            self.capture.stop()
+            if self.mask:
+                self.mask.nodes = None
 
     def add_loss(self, result: Any, given: Any) -> Any:
         """Add the reconstruction loss to what the method's training step returned."""
@@ -335,19 +263,21 @@ class Attachment:
                 "expected training_step to return the loss, a dict with 'loss', or None, got "
                 f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}"
             )
-        views, features = self._two_views(given)
         if not self.verified:
             self._verify(loss)
             self.verified = True
+        self._require_calls()
+        views, outputs = two_views(self.capture.calls, self.encoder, given, self.views)
         if not self.aux.enabled:
             return result
-        output = self.aux(views, features)
+        output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.reconstruction_loss, len(views[0]))
         total = loss + output.loss
         return {**result, "loss": total} if isinstance(result, Mapping) else total
 
-    def enroll(self, configured: Any) -> None:
+    def enroll(self, model: nn.Module, configure: Callable[..., Any], args: Any, kw: Any) -> Any:
         """Put the decoder's parameters where the encoder's are, unless they have a place."""
+        configured = configure(*args, **kw)
         optimizers = list(_optimizers(configured))
         if not optimizers:
             raise ValueError(
@@ -362,67 +292,65 @@ class Attachment:
             if p.requires_grad and id(p) not in placed
         ]
         if not missing:
-            return
-        encoder = {id(p) for p in self.encoder.parameters()}
+            return configured
+        encoders = {id(p) for encoder in self.watched for p in encoder.parameters()}
 
         def encoder_size(group: dict[str, Any]) -> int:
-            return sum(p.numel() for p in group["params"] if id(p) in encoder)
+            return sum(p.numel() for p in group["params"] if id(p) in encoders)
 
         group = max(groups, key=encoder_size)
         # joining a group, rather than adding one, keeps schedulers that were already built right
         group["params"].extend(p for _, p in missing)
         if "param_names" in group:
             group["param_names"].extend(name for name, _ in missing)
+        return configured
 
-    def _two_views(self, given: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        calls = self.capture.calls
-        if not calls:
+    def _require_calls(self) -> None:
+        with_gradient = [call for call in self._online() if call.encoder is self.encoder]
+        if not with_gradient:
+            without = len(self.capture.calls) - len(self._online())
             raise RuntimeError(
-                f"expected training_step to call the encoder {self._name(self.encoder)} with "
-                f"gradient, saw {self.capture.without_gradient} calls without and none with; "
-                f"backbone= tells which of these is the encoder: {describe_children(self.model)}"
+                f"expected training_step to call {self.backbone_method} of the encoder "
+                f"{self._name(self.encoder)} with gradient, saw {without} calls without and none "
+                "with; backbone= tells which of these is the encoder: "
+                f"{describe_children(self.model)}; backbone_method= tells what of it is called"
             )
-        largest = max(call.image.shape[-2:].numel() for call in calls)
-        views: dict[int, EncoderCall] = {}
-        for call in calls:
-            if call.image.shape[-2:].numel() == largest:
-                # of several calls with the same images the first counts
-                views.setdefault(id(call.image), call)
-        images = [call.image for call in views.values()]
-        features = [as_feature(call.output) for call in views.values()]
-        if len(views) == 1:
-            size = self._view_size(images[0], given)
-            return torch.split(images[0], size)[:2], torch.split(features[0], size)[:2]
-        return tuple(images[:2]), tuple(features[:2])
 
-    def _view_size(self, image: Tensor, given: Any) -> int:
-        """Say how many images each of the views has that one call got concatenated."""
-        if self.views is None:
-            given = [x for x in _tensors(given) if len(x)]
-            images = {len(x) for x in given if x.ndim == 4}
-            sizes = images or {len(x) for x in given if x.ndim == 1}
-        else:
-            sizes = {len(image) // self.views} if len(image) % self.views == 0 else set()
-        fitting = {size for size in sizes if len(image) % size == 0}
-        if len(fitting) == 1 and (size := fitting.pop()) * 2 <= len(image):
-            return size
-        seen = [tuple(call.image.shape) for call in self.capture.calls]
-        raise RuntimeError(
-            "expected two views, one in each call of the encoder or concatenated in one, saw calls "
-            f"with gradient of images {seen} and {self.capture.without_gradient} without, where "
-            f"images and labels of the batch number {sorted(sizes)}; recon_aux needs two views of "
-            "one size that the encoder gets with gradient, and views= tells how many are "
-            "concatenated where the batch doesn't show it"
-        )
+    def _online(self) -> list[EncoderCall]:
+        return [call for call in self.capture.calls if call.output.requires_grad]
 
     def _verify(self, loss: Tensor) -> None:
-        """Once: does the method's loss really leave the equivariant channels alone?"""
-        if not self.aux.splitter.equivariant_dim or not loss.requires_grad:
+        """Once: which encoder is trained, and are its equivariant channels really left alone?"""
+        online = self._online()
+        if not online or not loss.requires_grad:
             return
-        outputs = [call.output for call in self.capture.calls]
-        gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-        reached = [self.aux.equivariant(as_feature(g)) for g in gradients if g is not None]
-        if any(part.any() for part in reached):
+        trains = reached(loss, [call.output for call in online])
+        encoders = {
+            id(call.encoder): call.encoder
+            for call, is_trained in zip(online, trains, strict=True)
+            if is_trained
+        }
+        if id(self.encoder) not in encoders:
+            if len(encoders) != 1:
+                raise RuntimeError(
+                    "expected the method's loss to depend on what the encoder "
+                    f"{self._name(self.encoder)} gives, but it depends on "
+                    f"{[self._name(encoder) for encoder in encoders.values()] or 'no encoder'}; "
+                    f"backbone= tells which it is, of these: {describe_children(self.model)}"
+                )
+            # names are a first guess: a teacher may be called backbone
+            (self.encoder,) = encoders.values()
+        if self.mask:
+            self._verify_mask(loss, [c.output for c in online if c.encoder is self.encoder])
+
+    def _verify_mask(self, loss: Tensor, outputs: list[Tensor]) -> None:
+        past = reached(loss, outputs, avoiding=(self.mask and self.mask.nodes) or [])
+        outputs = [output for output, is_past in zip(outputs, past, strict=True) if is_past]
+        if not outputs:
+            return
+        # a way past the heads may still carry no gradient to these channels
+        gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
+        if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
             raise RuntimeError(
                 "expected the method's loss to see the invariant channels alone, but its gradient "
                 "reaches the equivariant ones past the heads "
@@ -430,6 +358,9 @@ class Attachment:
                 f"takes the encoder's features, of these: {describe_children(self.model)}; "
                 "equivariant_dim=0 trains without a split"
             )
+
+    def _feature(self, output: Tensor) -> Tensor:
+        return as_feature(output, spatial=self.aux.decoder.spatial)
 
     def _name(self, module: nn.Module) -> str:
         names = (name for name, known in self.model.named_modules() if known is module)
@@ -443,6 +374,9 @@ class Attachment:
         if trainer is not None:
             log: Callable[..., None] = self.model.log  # type: ignore[assignment]
             log(name, value, batch_size=batch_size)
+
+
+_METHODS = ("training_step", "configure_optimizers")
 
 
 def _refuse_manual_optimization(model: nn.Module) -> None:
@@ -463,14 +397,3 @@ def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
     elif isinstance(configured, (list, tuple)):
         for item in configured:
             yield from _optimizers(item)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.ndim:
-            yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

@@ -165,7 +165,7 @@ class ReconAux(nn.Module):
         return part
 
     def forward(self, views: Sequence[Tensor], features: Sequence[Tensor]) -> ReconAuxOutput:
-        """Rebuild a view and say how well.
+        """Rebuild a view and say how well; only one with gradient, where the other has none.
 
         Args:
             views: two augmented views of the same images, each ``(B, C, H, W)``.
@@ -180,7 +180,7 @@ class ReconAux(nn.Module):
             FloatingPointError: if the reconstruction loss is not finite.
         """
         self._check(views, features)
-        chosen = self._choose()
+        chosen = self._choose(features)
         own = torch.cat([self._part("equivariant", features[i]) for i in chosen])
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
         target = torch.cat([resize_view(views[i], self.target_size) for i in chosen])
@@ -220,7 +220,11 @@ class ReconAux(nn.Module):
             )
         return width
 
-    def _choose(self) -> tuple[int, ...]:
+    def _choose(self, features: Sequence[Tensor]) -> tuple[int, ...]:
+        live = tuple(i for i in (0, 1) if features[i].requires_grad)
+        if len(live) == 1:
+            # rebuilding a momentum encoder's view would train nothing of its equivariant part
+            return live
         if self.reconstruct == "both":
             return (0, 1)
         self._calls += 1

@@ -138,6 +138,7 @@ class CrossAttentionDecoder(nn.Module):
             )
         if dim % heads:
             raise ValueError(f"expected decoder_heads that divide decoder_dim={dim}, got {heads}")
+        self.spatial = spatial
         self.side = target_size // patch_size
         self.patch_size = patch_size
         self.queries = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)

@@ -25,12 +25,14 @@ class EncoderShape(NamedTuple):
     feature_rank: int
 
 
-def as_feature(output: Tensor) -> Tensor:
+def as_feature(output: Tensor, *, spatial: bool = False) -> Tensor:
     """Bring an encoder's output to ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
 
-    A 1x1 feature map, as a cut-off ResNet gives, becomes ``(B, D)``.
+    A 1x1 feature map, as a cut-off ResNet gives, becomes ``(B, D)``, unless the encoder is
+    ``spatial`` and gave one of a small image.
     """
-    return output.flatten(1) if output.ndim == 4 and output.shape[2:] == (1, 1) else output
+    pooled = not spatial and output.ndim == 4 and output.shape[2:] == (1, 1)
+    return output.flatten(1) if pooled else output
 
 
 def take_tensor(output: Any, features: Features | None = None) -> Tensor:
@@ -55,6 +57,7 @@ def take_tensor(output: Any, features: Features | None = None) -> Tensor:
 def encoder_shape(
     encoder: nn.Module,
     *,
+    method: str = "forward",
     image_channels: int | None = None,
     image_size: int | None = None,
     features: Features | None = None,
@@ -65,6 +68,7 @@ def encoder_shape(
 
     Args:
         encoder: images -> features.
+        method: the encoder's method that takes them.
         image_channels: where the encoder's first convolution doesn't show it.
         image_size: side of the blank image, where the encoder accepts one alone and no attribute
             of it says which.
@@ -81,13 +85,19 @@ def encoder_shape(
         >>> encoder_shape(encoder)
         EncoderShape(image_channels=1, feature_dim=16, feature_rank=2)
     """
+    call = getattr(encoder, method, None)
+    if not callable(call):
+        raise ValueError(
+            f"expected backbone_method= to name a method of {type(encoder).__name__}, "
+            f"got {method!r}"
+        )
     channels = image_channels or _first_conv_channels(encoder)
     size = image_size or _declared_image_size(encoder) or 64
     like = next(encoder.parameters(), torch.empty(0))
     blank = torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype)
     try:
-        with _undisturbed(encoder, like.device):
-            output = encoder(blank)
+        with evaluating(encoder), _undrawn(like.device), torch.no_grad():
+            output = call(blank)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
             f"expected an encoder that takes images {tuple(blank.shape)}, but {error}; "
@@ -118,17 +128,23 @@ def _declared_image_size(encoder: nn.Module) -> int | None:
 
 
 @contextmanager
-def _undisturbed(encoder: nn.Module, device: torch.device) -> Iterator[None]:
-    modes = [(module, module.training) for module in encoder.modules()]
-    devices = [device] if device.type == "cuda" else []
+def evaluating(encoder: object) -> Iterator[None]:
+    """Eval mode for a while; each submodule gets back the mode it had."""
+    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
     try:
         for module, _ in modes:
             module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _undrawn(device: torch.device) -> Iterator[None]:
+    """Leave the random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def _describe(value: Any) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .encoder import evaluating
 from .splitter import FeatureSplitter
 
 try:
@@ -288,7 +289,7 @@ def probe(
         return {part: torch.cat(values).numpy() for part, values in features.items()}
 
     work = len(train[0]) + len(test[0]) + len(tasks) * sum(len(rows) for rows in chosen)
-    with _bar(progress, work) as advance, _evaluating(encoder), torch.no_grad():
+    with _bar(progress, work) as advance, evaluating(encoder), torch.no_grad():
         clean = [encode(images) for images, _ in (train, test)]
         drawn: dict[str, list[dict[str, Tensor]]] = {}
         warped: dict[str, list[Parts]] = {}
@@ -345,19 +346,6 @@ def _accuracies(x: Sequence[Any], labels: Sequence[Any]) -> tuple[float, float]:
 
 def _standardized(model: Any) -> Any:
     return make_pipeline(StandardScaler(), model)
-
-
-@contextmanager
-def _evaluating(encoder: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Eval mode for a while; each submodule gets back the mode it had."""
-    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def test_an_encoder_that_is_never_called() -> None:
     model = method(training_step=lambda self, batch, i: self.projection_head.layers[0].weight.sum())
     attach(model)
     with pytest.raises(
-        RuntimeError, match=r"call the encoder backbone .*0 calls without.*backbone="
+        RuntimeError, match=r"forward of the encoder backbone .*0 calls without.*backbone="
     ):
         model.training_step(batch(), 0)
 

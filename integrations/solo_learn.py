@@ -1,0 +1,174 @@
+"""Attach to solo-learn's methods, or run solo-learn's own scripts with every method attached.
+
+``python -m recon_aux.integrations.solo_learn main_pretrain.py ITS ARGUMENTS ++recon_aux.weight=4``
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from recon_aux import ReconAux
+from recon_aux.attach import attach as attach_to
+from recon_aux.attach import attach_by
+from recon_aux.find import Conventions
+
+try:
+    from solo.methods import METHODS
+    from solo.methods.base import BaseMethod
+except ImportError as error:
+    raise ImportError(
+        "recon_aux.integrations.solo_learn needs solo-learn and what it imports "
+        f"({error}); install them with: pip install 'recon-aux[solo-learn]' && "
+        "pip install --no-deps --no-build-isolation git+https://github.com/vturrisi/solo-learn"
+    ) from error
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# what balances each method's loss with the reconstruction loss, from the same losses in lightly;
+# BYOL's is four times lightly's: two views are summed, and their distance is squared
+_WEIGHTS = {"SimCLR": 4.0, "VICReg": 25.0, "BYOL": 4.0}
+
+_HEADS = {"projector", "momentum_projector", "head", "momentum_head"}
+
+_SCRIPT = "RECON_AUX_SOLO_LEARN_SCRIPT"
+
+
+def attach(
+    model: Model,
+    *,
+    backbone: str | nn.Module | None = None,
+    heads: Sequence[str | nn.Module] | None = None,
+    weight: float | None = None,
+    **options: Any,
+) -> Model:
+    """Attach to a method; the one line.
+
+    The decoder's parameters are a group of their own, ``"recon_aux"``, in the method's
+    ``learnable_params``; the online classifier and k-NN see the whole feature.
+
+    Args:
+        model: one of solo-learn's two-view methods, or a subclass of one.
+        backbone: the encoder, or its name; by default ``backbone`` (``encoder`` in 1.0.2).
+        heads: the modules that take the encoder's features, or their names; by default the
+            projector or head, and the momentum one.
+        weight: weight of the reconstruction loss; the default depends on the method.
+        options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
+
+    Returns:
+        The same model, changed in place; ``model.recon_aux`` is the :class:`recon_aux.ReconAux`.
+
+    Raises:
+        TypeError: if the method has no two views: MAE, linear evaluation.
+        ValueError: if no encoder or no head is found; the message lists the submodules.
+
+    Example:
+        >>> from solo.methods import METHODS
+        >>> model = attach(METHODS["simclr"](cfg))                         # doctest: +SKIP
+        >>> [group["name"] for group in model.learnable_params]            # doctest: +SKIP
+        ['backbone', 'classifier', 'recon_aux', 'projector']
+    """
+    _declare_the_decoders_group()
+    return attach_by(_SOLO_LEARN, model, backbone=backbone, heads=heads, weight=weight, **options)
+
+
+def _default_weight(model: nn.Module) -> float:
+    classes = (base.__name__ for base in type(model).__mro__)
+    return next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), 1.0)
+
+
+_SOLO_LEARN = Conventions(
+    backbones=("backbone", "encoder"),
+    is_head=lambda name, module: name in _HEADS,
+    default_weight=_default_weight,
+    refused={
+        "MAE": "rebuilds masked patches of one view",
+        "LinearModel": "trains a classifier on an encoder that is trained already",
+    },
+)
+
+
+def _declare_the_decoders_group() -> None:
+    """Let ``learnable_params``, a property of the class, name the decoder of an attached model."""
+    declared = BaseMethod.learnable_params
+    if hasattr(declared.fget, "__wrapped__"):
+        return
+
+    def learnable_params(self: nn.Module) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = declared.fget(self)
+        aux = dict(self.named_children()).get("recon_aux", nn.Module())
+        params = [p for p in aux.parameters() if p.requires_grad]
+        return [*groups, {"name": "recon_aux", "params": params}] if params else groups
+
+    learnable_params.__wrapped__ = declared.fget  # type: ignore[attr-defined]
+    BaseMethod.learnable_params = property(learnable_params, doc=declared.__doc__)
+
+
+# --- solo-learn's own scripts ---
+
+
+class _Attached:
+    """Stands in for a method's class in METHODS; the models that it makes come attached."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def __call__(self, cfg: Any) -> nn.Module:
+        options = _options(cfg.get("recon_aux") or {})
+        model: nn.Module = attach(self.method(cfg), **options)
+        aux: ReconAux = model.get_submodule("recon_aux")  # type: ignore[assignment]
+        found = {"weight": aux.weight, "equivariant_dim": aux.splitter.equivariant_dim}
+        # the checkpointer saves cfg
+        cfg.recon_aux = {**options, **found}
+        print(f"recon_aux is attached to {type(model).__name__}: {dict(cfg.recon_aux)}")
+        return model
+
+
+def _options(section: Mapping[str, Any]) -> dict[str, Any]:
+    signatures = (inspect.signature(attach_to), inspect.signature(ReconAux))
+    parameters = [p for signature in signatures for p in signature.parameters.values()]
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"features", "spatial"}
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise ValueError(
+            "expected the options of the config's recon_aux section to be some of "
+            f"{sorted(known)}, got {unknown}"
+        )
+    return dict(section)
+
+
+def run() -> None:
+    """Run the script that the command line names, with its arguments and every method attached."""
+    arguments = sys.argv[1:]
+    # Lightning starts this module again for each further device, with the arguments alone
+    script = os.environ.get(_SCRIPT, "")
+    if arguments and arguments[0].endswith(".py"):
+        script = arguments.pop(0)
+    if not Path(script).is_file():
+        raise SystemExit(
+            "expected: python -m recon_aux.integrations.solo_learn main_pretrain.py ARGUMENTS, "
+            f"with the path of solo-learn's script; got {script or 'no script'!r}"
+        )
+    script = os.environ[_SCRIPT] = str(Path(script).resolve())
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    METHODS.update({name: _Attached(method) for name, method in METHODS.items()})
+    main = ModuleType("__main__")
+    main.__file__ = script
+    main.__spec__ = sys.modules["__main__"].__spec__
+    sys.modules["__main__"] = main
+    exec(compile(Path(script).read_bytes(), script, "exec"), vars(main))
+
+
+if __name__ == "__main__":
+    run()

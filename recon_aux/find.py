@@ -1,0 +1,127 @@
+"""Find the encoder, its copies and the heads in a model, by a framework's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How a framework names what its methods are made of.
+
+    Args:
+        backbones: names of the encoder, the likeliest first.
+        is_head: whether a submodule, given with its dotted name, takes the encoder's features.
+        default_weight: of the reconstruction loss, for a method.
+        refused: class names of methods without two views, each with the reason.
+    """
+
+    backbones: Sequence[str]
+    is_head: Callable[[str, nn.Module], bool]
+    default_weight: Callable[[nn.Module], float]
+    refused: Mapping[str, str]
+
+    def refuse(self, model: nn.Module) -> None:
+        """Say no to a method without two views.
+
+        Raises:
+            TypeError: that names the method and the reason.
+        """
+        for name in (base.__name__ for base in type(model).__mro__):
+            if name in self.refused:
+                raise TypeError(
+                    f"expected a method that encodes two views, got {type(model).__name__}, which "
+                    f"{self.refused[name]}"
+                )
+
+    def find_encoder(self, model: nn.Module) -> nn.Module:
+        """Find the encoder that is trained, among the direct submodules.
+
+        Raises:
+            ValueError: that lists the submodules, if none has a name that means an encoder.
+        """
+        children = dict(model.named_children())
+        similar = [child for child in children if any(name in child for name in self.backbones)]
+        for name in [*self.backbones, *similar]:
+            child = children.get(name)
+            if child is not None and any(p.requires_grad for p in child.parameters()):
+                return child
+        raise ValueError(
+            f"expected an encoder named one of {tuple(self.backbones)} in {type(model).__name__}; "
+            f"backbone= tells which it is, of these: {describe_children(model)}"
+        )
+
+    def find_heads(self, model: nn.Module) -> list[nn.Module]:
+        """Find the heads, those of momentum encoders too; nothing within a head is one.
+
+        Raises:
+            ValueError: that lists the submodules, if there is none.
+        """
+        heads: list[nn.Module] = []
+
+        def walk(parent: nn.Module, prefix: str) -> None:
+            for name, child in parent.named_children():
+                if self.is_head(prefix + name, unwrap(child)):
+                    heads.append(child)
+                else:
+                    walk(child, f"{prefix}{name}.")
+
+        walk(model, "")
+        if not heads:
+            raise ValueError(
+                f"expected a projection head in {type(model).__name__}, found none; heads= tells "
+                f"which modules take the encoder's features, of these: {describe_children(model)}"
+            )
+        return heads
+
+
+def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Module:
+    """Resolve a submodule given by itself or by its dotted name.
+
+    Raises:
+        ValueError: if it isn't a submodule of the model; the message lists those there are.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if isinstance(module, str) and module in modules:
+        return modules[module]
+    if isinstance(module, nn.Module) and any(module is known for known in modules.values()):
+        return module
+    given = module if isinstance(module, str) else type(module).__name__
+    raise ValueError(
+        f"expected {option}= to name a submodule of {type(model).__name__}, got {given!r}; "
+        f"there are: {describe_children(model)}"
+    )
+
+
+def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
+    """Find the other submodules of the same class and shape: momentum encoders and teachers."""
+    known = {id(module) for module in encoder.modules()}
+    copies = []
+    for module in model.modules():
+        if id(module) in known or unwrap(module) is unwrap(encoder):
+            continue
+        if type(unwrap(module)) is type(unwrap(encoder)) and _shapes(module) == _shapes(encoder):
+            copies.append(module)
+            known.update(id(inner) for inner in module.modules())
+    return copies
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Look through ``torch.compile`` and ``DataParallel``."""
+    inner = getattr(module, "_orig_mod", None)
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = module.module
+    return unwrap(inner) if isinstance(inner, nn.Module) else module
+
+
+def describe_children(model: nn.Module) -> str:
+    """List a model's direct submodules for an error message."""
+    children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
+    return ", ".join(children) or "none"
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(p.shape)) for name, p in unwrap(module).named_parameters()]

@@ -1,0 +1,176 @@
+"""Stand before one method of one module: the encoder's to see, the heads' to mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from .encoder import Features, take_tensor
+
+# what stands in a method's place gets the module, the method, and what it was called with
+Guard = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Door:
+    """Stands in for one method of one module, also where a call goes past forward hooks.
+
+    It is an attribute of the instance: the module's class, its parameters and its ``state_dict``
+    stay as they are, and a copy of the module has a copy of it.
+    """
+
+    def __init__(self, module: nn.Module, method: str, guard: Guard) -> None:
+        self.module = module
+        self.method = method
+        self.guard: Guard | None = guard
+        # an instance may have a method of its own over its class's
+        self.own: Callable[..., Any] | None = vars(module).get(method)
+        vars(module)[method] = self
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method itself, where Lightning and inspect look for its signature."""
+        # looked up anew each time: a copy is bound to itself
+        return self.own or MethodType(getattr(type(self.module), self.method), self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, through the guard."""
+        if self.guard is None:
+            return self.__wrapped__(*args, **kwargs)
+        return self.guard(self.module, self.__wrapped__, args, kwargs)
+
+    def close(self) -> None:
+        """Give the module its method back."""
+        self.guard = None
+        if vars(self.module).get(self.method) is self:
+            del vars(self.module)[self.method]
+            if self.own is not None:
+                vars(self.module)[self.method] = self.own
+
+
+def doors(model: nn.Module) -> list[Door]:
+    """Find every door in a model, those that came with copied modules, too."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in values if isinstance(value, Door)]
+
+
+class EncoderCall(NamedTuple):
+    """Which encoder was called, the images that it took, and the very tensor that it gave."""
+
+    encoder: nn.Module
+    image: Tensor
+    output: Tensor
+
+
+class Capture:
+    """A guard that sees image and feature together, while it is recording."""
+
+    def __init__(self, features: Features | None) -> None:
+        self.features = features
+        self.recording = False
+        self.calls: list[EncoderCall] = []
+
+    def start(self) -> None:
+        """Forget, and record from here on."""
+        self.recording, self.calls = True, []
+
+    def stop(self) -> None:
+        """Forget, and record nothing."""
+        self.recording, self.calls = False, []
+
+    def __call__(
+        self,
+        encoder: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call the encoder, and remember."""
+        result = call(*args, **kwargs)
+        if self.recording:
+            image = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            if image is None or image.ndim != 4:
+                shape = None if image is None else tuple(image.shape)
+                raise ValueError(
+                    f"expected the encoder to be called with images (B, C, H, W), got {shape}"
+                )
+            self.calls.append(EncoderCall(encoder, image, take_tensor(result, self.features)))
+        return result
+
+    def __deepcopy__(self, memo: Any) -> Capture:
+        """Copy, but let a momentum encoder that is copied within a step report to that step."""
+        return self if self.recording else Capture(self.features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tensors of a running step out."""
+        return {"features": self.features, "recording": False, "calls": []}
+
+
+class Mask:
+    """A guard that zeroes the equivariant channels of what a head receives.
+
+    A linear layer fed zeros computes what a narrower layer would, and its unused weights get zero
+    gradient: zero-masking is slicing.
+    """
+
+    def __init__(self, feature_dim: int, equivariant_dim: int, feature_rank: int) -> None:
+        self.feature_dim = feature_dim
+        self.equivariant_dim = equivariant_dim
+        self.feature_rank = feature_rank
+        # where this mask stands in the autograd graph, while somebody wants to know
+        self.nodes: list[Node] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the graph of a running step out of copies."""
+        return {**vars(self), "nodes": None}
+
+    def __call__(
+        self,
+        head: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call the head with its first tensor masked."""
+        for index, value in enumerate(args):
+            if isinstance(value, Tensor):
+                return call(*args[:index], self.mask(value, head), *args[index + 1 :], **kwargs)
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return call(*args, **{**kwargs, name: self.mask(value, head)})
+        raise ValueError(
+            f"expected the head {type(head).__name__} to be called with features, got no tensor; "
+            "heads= tells which modules take the encoder's features"
+        )
+
+    def mask(self, feature: Tensor, head: nn.Module) -> Tensor:
+        """Zero the last channels of any feature.
+
+        That is ``(B, D)``, tokens ``(B, N, D)``, a map ``(B, D, H, W)``, the same with channels
+        last, ``(B, H, W, D)``, or flattened, ``(B, D * H * W)``.
+        """
+        maps_first = feature.ndim == 4 and feature.shape[1] == self.feature_dim
+        dim = 1 if maps_first else feature.ndim - 1
+        positions, rest = divmod(feature.shape[dim], self.feature_dim)
+        flattened = positions > 1 and feature.ndim == 2 and self.feature_rank != 2
+        if feature.ndim not in (2, 3, 4) or rest or (positions != 1 and not flattened):
+            raise ValueError(
+                f"expected the head {type(head).__name__} to receive the encoder's "
+                f"{self.feature_dim} channels, got {tuple(feature.shape)}; "
+                "heads= tells which modules take the encoder's features"
+            )
+        if flattened and self.feature_rank == 3:
+            tokens = rearrange(feature, "b (n d) -> b n d", n=positions)
+            return self.mask(tokens, head).flatten(1)
+        # a flattened map is channel-major, so the equivariant channels are last there, too
+        width = self.equivariant_dim * positions
+        after = [0, 0] * (feature.ndim - 1 - dim)
+        masked = F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
+        if self.nodes is not None and masked.grad_fn is not None:
+            self.nodes.append(masked.grad_fn)
+        return masked
