@@ -124,6 +124,7 @@ class _Attached:
         return getattr(self.method, name)
 
     def __call__(self, cfg: Any) -> nn.Module:
+        _SOLO_LEARN.refuse(self.method)
         options = _options(cfg.get("recon_aux") or {})
         model: nn.Module = attach(self.method(cfg), **options)
         aux: ReconAux = model.get_submodule("recon_aux")  # type: ignore[assignment]

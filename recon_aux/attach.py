@@ -82,11 +82,7 @@ def attach(
             f"expected a bare {type(model).__name__}, got one with a recon_aux already; "
             "recon_aux.detach(model) takes it off"
         )
-    if unwrap(model) is not model:
-        raise TypeError(
-            f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
-            "then compile or wrap it"
-        )
+    _refuse_wrapped(model)
     for method in _METHODS:
         if not callable(getattr(model, method, None)):
             raise TypeError(
@@ -153,7 +149,8 @@ def attach_by(
         TypeError: if the conventions know the method for one without two views.
         ValueError: if no encoder or no head is found, and as :func:`attach` does.
     """
-    conventions.refuse(model)
+    _refuse_wrapped(model)
+    conventions.refuse(type(model))
     if backbone is None:
         backbone = conventions.find_encoder(model)
     if heads is None:
@@ -202,15 +199,16 @@ class Attachment:
         views: int | None,
     ) -> None:
         self.model = model
-        self.encoder = encoder
+        # torch.compile's wrapper has no methods of its own but forward
+        self.encoder = encoder if backbone_method == "forward" else unwrap(encoder)
         self.backbone_method = backbone_method
         self.capture = capture
         self.views = views
         self.verified = False
         self.heads: list[nn.Module] = []
         self.mask: Mask | None = None
-        self.watched = [encoder]
-        Door(encoder, backbone_method, capture)
+        self.watched = [self.encoder]
+        Door(self.encoder, backbone_method, capture)
         self.watch_copies()
         guards: dict[str, Guard] = {"training_step": self.step, "configure_optimizers": self.enroll}
         for method in _METHODS:
@@ -225,6 +223,7 @@ class Attachment:
     def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
         for copy in find_copies(self.model, self.encoder):
+            copy = copy if self.backbone_method == "forward" else unwrap(copy)
             if not any(copy is known for known in self.watched):
                 self.watched.append(copy)
                 Door(copy, self.backbone_method, self.capture)
@@ -377,6 +376,14 @@ class Attachment:
 
 
 _METHODS = ("training_step", "configure_optimizers")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if unwrap(model) is not model:
+        raise TypeError(
+            f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
+            "then compile or wrap it"
+        )
 
 
 def _refuse_manual_optimization(model: nn.Module) -> None:

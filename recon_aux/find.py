@@ -24,16 +24,16 @@ class Conventions:
     default_weight: Callable[[nn.Module], float]
     refused: Mapping[str, str]
 
-    def refuse(self, model: nn.Module) -> None:
-        """Say no to a method without two views.
+    def refuse(self, method: type) -> None:
+        """Say no to the class of a method without two views.
 
         Raises:
             TypeError: that names the method and the reason.
         """
-        for name in (base.__name__ for base in type(model).__mro__):
+        for name in (base.__name__ for base in method.__mro__):
             if name in self.refused:
                 raise TypeError(
-                    f"expected a method that encodes two views, got {type(model).__name__}, which "
+                    f"expected a method that encodes two views, got {method.__name__}, which "
                     f"{self.refused[name]}"
                 )
 
