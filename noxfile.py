@@ -1,4 +1,7 @@
-"""`nox` checks style and types, runs every test, builds the package and imports what it built."""
+"""`nox` checks style and types, runs every test, builds the package and imports what it built.
+
+Two environments: PyPI's solo-learn, of 2021, wants another Lightning than everything else.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,10 +10,21 @@ import nox
 
 nox.options.reuse_existing_virtualenvs = True
 
+SOLO_LEARN_NEEDS = [
+    "pytest",
+    "torchvision",
+    "pytorch-lightning==1.9.5",
+    "lightning-bolts==0.7.0",
+    "timm",
+    "wandb",
+    "scipy",
+    "setuptools<80",
+]
+
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything that guards the main branch, in one environment."""
+    """Style, types, every test but solo-learn's, the package."""
     session.install("-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -36,3 +50,12 @@ def package(session: nox.Session) -> None:
         "assert (root / 'py.typed').exists(); print('imported', root)"
     )
     session.run("python", "-c", check, str(installed.resolve()))
+
+
+@nox.session
+def solo_learn(session: nox.Session) -> None:
+    """The solo-learn adapter on the version that PyPI has."""
+    session.install("-e", ".", *SOLO_LEARN_NEEDS)
+    # its pins, of torch 1.9 among others, can't be met
+    session.install("--no-deps", "solo-learn==1.0.2")
+    session.run("pytest", "-rs", "tests/test_solo_learn.py", *session.posargs)

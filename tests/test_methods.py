@@ -266,14 +266,13 @@ def test_methods_with_one_view_are_refused_by_name(name: str) -> None:
 
 
 def test_a_method_of_the_backbone_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="backbone_method= to name a method of Sequential.*encode"):
+    with pytest.raises(ValueError, match=r"to name a method of Sequential.*encode"):
         built(Method, backbone_method="encode")
 
 
 def test_an_encoder_that_is_called_past_its_forward() -> None:
-    with pytest.raises(RuntimeError, match="to call forward of the encoder.*backbone_method="):
-        model = built(Masked, backbone_method="forward")
-        model.student_backbone.encode = model.student_backbone.encode
+    model = built(Masked, backbone_method="forward")
+    with pytest.raises(RuntimeError, match=r"call forward of the encoder .*backbone_method="):
         model.training_step(model.batch(), 0)
 
 

@@ -1,0 +1,394 @@
+"""The solo-learn adapter, on the real classes of whichever version is installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import recon_aux
+
+pytest.importorskip("solo", reason="solo-learn is not installed; `nox -s solo_learn` installs it")
+from solo.methods import METHODS
+from solo.methods.base import BaseMethod
+
+from recon_aux.integrations import solo_learn
+from recon_aux.integrations.solo_learn import attach
+
+# 1.0.2, on PyPI, takes keyword arguments; 1.0.6, on GitHub, a config object
+TAKES_A_CONFIG = "cfg" in inspect.signature(BaseMethod.__init__).parameters
+Trainer = importlib.import_module("lightning" if TAKES_A_CONFIG else "pytorch_lightning").Trainer
+TWO_VIEW = sorted(set(METHODS) - {"base", "linear", "mae"})
+BATCH = 8
+
+METHOD_OPTIONS = {
+    "proj_hidden_dim": 32,
+    "proj_output_dim": 16,
+    "pred_hidden_dim": 32,
+    "temperature": 0.2,
+    "temperature_q": 0.1,
+    "temperature_k": 0.04,
+    "queue_size": 64,
+    "lamb": 5e-3,
+    "scale_loss": 0.025,
+    "supervised": False,
+    "sk_iters": 3,
+    "sk_epsilon": 0.05,
+    "epoch_queue_starts": 0,
+    "freeze_prototypes_epochs": 0,
+    "num_prototypes": 32,
+    "kmeans_iters": 2,
+    "use_bn_in_head": False,
+    "norm_last_layer": True,
+    "clip_grad": 0,
+    "freeze_last_layer": 0,
+    "student_temperature": 0.1,
+    "teacher_temperature": 0.07,
+    "warmup_teacher_temperature": 0.04,
+    "warmup_teacher_temperature_epochs": 1,
+    "sim_loss_weight": 25.0,
+    "var_loss_weight": 25.0,
+    "cov_loss_weight": 1.0,
+    "iternorm": True,
+    "whitening_size": 8,
+    "whitening_iters": 1,
+    "whitening_eps": 1e-2,
+}
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "deepclusterv2": {"num_prototypes": [8, 8]},
+    "wmse": {"proj_output_dim": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def cholesky_of_2021(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W-MSE of 1.0.2 calls torch.cholesky, which torch has removed since."""
+    if not TAKES_A_CONFIG:
+        monkeypatch.setattr(torch, "cholesky", torch.linalg.cholesky)
+
+
+def as_in_2021(model: Any) -> Any:
+    """Give 1.0.2 what its Lightning, 1.4, gave it and 1.9 doesn't; without it, bare ones fail."""
+    if hasattr(model, "momentum_pairs"):
+        model.on_train_batch_end = partial(model.on_train_batch_end, dataloader_idx=0)
+    # DINO has a clip_gradients of its own, which Lightning has come to call with other arguments
+    model.configure_gradient_clipping = lambda *args, **kwargs: None
+    # the length of Lightning's loader has become a float
+    model.dali_epoch_size = 2 * BATCH
+    return model
+
+
+def build(
+    name: str, backbone: str = "resnet18", small_crops: int = 0, **backbone_options: Any
+) -> Any:
+    torch.manual_seed(0)
+    options = {**METHOD_OPTIONS, **PARTICULAR.get(name, {})}
+    if TAKES_A_CONFIG:
+        return METHODS[name](config(name, backbone, small_crops, options, backbone_options))
+    model = METHODS[name](
+        **options,
+        encoder=backbone,
+        backbone_args={"cifar": False, **backbone_options},
+        num_classes=4,
+        max_epochs=2,
+        batch_size=BATCH,
+        optimizer="sgd",
+        lars=False,
+        lr=0.01,
+        weight_decay=1e-5,
+        classifier_lr=0.1,
+        exclude_bias_n_norm=False,
+        accumulate_grad_batches=1,
+        extra_optimizer_args={"momentum": 0.9},
+        scheduler="warmup_cosine",
+        min_lr=0.0,
+        warmup_start_lr=0.01,
+        warmup_epochs=1,
+        num_large_crops=2,
+        num_small_crops=small_crops,
+        eta_lars=0.02,
+        grad_clip_lars=True,
+        knn_eval=False,
+        base_tau_momentum=0.99,
+        final_tau_momentum=1.0,
+        momentum_classifier=False,
+    )
+    return as_in_2021(model)
+
+
+def config(name: str, backbone: str, small_crops: int, options: Any, backbone_options: Any) -> Any:
+    return importlib.import_module("omegaconf").OmegaConf.create(
+        {
+            "name": name,
+            "method": name,
+            "method_kwargs": options,
+            "backbone": {"name": backbone, "kwargs": backbone_options},
+            "data": {
+                "dataset": "custom",
+                "num_classes": 4,
+                "num_large_crops": 2,
+                "num_small_crops": small_crops,
+            },
+            "optimizer": {
+                "name": "sgd",
+                "batch_size": BATCH,
+                "lr": 0.01,
+                "classifier_lr": 0.1,
+                "weight_decay": 1e-5,
+                "kwargs": {"momentum": 0.9},
+            },
+            "scheduler": {"name": "warmup_cosine", "warmup_epochs": 1, "warmup_start_lr": 0.01},
+            "momentum": {"base_tau": 0.99, "final_tau": 1.0},
+            "max_epochs": 2,
+        }
+    )
+
+
+def backbone_of(model: Any) -> nn.Module:
+    return model.backbone if hasattr(model, "backbone") else model.encoder
+
+
+def views(count: int, side: int = 32, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = F.interpolate(torch.rand(BATCH, 3, 2, 2, generator=generator), side, mode="bilinear")
+    shades = torch.rand(count, BATCH, 3, 1, 1, generator=generator)
+    return [images * (0.5 + 0.5 * shade) for shade in shades]
+
+
+def batch(small_crops: int = 0, side: int = 32) -> list[Any]:
+    crops = views(2, side) + (views(small_crops, 3 * side // 4, seed=2) if small_crops else [])
+    return [torch.arange(BATCH), crops, torch.arange(BATCH) % 4]
+
+
+def fit(model: Any, small_crops: int = 0, epochs: int = 1) -> Any:
+    index, crops, labels = batch(small_crops)
+    samples = [(index[i], [crop[i] for crop in crops], labels[i]) for i in range(BATCH)] * 2
+    samples = [(torch.tensor(i), crops, label) for i, (_, crops, label) in enumerate(samples)]
+    validation = [(crops[0], label) for _, crops, label in samples[:BATCH]]
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    loader = DataLoader(samples, BATCH, shuffle=True, drop_last=True)
+    trainer.fit(model, loader, DataLoader(validation, BATCH))
+    return trainer
+
+
+def ready(model: Any) -> Any:
+    """Trained for a few steps by its trainer, then free of it."""
+    # DeepCluster has its first clusters after one epoch
+    fit(model, epochs=2)
+    model.train()
+    model.log = model.log_dict = lambda *args, **kwargs: None
+    return model
+
+
+every_method = pytest.mark.parametrize("name", TWO_VIEW)
+
+
+def test_there_are_as_many_methods_as_the_readme_says() -> None:
+    assert len(TWO_VIEW) == (18 if TAKES_A_CONFIG else 14)
+
+
+@every_method
+def test_trains_under_the_trainer(name: str) -> None:
+    model = build(name)
+    assert attach(model) is model
+    decoder = copy.deepcopy(model.recon_aux.decoder.state_dict())
+    trainer = fit(model)
+    trained = model.recon_aux.decoder.state_dict()
+    assert not any(torch.equal(decoder[key], trained[key]) for key in decoder)
+    assert "recon_aux/loss" in trainer.callback_metrics
+
+
+@every_method
+def test_the_decoder_is_a_group_of_its_own(name: str) -> None:
+    model = build(name)
+    bare = [group.get("name") for group in model.learnable_params]
+    attach(model)
+    groups = [group.get("name") for group in model.learnable_params]
+    assert "recon_aux" not in bare
+    assert sorted(map(str, groups)) == sorted(map(str, [*bare, "recon_aux"]))
+    optimizer = fit(model).optimizers[0]
+    placed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    own = [group for group in optimizer.param_groups if group.get("name") == "recon_aux"]
+    assert len(own) == 1
+    assert {id(p) for p in own[0]["params"]} == {id(p) for p in model.recon_aux.parameters()}
+    assert len(placed) == len(set(placed))
+    recon_aux.detach(model)
+    assert [group.get("name") for group in model.learnable_params] == bare
+
+
+@every_method
+def test_the_methods_loss_leaves_the_equivariant_channels_alone(name: str) -> None:
+    model = attach(build(name), weight=0, equivariant_dim=200)
+    ready(model)
+    seen: list[Tensor] = []
+    backbone_of(model).register_forward_hook(lambda *call: seen.append(call[2]))
+    result = model.training_step(batch(), 0)
+    loss = result["loss"] if isinstance(result, dict) else result
+    # the losses of mocov2plus and ressl take one view from the encoder
+    gradients = torch.autograd.grad(loss, [y for y in seen if y.requires_grad], allow_unused=True)
+    reached = [g for g in gradients if g is not None]
+    assert len(gradients) == 2
+    assert any(g[:, :312].any() for g in reached)
+    assert not any(g[:, 312:].any() for g in reached)
+
+
+@every_method
+def test_the_reconstruction_loss_halves_on_a_fixed_batch(name: str) -> None:
+    model = ready(attach(build(name)))
+    losses: list[float] = []
+    model.recon_aux.register_forward_hook(
+        lambda module, args, out: losses.append(out.reconstruction_loss.item())
+    )
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        result = model.training_step(batch(), 0)
+        (result["loss"] if isinstance(result, dict) else result).backward()
+        optimizer.step()
+    assert sum(losses[-2:]) < sum(losses[:2]) / 2, losses
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "vicreg", "mocov2plus"])
+def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(name: str) -> None:
+    def trained(change: Any) -> tuple[dict[str, Tensor], Tensor]:
+        model = change(build(name))
+        torch.manual_seed(3)
+        fit(model)
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith("recon_aux.")}
+        return state, torch.random.get_rng_state()
+
+    bare, random = trained(lambda model: model)
+    for change in (
+        lambda model: attach(model, weight=0, equivariant_dim=0),
+        lambda model: recon_aux.detach(attach(model)),
+    ):
+        state, state_of_random = trained(change)
+        assert state.keys() == bare.keys()
+        assert all(torch.equal(bare[key], state[key]) for key in bare)
+        assert torch.equal(random, state_of_random)
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "swav"] if TAKES_A_CONFIG else ["simclr"])
+def test_small_crops_are_not_rebuilt(name: str) -> None:
+    model = attach(build(name, small_crops=2))
+    shapes: list[Any] = []
+    model.recon_aux.register_forward_pre_hook(
+        lambda module, args: shapes.append([view.shape[-1] for view in args[0]])
+    )
+    fit(model, small_crops=2)
+    assert shapes == [[32, 32]] * 2
+
+
+BACKBONES = {
+    "vit_tiny": {"img_size": 32, "patch_size": 8},
+    "swin_tiny": {"img_size": 64, "window_size": 2},
+    "convnext_tiny": {},
+    "poolformer_s12": {},
+    "wide_resnet28w2": {},
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbones(backbone: str) -> None:
+    try:
+        model = build("simclr", backbone, **BACKBONES[backbone])
+    except (AssertionError, TypeError, RuntimeError) as error:
+        pytest.skip(f"this solo-learn, with this timm, has no {backbone}: {error!r:.80}")
+    attach(model)
+    model.log = model.log_dict = lambda *args, **kwargs: None
+    result = model.training_step(batch(side=64 if "swin" in backbone else 32), 0)
+    (result["loss"] if isinstance(result, dict) else result).backward()
+    assert model.recon_aux.splitter.feature_dim == model.features_dim
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_the_online_classifier_sees_the_whole_feature() -> None:
+    model = attach(build("simclr"))
+    seen: list[Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ready(model)
+    assert all(feature[:, 256:].any() for feature in seen)
+
+
+def test_the_weight_depends_on_the_method() -> None:
+    weights = {name: attach(build(name)).recon_aux.weight for name in ("simclr", "vicreg", "dino")}
+    assert weights == {"simclr": 4.0, "vicreg": 25.0, "dino": 1.0}
+
+
+@pytest.mark.parametrize("name", ["linear", "mae"])
+def test_methods_without_two_views_are_refused_by_name(name: str) -> None:
+    if name not in METHODS:
+        pytest.skip(f"this solo-learn has no {name}")
+    model = METHODS[name].__new__(METHODS[name])
+    nn.Module.__init__(model)
+    with pytest.raises(TypeError, match=f"two views, got {METHODS[name].__name__}, which "):
+        attach(model)
+
+
+def test_unknown_options_of_the_config_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"some of \[.*'decoder_depth'.*'weight'\], got \['wieght'\]"
+    ):
+        solo_learn._options({"wieght": 1.0})
+    known = {"weight": 2.0, "backbone": "backbone", "equivariant_dim": 64}
+    assert solo_learn._options(known) == known
+
+
+@pytest.mark.skipif(not TAKES_A_CONFIG, reason="1.0.2 has no config to read the options from")
+def test_a_script_runs_with_every_method_attached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "main_pretrain.py"
+    script.write_text(
+        "import json, sys\n"
+        "from solo.methods import METHODS\n"
+        "from test_solo_learn import METHOD_OPTIONS, config\n"
+        "def main():\n"
+        "    cfg = config('simclr', 'resnet18', 0, METHOD_OPTIONS, {})\n"
+        "    cfg.recon_aux = {'weight': 2.0, 'decoder_depth': 2}\n"
+        "    model = METHODS['simclr'](cfg)\n"
+        "    print(json.dumps([sys.argv[1:], dict(cfg.recon_aux), hasattr(model, 'recon_aux')]))\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    module = [sys.executable, "-m", "recon_aux.integrations.solo_learn"]
+    tests = str(Path(__file__).parent)
+    env = {**os.environ, "PYTHONPATH": tests}
+    first = [*module, str(script), "++a=1"]
+    # what Lightning runs for a second device: the module and the arguments, without the script
+    second_env = {**env, "RECON_AUX_SOLO_LEARN_SCRIPT": str(script)}
+    for command, environment in ((first, env), ([*module, "++a=1"], second_env)):
+        printed = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path
+        ).stdout.splitlines()
+        options = {"weight": 2.0, "decoder_depth": 2, "equivariant_dim": 256}
+        assert json.loads(printed[-1]) == [["++a=1"], options, True]
+        assert printed[-2].startswith("recon_aux is attached to SimCLR: ")
+
+
+def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["solo_learn", "nowhere.py"])
+    with pytest.raises(SystemExit, match=r"main_pretrain\.py ARGUMENTS.*got 'nowhere\.py'"):
+        solo_learn.run()
