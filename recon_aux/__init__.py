@@ -1,6 +1,6 @@
 """Keep what augmentation changes: an image-reconstruction task for joint-embedding methods."""
 
-from .attach import attach, detach, is_attached
+from .attach import add_loss, attach, detach, is_attached
 from .aux import ReconAux, ReconAuxOutput
 from .decoder import CrossAttentionDecoder
 from .loss import ReconstructionLoss
@@ -12,6 +12,7 @@ __all__ = [
     "ReconAux",
     "ReconAuxOutput",
     "ReconstructionLoss",
+    "add_loss",
     "attach",
     "detach",
     "is_attached",

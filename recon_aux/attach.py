@@ -32,15 +32,16 @@ def attach(
     views: int | None = None,
     **options: Any,
 ) -> Model:
-    """Add the reconstruction task to a model that trains through ``training_step``.
+    """Add the reconstruction task to a model.
 
     The engine behind the adapters, which find ``backbone`` and ``heads`` for you. The model is
     changed in place: ``model.recon_aux`` is the :class:`ReconAux`; the heads see zeros in place of
     the equivariant channels; ``training_step`` returns the method's loss plus the reconstruction
-    loss; ``configure_optimizers`` also trains the decoder, in the encoder's parameter group.
+    loss; ``configure_optimizers`` also trains the decoder, in the encoder's parameter group. A
+    model without these two methods is trained by a loop of your own, see :func:`add_loss`.
 
     Args:
-        model: has ``training_step`` and ``configure_optimizers`` as a LightningModule does.
+        model: a LightningModule, or any module.
         backbone: the encoder that the training step calls with gradient, or its name.
         heads: every module that takes the encoder's features, those of momentum encoders too, or
             their names.
@@ -58,7 +59,7 @@ def attach(
         The same model.
 
     Raises:
-        TypeError: if the model doesn't train the way a LightningModule does.
+        TypeError: if the model optimizes by hand, or is wrapped by ``torch.compile``.
         ValueError: if it is attached already, a module isn't found, or an option is out of range.
 
     Example:
@@ -83,12 +84,6 @@ def attach(
             "recon_aux.detach(model) takes it off"
         )
     _refuse_wrapped(model)
-    for method in _METHODS:
-        if not callable(getattr(model, method, None)):
-            raise TypeError(
-                f"expected a LightningModule, got {type(model).__name__} without {method}(); "
-                "for a loop of your own use recon_aux.ReconAux, see the README"
-            )
     _refuse_manual_optimization(model)
     if views is not None and views < 2:
         raise ValueError(f"expected views= of 2 or more, got {views}")
@@ -119,6 +114,8 @@ def attach(
         attachment.hide_from(
             masked, Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
         )
+    if attachment.in_a_loop:
+        attachment.start()
     setattr(model, _ATTACHMENT, attachment)
     return model
 
@@ -159,8 +156,48 @@ def attach_by(
     return attach(model, backbone=backbone, heads=heads, weight=weight, **options)
 
 
+def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
+    """Add the reconstruction loss in a loop of your own, for an attached model without a trainer.
+
+    It rebuilds what went through the encoder since the last call, so call it once a step. Make the
+    optimizer after attaching: the decoder is among ``model.parameters()``.
+
+    Args:
+        model: one that ``attach`` returned.
+        loss: the method's own loss of this step, with gradient.
+        batch: what shows how many images a view has, where one call encodes several concatenated.
+
+    Returns:
+        The method's loss plus ``weight`` times the reconstruction loss.
+
+    Raises:
+        ValueError: if nothing is attached.
+        TypeError: if the model has a ``training_step``, which adds the loss already.
+        RuntimeError: if no two views went through the encoder.
+
+    Example:
+        >>> model = nn.ModuleDict({"encoder": nn.Conv2d(3, 8, 16), "head": nn.Flatten()})
+        >>> model = attach(model, backbone="encoder", heads=["head"], image_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> z0, z1 = (model["head"](model["encoder"](x)) for x in torch.rand(2, 4, 3, 16, 16))
+        >>> loss = add_loss(model, (z0 - z1).square().mean())
+        >>> loss.backward()
+    """
+    attachment = _attachment(unwrap(model))
+    if not attachment.in_a_loop:
+        raise TypeError(
+            f"expected a model without training_step, got {type(model).__name__}, whose "
+            "training_step returns the sum of both losses already"
+        )
+    try:
+        total: Tensor = attachment.add_loss(loss, batch)
+    finally:
+        attachment.start()
+    return total
+
+
 def detach(model: Model) -> Model:
-    """Take the reconstruction task off again: hooks, decoder and wrapped methods.
+    """Take the reconstruction task off again: the decoder and what stands before methods.
 
     Args:
         model: one that ``attach`` returned.
@@ -171,10 +208,7 @@ def detach(model: Model) -> Model:
     Raises:
         ValueError: if nothing is attached.
     """
-    if not is_attached(model):
-        raise ValueError(
-            f"expected a model that attach() returned, got a bare {type(model).__name__}"
-        )
+    _attachment(model)
     for door in doors(model):
         door.close()
     delattr(model, _ATTACHMENT)
@@ -185,6 +219,15 @@ def detach(model: Model) -> Model:
 def is_attached(model: nn.Module) -> bool:
     """Whether ``attach`` has been called on this model."""
     return hasattr(model, _ATTACHMENT)
+
+
+def _attachment(model: nn.Module) -> Attachment:
+    if not is_attached(model):
+        raise ValueError(
+            f"expected a model that attach() returned, got a bare {type(model).__name__}"
+        )
+    attachment: Attachment = getattr(model, _ATTACHMENT)
+    return attachment
 
 
 class Attachment:
@@ -211,7 +254,8 @@ class Attachment:
         Door(self.encoder, backbone_method, capture)
         self.watch_copies()
         guards: dict[str, Guard] = {"training_step": self.step, "configure_optimizers": self.enroll}
-        for method in _METHODS:
+        self.in_a_loop = not all(callable(getattr(model, method, None)) for method in guards)
+        for method in () if self.in_a_loop else guards:
             Door(model, method, guards[method])
 
     @property
@@ -238,18 +282,22 @@ class Attachment:
 
     def step(self, model: nn.Module, training_step: Callable[..., Any], args: Any, kw: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
-        if not self.verified:
-            # momentum encoders may have been made since
-            self.watch_copies()
-            if self.mask:
-                self.mask.nodes = []
-        self.capture.start()
+        self.start()
         try:
             return self.add_loss(training_step(*args, **kw), (args, kw))
         finally:
             self.capture.stop()
             if self.mask:
                 self.mask.nodes = None
+
+    def start(self) -> None:
+        """Forget what was seen, and look from here on."""
+        self.capture.start(in_a_loop=self.in_a_loop)
+        if not self.verified:
+            # momentum encoders may have been made since
+            self.watch_copies()
+        if self.mask:
+            self.mask.nodes = None if self.verified else []
 
     def add_loss(self, result: Any, given: Any) -> Any:
         """Add the reconstruction loss to what the method's training step returned."""
@@ -373,9 +421,6 @@ class Attachment:
         if trainer is not None:
             log: Callable[..., None] = self.model.log  # type: ignore[assignment]
             log(name, value, batch_size=batch_size)
-
-
-_METHODS = ("training_step", "configure_optimizers")
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

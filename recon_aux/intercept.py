@@ -59,6 +59,10 @@ def doors(model: nn.Module) -> list[Door]:
     return [value for value in values if isinstance(value, Door)]
 
 
+# more than any method makes in one step
+_MANY_CALLS = 200
+
+
 class EncoderCall(NamedTuple):
     """Which encoder was called, the images that it took, and the very tensor that it gave."""
 
@@ -73,11 +77,12 @@ class Capture:
     def __init__(self, features: Features | None) -> None:
         self.features = features
         self.recording = False
+        self.in_a_loop = False
         self.calls: list[EncoderCall] = []
 
-    def start(self) -> None:
-        """Forget, and record from here on."""
-        self.recording, self.calls = True, []
+    def start(self, *, in_a_loop: bool = False) -> None:
+        """Forget, and record from here on; in a loop that isn't ours, only what is training."""
+        self.recording, self.in_a_loop, self.calls = True, in_a_loop, []
 
     def stop(self) -> None:
         """Forget, and record nothing."""
@@ -99,16 +104,31 @@ class Capture:
                 raise ValueError(
                     f"expected the encoder to be called with images (B, C, H, W), got {shape}"
                 )
-            self.calls.append(EncoderCall(encoder, image, take_tensor(result, self.features)))
+            output = take_tensor(result, self.features)
+            if not self.in_a_loop or encoder.training or output.requires_grad:
+                self.remember(EncoderCall(encoder, image, output))
         return result
+
+    def remember(self, call: EncoderCall) -> None:
+        """Keep a call until the step is over."""
+        if len(self.calls) == _MANY_CALLS:
+            raise RuntimeError(
+                f"expected recon_aux.add_loss(model, loss) once a step, saw {_MANY_CALLS} calls of "
+                "the encoder without; for evaluation use model.eval() and torch.no_grad()"
+            )
+        self.calls.append(call)
 
     def __deepcopy__(self, memo: Any) -> Capture:
         """Copy, but let a momentum encoder that is copied within a step report to that step."""
-        return self if self.recording else Capture(self.features)
+        if self.recording and not self.in_a_loop:
+            return self
+        copy = Capture(self.features)
+        vars(copy).update(self.__getstate__())
+        return copy
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of a running step out."""
-        return {"features": self.features, "recording": False, "calls": []}
+        return {**vars(self), "recording": self.in_a_loop, "calls": []}
 
 
 class Mask:

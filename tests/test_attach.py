@@ -228,11 +228,6 @@ def test_a_step_that_returns_something_else() -> None:
         model.training_step(batch(), 0)
 
 
-def test_a_model_that_does_not_train_as_lightning_does() -> None:
-    with pytest.raises(TypeError, match=r"Sequential without training_step\(\).*ReconAux"):
-        recon_aux.attach(nn.Sequential(tiny_encoder()), backbone="0", heads=[])
-
-
 def test_no_optimizer() -> None:
     model = attach(method(configure_optimizers=lambda self: None))
     with pytest.raises(ValueError, match="expected configure_optimizers to return an optimizer"):

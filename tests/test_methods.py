@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from methods import METHODS, Masked, Method, Momentum, ShuffledMomentum, smooth
+from methods import DIM, METHODS, Head, Masked, Method, Momentum, ShuffledMomentum, smooth
+from models import tiny_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -290,3 +291,76 @@ def test_the_same_view_twice_is_not_two_views() -> None:
     model = built(Same)
     with pytest.raises(RuntimeError, match="expected two views"):
         model.training_step((smooth(2), torch.arange(4)), 0)
+
+
+class InALoop(nn.Module):
+    """lightly's other style: the loop, the criterion and the optimizer are the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = tiny_encoder(dim=DIM)
+        self.projection_head = Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection_head(self.backbone(x).flatten(1))
+
+
+def test_a_loop_of_ones_own_gets_what_a_training_step_gets() -> None:
+    torch.manual_seed(0)
+    model = attach(InALoop(), weight=4.0)
+    twin = built(Method, weight=4.0)
+    twin.load_state_dict(model.state_dict(), strict=False)
+    views, labels = twin.batch()
+    for _ in range(2):
+        z0, z1 = (model(view) for view in views)
+        loss = recon_aux.add_loss(model, twin.criterion(z0, z1))
+        assert torch.equal(loss, twin.training_step((views, labels), 0))
+    loss.backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_a_loop_that_concatenates_its_views() -> None:
+    model = attach(InALoop())
+    views, _ = Method().batch()
+    seen = rebuilt_from(model)
+    for given in (views, [*views, torch.arange(4)]):
+        recon_aux.add_loss(model, model(torch.cat(views)).var(), given)
+    with pytest.raises(RuntimeError, match="expected two views"):
+        recon_aux.add_loss(model, model(torch.cat(views)).var())
+    recon_aux.add_loss(model, sum(model(view).var() for view in views))
+    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], views, strict=True))
+    assert len(seen) == 3
+
+
+def test_a_loop_may_evaluate_between_its_steps() -> None:
+    model = attach(InALoop())
+    views, _ = Method().batch()
+    model.eval()
+    with torch.no_grad():
+        for _ in range(300):
+            model(views[0][:1])
+    model.train()
+    recon_aux.add_loss(model, sum(model(view).var() for view in views))
+
+
+def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
+    model = attach(InALoop())
+    with pytest.raises(RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, saw 200"):
+        for _ in range(300):
+            model(torch.rand(2, 3, 8, 8))
+
+
+def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself() -> None:
+    views, _ = Method().batch()
+    twin = copy.deepcopy(attach(InALoop()))
+    loss = recon_aux.add_loss(twin, sum(twin(view).var() for view in views))
+    loss.backward()
+    assert twin.recon_aux.decoder.queries.grad.any()
+
+
+def test_the_loss_is_not_added_twice() -> None:
+    model = built(Method)
+    with pytest.raises(TypeError, match="training_step returns the sum of both losses already"):
+        recon_aux.add_loss(model, model.training_step(model.batch(), 0))
+    with pytest.raises(ValueError, match="got a bare Method"):
+        recon_aux.add_loss(recon_aux.detach(model), torch.zeros(()))
