@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import pytorch_lightning
 import torch
 import torchvision
 from rich.console import Console
@@ -24,6 +23,11 @@ from torchvision.transforms import v2
 
 from recon_aux import ReconAux
 from recon_aux.probe import ProbeResult, draw_parameters, probe, render, transform
+
+try:
+    from pytorch_lightning import Trainer
+except ImportError:
+    from lightning import Trainer
 
 Split = tuple[Tensor, Tensor]
 
@@ -114,15 +118,21 @@ def _stack(
 
 
 class TwoViews:
-    """Collate images into two augmented views of each: ``[x0, x1], labels``, lightly's layout."""
+    """Collate images into two augmented views of each.
 
-    def __init__(self, *, flip: bool) -> None:
+    That is ``[x0, x1], labels``, lightly's layout, or, ``indexed``, solo-learn's, with the indexes
+    first, which none of the examples' methods looks at.
+    """
+
+    def __init__(self, *, flip: bool, indexed: bool = False) -> None:
         self.flip = flip
+        self.indexed = indexed
 
-    def __call__(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    def __call__(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
         images = torch.stack([image for image, _ in samples]).float() / 255
         labels = torch.stack([label for _, label in samples])
-        return [normalize(self._view(images)) for _ in range(2)], labels
+        views = [normalize(self._view(images)) for _ in range(2)]
+        return (torch.arange(len(labels)), views, labels) if self.indexed else (views, labels)
 
     def _view(self, images: Tensor) -> Tensor:
         if self.flip:
@@ -185,8 +195,10 @@ def build_encoder(name: str) -> nn.Module:
 class Study:
     """Reads the command line, holds the data, and measures what is trained on it."""
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, trainer: Any = Trainer) -> None:
         self.args = args = _parse(description)
+        # there are two packages of Lightning, and a model trains with its own's
+        self.trainer_class = trainer
         self.out = Path(
             args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{Path(args.data).name}"
         )
@@ -234,8 +246,8 @@ class Study:
         self.started = time.perf_counter()
         return encoder, width
 
-    def loader(self) -> DataLoader[Any]:
-        """Batches of ``[x0, x1], labels``."""
+    def loader(self, *, indexed: bool = False) -> DataLoader[Any]:
+        """Batches of two views, see :class:`TwoViews`."""
         return DataLoader(
             TensorDataset(*self.train),
             self.args.batch_size,
@@ -243,12 +255,12 @@ class Study:
             drop_last=True,
             num_workers=self.args.workers,
             persistent_workers=self.args.workers > 0,
-            collate_fn=TwoViews(flip=self.args.data != "digits"),
+            collate_fn=TwoViews(flip=self.args.data != "digits", indexed=indexed),
         )
 
-    def trainer(self) -> pytorch_lightning.Trainer:
+    def trainer(self) -> Any:
         """A plain Lightning trainer with a progress bar."""
-        return pytorch_lightning.Trainer(
+        return self.trainer_class(
             max_epochs=self.args.epochs,
             accelerator=self.args.device,
             devices=1,

@@ -28,7 +28,8 @@ def test_every_option_is_in_the_readme_and_nothing_else() -> None:
         for name in re.findall(r"`(\w+)`", row)
     }
     taken = {*inspect.signature(ReconAux).parameters, *inspect.signature(attach).parameters}
-    alone = {"model", "options", "backbone", "heads", "image_size", "features", "views"}
+    alone = {"model", "options", "backbone", "backbone_method", "heads", "image_size"}
+    alone |= {"features", "views"}
     alone |= {"feature_dim", "spatial"}
     assert listed == taken - alone
     assert all(f"`{name}`" in table for name in alone - {"model", "options"})

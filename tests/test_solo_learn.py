@@ -33,6 +33,8 @@ TAKES_A_CONFIG = "cfg" in inspect.signature(BaseMethod.__init__).parameters
 Trainer = importlib.import_module("lightning" if TAKES_A_CONFIG else "pytorch_lightning").Trainer
 TWO_VIEW = sorted(set(METHODS) - {"base", "linear", "mae"})
 BATCH = 8
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 METHOD_OPTIONS = {
     "proj_hidden_dim": 32,
@@ -207,6 +209,8 @@ every_method = pytest.mark.parametrize("name", TWO_VIEW)
 
 def test_there_are_as_many_methods_as_the_readme_says() -> None:
     assert len(TWO_VIEW) == (18 if TAKES_A_CONFIG else 14)
+    (row,) = [line for line in README.splitlines() if line.startswith("| solo-learn | all4one")]
+    assert set(TWO_VIEW) <= set(row.split("|")[2].strip().split(", "))
 
 
 @every_method
@@ -392,3 +396,17 @@ def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["solo_learn", "nowhere.py"])
     with pytest.raises(SystemExit, match=r"main_pretrain\.py ARGUMENTS.*got 'nowhere\.py'"):
         solo_learn.run()
+
+
+@pytest.mark.skipif(not TAKES_A_CONFIG, reason="the examples are for solo-learn's GitHub version")
+@pytest.mark.parametrize("script", ["solo_simclr.py", "solo_byol.py", "solo_vicreg.py"])
+def test_an_example_compares_bare_and_attached(script: str, tmp_path: Path) -> None:
+    small = ["--epochs", "1", "--limit", "128", "--batch-size", "64", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "examples" / script), *small, "--out", "out"]
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout
+    assert "bare whole" in printed
+    assert "attached equivariant" in printed
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(record["results"]) == {"bare", "attached"}
