@@ -45,17 +45,20 @@ def two_views(
         images = torch.split(first.image, size)
         features = torch.split(first.output, size)
         return (images[0], images[1]), (features[0], features[1])
-    for call in calls:
-        if not call.output.requires_grad and call.image.shape == first.image.shape:
+    others = [
+        call for call in calls if call.encoder is not encoder or not call.output.requires_grad
+    ]
+    for call in others:
+        if call.image.shape == first.image.shape:
             image, feature = _in_batch_order(call, first.image, given)
             if not torch.equal(image, first.image):
-                return (first.image, image), (first.output, feature)
+                return (first.image, image), (first.output, feature.detach())
     with_gradient = [tuple(call.image.shape) for call in online]
-    without = [tuple(call.image.shape) for call in calls if not call.output.requires_grad]
+    without = [tuple(call.image.shape) for call in others]
     raise RuntimeError(
         "expected two views, one in each call of the encoder or concatenated in one, or one of "
         f"them in a momentum encoder's, saw calls with gradient of images {with_gradient} and "
-        f"without of {without}, where images and labels of the batch number "
+        f"others of {without}, where images and labels of the batch number "
         f"{sorted(_batch_sizes(given))}; views= tells how many are concatenated where the batch "
         "doesn't show it"
     )
@@ -82,9 +85,9 @@ def _batch_sizes(given: Any) -> set[int]:
 def _in_batch_order(call: EncoderCall, online: Tensor, given: Any) -> Pair:
     """Undo a shuffle of the images that a momentum encoder took, as MoCo's."""
     known = [x for x in _tensors(given) if x.shape == call.image.shape]
-    for view in known:
-        if view is call.image or torch.equal(view, call.image):
-            return call.image, call.output
+    # looking at values waits for the device, so identity first
+    if any(x is call.image for x in known) or any(torch.equal(x, call.image) for x in known):
+        return call.image, call.output
     mark = call.image.flatten(1).sum(1)
     for view in known:
         same = mark[None, :] == view.flatten(1).sum(1)[:, None]

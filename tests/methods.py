@@ -112,6 +112,14 @@ class CopiedInTheStep(Momentum):
         return super().training_step(batch)
 
 
+class MomentumWithGradient(Momentum):
+    """Nobody froze the momentum encoder; only its projection is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone_momentum.requires_grad_(True)
+
+
 class WithoutGradient(Method):
     """The other view goes through the encoder itself, without gradient."""
 
@@ -184,6 +192,24 @@ class MultiCrop(Method):
         crops = (torch.cat(views[:2]), torch.cat(views[2:]))
         student = [self.pupil_projection_head(self.pupil(x).flatten(1)) for x in crops]
         return self.criterion(list(teacher), [*student[0].chunk(2), *student[1].chunk(3)], epoch=0)
+
+
+class BackwardOnce(Method):
+    """VIbCReg: a layer whose backward pass ruins what it saved."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x * 1)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            ctx.saved_tensors[0].zero_()
+            return gradient
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.Once.apply(super().embed(x))
 
 
 class ManyViews(Method):
@@ -303,10 +329,12 @@ METHODS = [
     Momentum,
     ShuffledMomentum,
     CopiedInTheStep,
+    MomentumWithGradient,
     WithoutGradient,
     Dense,
     ChannelsLast,
     MultiCrop,
+    BackwardOnce,
     ManyViews,
     AugmentsInTheStep,
     ThirteenChannels,

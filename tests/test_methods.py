@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import recon_aux
+from recon_aux.graph import reached
 from recon_aux.integrations.lightly import attach
 from recon_aux.intercept import doors
 
@@ -148,6 +150,45 @@ def test_the_momentum_encoders_feature_is_put_in_the_views_order(
     torch.testing.assert_close(features[1], expected)
 
 
+def test_a_shuffle_is_undone_where_views_have_the_same_sums() -> None:
+    model = built(ShuffledMomentum)
+    seen = rebuilt_from(model)
+    view = torch.arange(4 * 3 * 8 * 8).reshape(4, 3, 8, 8).float()
+    views = [view, view.flip(-1)]
+    for pair in (views, views[::-1]):
+        model.training_step((pair, torch.arange(4)), 0)
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], pair, strict=True))
+
+
+def test_a_momentum_encoder_gets_no_gradient_from_the_reconstruction() -> None:
+    (method,) = [m for m in METHODS if m.__name__ == "MomentumWithGradient"]
+    model = built(method)
+    model.training_step(model.batch(), 0).backward()
+    assert model.backbone[0].weight.grad is not None
+    assert model.backbone_momentum[0].weight.grad is None
+
+
+def test_a_head_may_be_copied_within_the_first_step() -> None:
+    class Copies(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            loss = super().training_step(batch)
+            self.kept = [copy.deepcopy(self.projection_head), pickle.dumps(self.projection_head)]
+            return loss
+
+    model = built(Copies)
+    model.training_step(model.batch(), 0)
+    x = torch.rand(4, 16)
+    assert torch.equal(model.kept[0](x), model.projection_head(x))
+
+
+def test_an_encoder_that_is_frozen_is_not_the_one() -> None:
+    model = Method()
+    model.my_encoder = model.backbone
+    model.backbone = nn.Linear(4, 4).requires_grad_(False)
+    attach(model)
+    assert model._recon_aux_attachment.encoder is model.my_encoder
+
+
 def test_images_of_another_process_are_refused() -> None:
     class Elsewhere(Momentum):
         def key(self, x: Tensor) -> Tensor:
@@ -235,6 +276,7 @@ def test_wrapped_encoders_and_heads(wrapper: str, method: type[Method]) -> None:
         if "backbone" in name or "head" in name:
             setattr(model, name, WRAPPERS[wrapper](child))
     attach(model, weight=0, equivariant_dim=6)
+    assert len(model._recon_aux_attachment.watched) == (1 if method is Method else 2)
     twin = built(method, weight=0, equivariant_dim=6)
     batch = model.batch()
     for attached in (model, twin):
@@ -364,3 +406,10 @@ def test_the_loss_is_not_added_twice() -> None:
         recon_aux.add_loss(model, model.training_step(model.batch(), 0))
     with pytest.raises(ValueError, match="got a bare Method"):
         recon_aux.add_loss(recon_aux.detach(model), torch.zeros(()))
+
+
+def test_a_graph_of_many_ways_is_walked_once() -> None:
+    x = y = torch.ones(1, requires_grad=True) + 0
+    for _ in range(100):
+        y = y + y
+    assert reached(y, [x]) == [True]
