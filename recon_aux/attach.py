@@ -12,8 +12,9 @@ from .aux import ReconAux
 from .encoder import Features, as_feature, encoder_shape
 from .find import Conventions, describe_children, find_copies, find_module, unwrap
 from .graph import reached
-from .intercept import Capture, Door, EncoderCall, Guard, Mask, doors
-from .views import two_views
+from .intercept import Capture, Door, EncoderCall, Guard, Mask, doors, watch
+from .verify import gradients_to, past_masks, trained_encoders
+from .views import two_views, verify_views
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +53,8 @@ def attach(
             an encoder that accepts one size alone.
         features: takes the feature from what the encoder returns, if that isn't a tensor.
         views: how many views one call of the encoder gets concatenated; by default read off the
-            batch that the training step gets.
+            batch that the training step gets. 1 says that a momentum encoder's view, made within
+            the step, is in the order of the encoder's.
         options: those of :class:`ReconAux`.
 
     Returns:
@@ -85,8 +87,13 @@ def attach(
         )
     _refuse_wrapped(model)
     _refuse_manual_optimization(model)
-    if views is not None and views < 2:
-        raise ValueError(f"expected views= of 2 or more, got {views}")
+    if hasattr(model, "recon_aux"):
+        raise ValueError(
+            f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
+            "makes it"
+        )
+    if views is not None and views < 1:
+        raise ValueError(f"expected views= of 1 or more, got {views}")
     encoder = find_module(model, backbone, "backbone")
     masked = [find_module(model, head, "heads") for head in heads]
     shape = encoder_shape(
@@ -172,7 +179,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
 
     Raises:
         ValueError: if nothing is attached.
-        TypeError: if the model has a ``training_step``, which adds the loss already.
+        TypeError: if the loss is no tensor, or the model has a ``training_step``, which adds it.
         RuntimeError: if no two views went through the encoder.
 
     Example:
@@ -183,6 +190,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
         >>> loss = add_loss(model, (z0 - z1).square().mean())
         >>> loss.backward()
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"expected the method's loss as a tensor, got {type(loss).__name__}")
     attachment = _attachment(unwrap(model))
     if not attachment.in_a_loop:
         raise TypeError(
@@ -209,8 +218,10 @@ def detach(model: Model) -> Model:
         ValueError: if nothing is attached.
     """
     _attachment(model)
-    for door in doors(model):
-        door.close()
+    # a copied module may have brought a door along, behind ours
+    while opened := doors(model):
+        for door in opened:
+            door.close()
     delattr(model, _ATTACHMENT)
     del model.recon_aux
     return model
@@ -251,8 +262,11 @@ class Attachment:
         self.heads: list[nn.Module] = []
         self.mask: Mask | None = None
         self.watched = [self.encoder]
-        Door(self.encoder, backbone_method, capture)
+        watch(self.encoder, backbone_method, capture)
         self.watch_copies()
+        # whether the loss may depend on features past the heads, though without gradient
+        self.past_is_harmless = False
+        self.other_is_a_copys = False
         guards: dict[str, Guard] = {"training_step": self.step, "configure_optimizers": self.enroll}
         self.in_a_loop = not all(callable(getattr(model, method, None)) for method in guards)
         for method in () if self.in_a_loop else guards:
@@ -270,7 +284,7 @@ class Attachment:
             copy = copy if self.backbone_method == "forward" else unwrap(copy)
             if not any(copy is known for known in self.watched):
                 self.watched.append(copy)
-                Door(copy, self.backbone_method, self.capture)
+                watch(copy, self.backbone_method, self.capture)
 
     def hide_from(self, heads: Sequence[nn.Module], mask: Mask) -> None:
         """Hide the equivariant channels from the heads."""
@@ -280,47 +294,79 @@ class Attachment:
                 self.heads.append(head)
                 Door(head, "forward", mask)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on in a copy of the model; a copy of the encoder alone sees nothing."""
+        vars(self).update(state)
+        if self.in_a_loop:
+            self.capture.start(in_a_loop=True)
+
     def step(self, model: nn.Module, training_step: Callable[..., Any], args: Any, kw: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
+        if not torch.is_grad_enabled():
+            # validation by the training step
+            return training_step(*args, **kw)
         self.start()
         try:
-            return self.add_loss(training_step(*args, **kw), (args, kw))
+            result = training_step(*args, **kw)
+            _refuse_manual_optimization(self.model)
+            if result is None:
+                return None
+            loss = result.get("loss") if isinstance(result, Mapping) else result
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    "expected training_step to return the loss, a dict with 'loss', or None, got "
+                    f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}"
+                )
+            total = self.add_loss(loss, (args, kw))
+            return {**result, "loss": total} if isinstance(result, Mapping) else total
         finally:
-            self.capture.stop()
-            if self.mask:
-                self.mask.nodes = None
+            self.stop()
 
     def start(self) -> None:
         """Forget what was seen, and look from here on."""
-        self.capture.start(in_a_loop=self.in_a_loop)
-        if not self.verified:
+        if not self.verified or self.other_is_a_copys:
             # momentum encoders may have been made since
             self.watch_copies()
+        self.capture.start(in_a_loop=self.in_a_loop)
         if self.mask:
-            self.mask.nodes = None if self.verified else []
+            self.mask.masked = []
 
-    def add_loss(self, result: Any, given: Any) -> Any:
-        """Add the reconstruction loss to what the method's training step returned."""
-        _refuse_manual_optimization(self.model)
-        if result is None:
-            return None
-        loss = result.get("loss") if isinstance(result, Mapping) else result
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                "expected training_step to return the loss, a dict with 'loss', or None, got "
-                f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}"
-            )
+    def stop(self) -> None:
+        """Forget what was seen, and look no more."""
+        self.capture.stop()
+        if self.mask:
+            self.mask.masked = None
+
+    def add_loss(self, loss: Tensor, given: Any) -> Tensor:
+        """Add the reconstruction loss to the method's."""
+        calls = self.capture.calls
+        if self.in_a_loop and loss.requires_grad:
+            # the loop may have encoded other images since
+            belongs = reached(loss, [call.output for call in calls])
+            calls = [
+                call
+                for call, is_its in zip(calls, belongs, strict=True)
+                if is_its or not call.output.requires_grad
+            ]
+        online = [call for call in calls if call.output.requires_grad]
+        if not self.verified and online and loss.requires_grad:
+            self._verify_encoder(loss, online)
+        online = [call for call in online if call.encoder is self.encoder]
+        if not online:
+            raise RuntimeError(self._no_call())
+        if self.mask and loss.requires_grad:
+            self._verify_mask(loss, [call.output for call in online], self.mask.masked or [])
+        views, outputs = two_views(calls, online, given, self.views)
         if not self.verified:
-            self._verify(loss)
-            self.verified = True
-        self._require_calls()
-        views, outputs = two_views(self.capture.calls, self.encoder, given, self.views)
+            verify_views(views, given)
+            self.verified = loss.requires_grad
+        self.other_is_a_copys = not outputs[1].requires_grad
         if not self.aux.enabled:
-            return result
+            return loss
         output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.reconstruction_loss, len(views[0]))
-        total = loss + output.loss
-        return {**result, "loss": total} if isinstance(result, Mapping) else total
+        total: Tensor = loss + output.loss
+        return total
 
     def enroll(self, model: nn.Module, configure: Callable[..., Any], args: Any, kw: Any) -> Any:
         """Put the decoder's parameters where the encoder's are, unless they have a place."""
@@ -352,58 +398,41 @@ class Attachment:
             group["param_names"].extend(name for name, _ in missing)
         return configured
 
-    def _require_calls(self) -> None:
-        with_gradient = [call for call in self._online() if call.encoder is self.encoder]
-        if not with_gradient:
-            without = len(self.capture.calls) - len(self._online())
+    def _no_call(self) -> str:
+        where = "the steps" if self.in_a_loop else "training_step"
+        return (
+            f"expected {where} to call {self.backbone_method} of the encoder "
+            f"{self._name(self.encoder)} with gradient, saw {len(self.capture.calls)} calls "
+            "without and none with; backbone= tells which of these is the encoder: "
+            f"{describe_children(self.model)}; backbone_method= tells what of it is called"
+        )
+
+    def _verify_encoder(self, loss: Tensor, online: list[EncoderCall]) -> None:
+        encoders = trained_encoders(loss, online)
+        if len(encoders) != 1:
             raise RuntimeError(
-                f"expected training_step to call {self.backbone_method} of the encoder "
-                f"{self._name(self.encoder)} with gradient, saw {without} calls without and none "
-                "with; backbone= tells which of these is the encoder: "
-                f"{describe_children(self.model)}; backbone_method= tells what of it is called"
+                "expected the method's loss to train one encoder, but it depends on "
+                f"{[self._name(encoder) for encoder in encoders] or 'none'} of those like "
+                f"{self._name(self.encoder)}; backbone= tells which it is, of these: "
+                f"{describe_children(self.model)}; what a momentum encoder gives is to be detached"
             )
+        # names are a first guess: a teacher may be called backbone
+        (self.encoder,) = encoders
 
-    def _online(self) -> list[EncoderCall]:
-        return [call for call in self.capture.calls if call.output.requires_grad]
-
-    def _verify(self, loss: Tensor) -> None:
-        """Once: which encoder is trained, and are its equivariant channels really left alone?"""
-        online = self._online()
-        if not online or not loss.requires_grad:
-            return
-        trains = reached(loss, [call.output for call in online])
-        encoders = {
-            id(call.encoder): call.encoder
-            for call, is_trained in zip(online, trains, strict=True)
-            if is_trained
-        }
-        if id(self.encoder) not in encoders:
-            if len(encoders) != 1:
-                raise RuntimeError(
-                    "expected the method's loss to depend on what the encoder "
-                    f"{self._name(self.encoder)} gives, but it depends on "
-                    f"{[self._name(encoder) for encoder in encoders.values()] or 'no encoder'}; "
-                    f"backbone= tells which it is, of these: {describe_children(self.model)}"
-                )
-            # names are a first guess: a teacher may be called backbone
-            (self.encoder,) = encoders.values()
-        if self.mask:
-            self._verify_mask(loss, [c.output for c in online if c.encoder is self.encoder])
-
-    def _verify_mask(self, loss: Tensor, outputs: list[Tensor]) -> None:
-        past = reached(loss, outputs, avoiding=(self.mask and self.mask.nodes) or [])
-        outputs = [output for output, is_past in zip(outputs, past, strict=True) if is_past]
-        if not outputs:
-            return
-        # a way past the heads may still carry no gradient to these channels
-        gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
+    def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
+        """Check every step, since heads may be exchanged, but look at gradients only once."""
+        past = [] if self.past_is_harmless else past_masks(loss, outputs, masked)
+        gradients = [] if self.verified else gradients_to(outputs, masked)
+        if past:
+            gradients += torch.autograd.grad(loss, past, retain_graph=True)
+            self.past_is_harmless = True
         if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
             raise RuntimeError(
-                "expected the method's loss to see the invariant channels alone, but its gradient "
-                "reaches the equivariant ones past the heads "
-                f"{[self._name(head) for head in self.heads]}; heads= tells every module that "
-                f"takes the encoder's features, of these: {describe_children(self.model)}; "
-                "equivariant_dim=0 trains without a split"
+                "expected the method's loss to see the invariant channels alone, but it sees the "
+                f"equivariant ones {'past' if past else 'mixed into'} what the heads "
+                f"{[self._name(head) for head in self.heads]} receive; heads= tells every module "
+                "that takes the encoder's features as they are, of these: "
+                f"{describe_children(self.model)}; equivariant_dim=0 trains without a split"
             )
 
     def _feature(self, output: Tensor) -> Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from .encoder import Features, take_tensor
 
@@ -35,8 +33,11 @@ class Door:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method itself, where Lightning and inspect look for its signature."""
+        if self.own is not None:
+            return self.own
         # looked up anew each time: a copy is bound to itself
-        return self.own or MethodType(getattr(type(self.module), self.method), self.module)
+        bound: Callable[..., Any] = getattr(type(self.module), self.method).__get__(self.module)
+        return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, through the guard."""
@@ -53,6 +54,15 @@ class Door:
                 vars(self.module)[self.method] = self.own
 
 
+def watch(encoder: nn.Module, method: str, capture: Capture) -> None:
+    """Let a capture see an encoder; a copy of a watched one comes with a door already."""
+    door = vars(encoder).get(method)
+    if isinstance(door, Door):
+        door.guard = capture
+    else:
+        Door(encoder, method, capture)
+
+
 def doors(model: nn.Module) -> list[Door]:
     """Find every door in a model, those that came with copied modules, too."""
     values = (value for module in model.modules() for value in vars(module).values())
@@ -60,7 +70,7 @@ def doors(model: nn.Module) -> list[Door]:
 
 
 # more than any method makes in one step
-_MANY_CALLS = 200
+_MANY_CALLS = 32
 
 
 class EncoderCall(NamedTuple):
@@ -111,7 +121,7 @@ class Capture:
 
     def remember(self, call: EncoderCall) -> None:
         """Keep a call until the step is over."""
-        if len(self.calls) == _MANY_CALLS:
+        if self.in_a_loop and len(self.calls) == _MANY_CALLS:
             raise RuntimeError(
                 f"expected recon_aux.add_loss(model, loss) once a step, saw {_MANY_CALLS} calls of "
                 "the encoder without; for evaluation use model.eval() and torch.no_grad()"
@@ -120,15 +130,11 @@ class Capture:
 
     def __deepcopy__(self, memo: Any) -> Capture:
         """Copy, but let a momentum encoder that is copied within a step report to that step."""
-        if self.recording and not self.in_a_loop:
-            return self
-        copy = Capture(self.features)
-        vars(copy).update(self.__getstate__())
-        return copy
+        return self if self.recording and not self.in_a_loop else Capture(self.features)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of a running step out."""
-        return {**vars(self), "recording": self.in_a_loop, "calls": []}
+        return {**vars(self), "recording": False, "calls": []}
 
 
 class Mask:
@@ -142,12 +148,12 @@ class Mask:
         self.feature_dim = feature_dim
         self.equivariant_dim = equivariant_dim
         self.feature_rank = feature_rank
-        # where this mask stands in the autograd graph, while somebody wants to know
-        self.nodes: list[Node] | None = None
+        # what the heads received in a running step
+        self.masked: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the graph of a running step out of copies."""
-        return {**vars(self), "nodes": None}
+        """Leave the tensors of a running step out of copies."""
+        return {**vars(self), "masked": None}
 
     def __call__(
         self,
@@ -165,7 +171,7 @@ class Mask:
                 return call(*args, **{**kwargs, name: self.mask(value, head)})
         raise ValueError(
             f"expected the head {type(head).__name__} to be called with features, got no tensor; "
-            "heads= tells which modules take the encoder's features"
+            "heads= tells which modules take the encoder's features, as their first tensor"
         )
 
     def mask(self, feature: Tensor, head: nn.Module) -> Tensor:
@@ -191,6 +197,6 @@ class Mask:
         width = self.equivariant_dim * positions
         after = [0, 0] * (feature.ndim - 1 - dim)
         masked = F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
-        if self.nodes is not None and masked.grad_fn is not None:
-            self.nodes.append(masked.grad_fn)
+        if self.masked is not None and masked.requires_grad:
+            self.masked.append(masked)
         return masked

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .intercept import EncoderCall
 
@@ -14,13 +14,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def two_views(
-    calls: Sequence[EncoderCall], encoder: nn.Module, given: Any, count: int | None
+    calls: Sequence[EncoderCall], online: Sequence[EncoderCall], given: Any, count: int | None
 ) -> tuple[Pair, Pair]:
     """Find two views of one size, the largest, of which at least one has a feature with gradient.
 
     Args:
         calls: what went through the encoder and its copies in one training step.
-        encoder: the one that is trained.
+        online: those calls of them that train the encoder, one or more.
         given: the batch, which shows how many images a view has.
         count: how many views one call got concatenated, where the batch doesn't show it.
 
@@ -30,7 +30,6 @@ def two_views(
     Raises:
         RuntimeError: if there are no two; the message lists the calls.
     """
-    online = [call for call in calls if call.encoder is encoder and call.output.requires_grad]
     largest = max(call.image.shape[-2:].numel() for call in online)
     # of several calls with the same images the first counts
     views: dict[int, EncoderCall] = {}
@@ -45,23 +44,44 @@ def two_views(
         images = torch.split(first.image, size)
         features = torch.split(first.output, size)
         return (images[0], images[1]), (features[0], features[1])
-    others = [
-        call for call in calls if call.encoder is not encoder or not call.output.requires_grad
-    ]
+    trained = {id(call.output) for call in online}
+    others = [call for call in calls if id(call.output) not in trained]
     for call in others:
         if call.image.shape == first.image.shape:
-            image, feature = _in_batch_order(call, first.image, given)
-            if not torch.equal(image, first.image):
+            image, feature = _in_batch_order(call, given, count)
+            if image is not first.image and not torch.equal(image, first.image):
                 return (first.image, image), (first.output, feature.detach())
-    with_gradient = [tuple(call.image.shape) for call in online]
-    without = [tuple(call.image.shape) for call in others]
     raise RuntimeError(
         "expected two views, one in each call of the encoder or concatenated in one, or one of "
-        f"them in a momentum encoder's, saw calls with gradient of images {with_gradient} and "
-        f"others of {without}, where images and labels of the batch number "
-        f"{sorted(_batch_sizes(given))}; views= tells how many are concatenated where the batch "
-        "doesn't show it"
+        "them in a momentum encoder's, saw calls with gradient of images "
+        f"{[tuple(call.image.shape) for call in online]} and others of "
+        f"{[tuple(call.image.shape) for call in others]}, where images and labels of the batch "
+        f"number {sorted(_batch_sizes(given))}; views= tells how many are concatenated where the "
+        "batch doesn't show it"
     )
+
+
+def verify_views(views: Pair, given: Any) -> None:
+    """Check what the batch shows: that these are two views, each of them whole and in order.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    shapes = [tuple(view.shape) for view in views]
+    advice = (
+        "recon_aux needs a call of the encoder for each whole view, or one of all views, one after "
+        "the other, in the batch's order"
+    )
+    if views[0].shape == views[1].shape and torch.equal(*views):
+        raise RuntimeError(f"expected two views, saw the same images {shapes[0]} twice; {advice}")
+    for view in views:
+        known = [x for x in _images(given) if x.shape[1:] == view.shape[1:]]
+        whole = any(x.shape == view.shape and torch.equal(x, view) for x in known)
+        if known and not whole and _rows_in(view, torch.cat(known)) is not None:
+            raise RuntimeError(
+                "expected two views of the batch, saw its images in another arrangement, "
+                f"{shapes}; {advice}"
+            )
 
 
 def _view_size(image: Tensor, given: Any, count: int | None) -> int | None:
@@ -82,27 +102,37 @@ def _batch_sizes(given: Any) -> set[int]:
     return images or {len(x) for x in tensors if x.ndim == 1}
 
 
-def _in_batch_order(call: EncoderCall, online: Tensor, given: Any) -> Pair:
+def _in_batch_order(call: EncoderCall, given: Any, count: int | None) -> Pair:
     """Undo a shuffle of the images that a momentum encoder took, as MoCo's."""
-    known = [x for x in _tensors(given) if x.shape == call.image.shape]
+    known = [x for x in _images(given) if x.shape == call.image.shape]
     # looking at values waits for the device, so identity first
-    if any(x is call.image for x in known) or any(torch.equal(x, call.image) for x in known):
+    if count == 1 or any(x is call.image for x in known):
         return call.image, call.output
-    mark = call.image.flatten(1).sum(1)
     for view in known:
-        same = mark[None, :] == view.flatten(1).sum(1)[:, None]
-        order = same.int().argmax(1)
-        if same.any(1).all() and torch.equal(call.image[order], view):
+        order = _rows_in(view, call.image)
+        if order is not None:
             return view, call.output[order]
-    if any(torch.equal(view, online) for view in known):
-        raise RuntimeError(
-            "expected the momentum encoder to take the batch's other view, in any order, got "
-            "images that this process has not been given; where a batch is shuffled over processes "
-            "recon_aux can't tell which feature belongs to which image: shuffle within each, or "
-            "train with one process"
-        )
-    # neither view is in the batch: they were made within the step
-    return call.image, call.output
+    raise RuntimeError(
+        "expected a momentum encoder to take a view of the batch, in any order, got images "
+        f"{tuple(call.image.shape)} that aren't in the batch: made within the step, or another "
+        "process's, where a batch is shuffled over processes. views=1 says that they are in the "
+        "order of the encoder's own; those of another process can't be used"
+    )
+
+
+def _rows_in(images: Tensor, among: Tensor) -> Tensor | None:
+    """Say where each of some images is among others; None if any is not."""
+    marks, known = (x.flatten(1).double().sum(1) for x in (images, among))
+    same = marks[:, None] == known[None, :]
+    order = same.int().argmax(1)
+    return order if torch.equal(among[order], images) else None
+
+
+def _images(given: Any) -> list[Tensor]:
+    """Find the images of a batch, those of stacked views, (B, V, C, H, W) or (V, B, ...), too."""
+    tensors = list(_tensors(given))
+    stacked = [part for x in tensors if x.ndim == 5 for dim in (0, 1) for part in x.unbind(dim)]
+    return [x for x in tensors if x.ndim == 4] + stacked
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

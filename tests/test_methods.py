@@ -10,9 +10,20 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from methods import DIM, METHODS, Head, Masked, Method, Momentum, ShuffledMomentum, smooth
+from methods import (
+    DIM,
+    METHODS,
+    Head,
+    Masked,
+    Method,
+    Momentum,
+    ShuffledMomentum,
+    map_encoder,
+    smooth,
+)
 from models import tiny_encoder
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import recon_aux
@@ -34,9 +45,9 @@ def calls_of_encoder(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What went through the encoder, as the engine saw it."""
     seen: list[Any] = []
 
-    def spy(calls: Any, encoder: nn.Module, *rest: Any) -> Any:
-        seen.extend(call for call in calls if call.encoder is encoder)
-        return find(calls, encoder, *rest)
+    def spy(calls: Any, online: Any, *rest: Any) -> Any:
+        seen.extend(online)
+        return find(calls, online, *rest)
 
     find = engine.two_views
     monkeypatch.setattr(engine, "two_views", spy)
@@ -57,7 +68,7 @@ def test_the_methods_loss_leaves_the_equivariant_channels_alone(
     seen = calls_of_encoder(monkeypatch)
     model = built(method, weight=0, equivariant_dim=6)
     loss = model.training_step(model.batch(), 0)
-    outputs = [call.output for call in seen if call.output.requires_grad]
+    outputs = [call.output for call in seen]
     gradients = torch.autograd.grad(loss, outputs)
     parts = [model.recon_aux.splitter(engine.as_feature(g)) for g in gradients]
     assert not any(equivariant.any() for _, equivariant in parts)
@@ -195,7 +206,7 @@ def test_images_of_another_process_are_refused() -> None:
             return super().key(torch.rand_like(x))
 
     model = built(Elsewhere)
-    with pytest.raises(RuntimeError, match="images that this process has not been given"):
+    with pytest.raises(RuntimeError, match="aren't in the batch: made within the step, or another"):
         model.training_step(model.batch(), 0)
 
 
@@ -227,10 +238,143 @@ def test_two_encoders_that_are_both_trained_need_to_be_told_apart() -> None:
             return self.criterion(*(self.projection_head(f(x).flatten(1)) for f, x in pairs))
 
     model = built(Two)
-    with pytest.raises(
-        RuntimeError, match=r"encoder backbone gives.*\['left', 'right'\].*backbone="
-    ):
+    with pytest.raises(RuntimeError, match=r"train one encoder.*\['left', 'right'\].*backbone="):
         model.training_step(model.batch(), 0)
+
+
+def test_two_towers_of_which_one_has_the_usual_name() -> None:
+    class Towers(Method):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = copy.deepcopy(self.backbone)
+
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            x0, x1 = batch[0]
+            return self.criterion(self.embed(x0), self.projection_head(self.other(x1).flatten(1)))
+
+    model = built(Towers)
+    with pytest.raises(RuntimeError, match=r"\['backbone', 'other'\].*momentum encoder .*detached"):
+        model.training_step(model.batch(), 0)
+
+
+def mixed_by(neck: nn.Module) -> type[Method]:
+    class Mixed(Method):
+        def __init__(self) -> None:
+            super().__init__()
+            self.neck = neck
+
+        def embed(self, x: Tensor) -> Tensor:
+            return self.projection_head(self.neck(self.backbone(x).flatten(1)))
+
+    return Mixed
+
+
+@pytest.mark.parametrize(
+    "neck", [nn.Linear(DIM, DIM), nn.LayerNorm(DIM), nn.Softmax(1)], ids=lambda neck: str(neck)[:9]
+)
+def test_what_mixes_the_channels_before_a_head_is_refused(neck: nn.Module) -> None:
+    model = built(mixed_by(neck))
+    with pytest.raises(RuntimeError, match=r"mixed into what the heads \['projection_head'\] rec"):
+        model.training_step(model.batch(), 0)
+    attach(recon_aux.detach(model), heads=["neck"]).training_step(model.batch(), 0)
+
+
+def test_two_poolings_of_a_map_are_not_taken_for_the_map() -> None:
+    class Pooled(Method):
+        def __init__(self) -> None:
+            super().__init__(map_encoder())
+            self.projection_head = nn.Linear(2 * DIM, 8)
+
+        def embed(self, x: Tensor) -> Tensor:
+            feature = self.backbone(x)
+            return self.projection_head(torch.cat([feature.mean((2, 3)), feature.amax((2, 3))], 1))
+
+    model = built(Pooled)
+    with pytest.raises(RuntimeError, match="mixed into what the heads"):
+        model.training_step(model.batch(), 0)
+
+
+def test_a_head_that_is_exchanged_after_the_first_step_is_noticed() -> None:
+    model = built(Method)
+    model.training_step(model.batch(), 0)
+    model.projection_head = Head()
+    with pytest.raises(RuntimeError, match="past what the heads"):
+        model.training_step(model.batch(), 1)
+
+
+class ArrangedOtherwise(Method):
+    """Encodes what ``arrange`` makes of the views, and looks at all of it."""
+
+    @staticmethod
+    def arrange(views: list[Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return sum(self.embed(x).var() for x in self.arrange(batch[0]))  # type: ignore[return-value]
+
+
+ARRANGEMENTS = {
+    "in small batches": lambda views: [half for view in views for half in view.chunk(2)],
+    "in turns": lambda views: [torch.stack(views, 1).flatten(0, 1)],
+    "stacked in turns": lambda views: [torch.stack(views, 1).flatten(0, 1)],
+    "twice": lambda views: [views[0], views[0].clone(), views[1]],
+}
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_views_that_the_batch_shows_to_be_paired_wrongly_are_refused(name: str) -> None:
+    model = built(type("Arranged", (ArrangedOtherwise,), {"arrange": ARRANGEMENTS[name]}))
+    model.arrange = ARRANGEMENTS[name]
+    views, labels = model.batch()
+    if name == "stacked in turns":
+        model.arrange = lambda given: ARRANGEMENTS[name](list(given.unbind(1)))
+        views = torch.stack(views, 1)
+    with pytest.raises(RuntimeError, match=r"another arrangement|same images .* twice"):
+        model.training_step((views, labels), 0)
+
+
+def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> None:
+    class Scaled(Momentum):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return super().training_step(([2 * x - 1 for x in batch[0]], batch[1]))
+
+    model = built(Scaled)
+    with pytest.raises(RuntimeError, match=r"made within the step.*views=1 says"):
+        model.training_step(model.batch(), 0)
+    model = built(Scaled, views=1)
+    seen = rebuilt_from(model)
+    model.training_step(model.batch(), 0)
+    assert torch.equal(seen[0][0][1], 2 * model.batch()[0][1] - 1)
+
+
+def test_validation_by_the_training_step_passes_through() -> None:
+    model, twin = built(Method), Method()
+    twin.load_state_dict(recon_aux.detach(copy.deepcopy(model)).state_dict())
+    with torch.no_grad():
+        model.recon_aux.register_forward_hook(lambda *call: pytest.fail("rebuilt in validation"))
+        model.training_step(model.batch(), 0)
+
+
+def test_copies_that_are_made_between_steps_are_watched_and_leave_no_door() -> None:
+    class Reset(Momentum):
+        def on_train_epoch_start(self) -> None:
+            self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+
+    model = built(Reset)
+    for _ in range(3):
+        model.on_train_epoch_start()
+        model.training_step(model.batch(), 0)
+    kept = model.backbone_momentum
+    recon_aux.detach(model)
+    assert not doors(model)
+    assert "forward" not in vars(kept)
+
+
+def test_a_recon_aux_of_the_models_own_is_not_replaced() -> None:
+    model = Method()
+    model.recon_aux = recon_aux.ReconAux(DIM)
+    with pytest.raises(ValueError, match="without a recon_aux, got one that is its own"):
+        attach(model)
 
 
 def test_a_loss_that_does_not_depend_on_the_encoder() -> None:
@@ -239,7 +383,7 @@ def test_a_loss_that_does_not_depend_on_the_encoder() -> None:
             return self.projection_head(self.backbone(x).flatten(1).detach())
 
     model = built(Detached)
-    with pytest.raises(RuntimeError, match="depends on no encoder"):
+    with pytest.raises(RuntimeError, match="depends on none of those like backbone"):
         model.training_step(model.batch(), 0)
 
 
@@ -320,7 +464,7 @@ def test_an_encoder_that_is_called_past_its_forward() -> None:
 
 
 def test_fewer_than_two_views() -> None:
-    with pytest.raises(ValueError, match="expected views= of 2 or more, got 0"):
+    with pytest.raises(ValueError, match="expected views= of 1 or more, got 0"):
         built(Method, views=0)
 
 
@@ -374,30 +518,57 @@ def test_a_loop_that_concatenates_its_views() -> None:
     assert len(seen) == 3
 
 
-def test_a_loop_may_evaluate_between_its_steps() -> None:
+@pytest.mark.parametrize("without_gradient", [True, False])
+def test_a_loop_may_encode_other_images_between_its_steps(without_gradient: bool) -> None:
     model = attach(InALoop())
     views, _ = Method().batch()
     model.eval()
-    with torch.no_grad():
-        for _ in range(300):
-            model(views[0][:1])
+    with torch.set_grad_enabled(not without_gradient):
+        for _ in range(100 if without_gradient else 20):
+            model(torch.rand(4, 3, 32, 32))
     model.train()
+    seen = rebuilt_from(model)
     recon_aux.add_loss(model, sum(model(view).var() for view in views))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+
+
+def test_a_loop_may_checkpoint_its_encoder() -> None:
+    model = attach(InALoop())
+    views, _ = Method().batch()
+    seen = rebuilt_from(model)
+    for step in range(2):
+        batch = [view + step for view in views]
+        features = [checkpoint(model.backbone, x, use_reentrant=False) for x in batch]
+        loss = sum(model.projection_head(y.flatten(1)).var() for y in features)
+        recon_aux.add_loss(model, loss).backward()
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], batch, strict=True))
 
 
 def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
     model = attach(InALoop())
-    with pytest.raises(RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, saw 200"):
+    with pytest.raises(RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, saw 32"):
         for _ in range(300):
             model(torch.rand(2, 3, 8, 8))
 
 
-def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself(copied: Any) -> None:
     views, _ = Method().batch()
-    twin = copy.deepcopy(attach(InALoop()))
+    model = attach(InALoop())
+    twin = copied(model)
     loss = recon_aux.add_loss(twin, sum(twin(view).var() for view in views))
     loss.backward()
     assert twin.recon_aux.decoder.queries.grad.any()
+    assert not model._recon_aux_attachment.capture.calls
+
+
+def test_a_copy_of_the_encoder_alone_remembers_nothing() -> None:
+    model = attach(InALoop())
+    encoder = copy.deepcopy(model.backbone)
+    for _ in range(100):
+        encoder(torch.rand(2, 3, 8, 8))
+    assert not model._recon_aux_attachment.capture.calls
+    assert not vars(encoder)["forward"].guard.calls
 
 
 def test_the_loss_is_not_added_twice() -> None:
@@ -406,6 +577,8 @@ def test_the_loss_is_not_added_twice() -> None:
         recon_aux.add_loss(model, model.training_step(model.batch(), 0))
     with pytest.raises(ValueError, match="got a bare Method"):
         recon_aux.add_loss(recon_aux.detach(model), torch.zeros(()))
+    with pytest.raises(TypeError, match="loss as a tensor, got float"):
+        recon_aux.add_loss(model, 3.0)  # type: ignore[arg-type]
 
 
 def test_a_graph_of_many_ways_is_walked_once() -> None:
