@@ -17,7 +17,7 @@ def train(encoder, head, aux, study):
     criterion = NTXentLoss(temperature=0.2)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, epochs * len(loader), pct_start=0.1
+        optimizer, lr, epochs * len(loader), pct_start=0.101
     )
     for _ in track(range(epochs), "bare" if aux is None else "attached"):
         for (x0, x1), _ in loader:

@@ -70,9 +70,6 @@ def attach(
         >>> model.recon_aux.splitter
         FeatureSplitter(invariant_dim=256, equivariant_dim=256)
     """
-    # a loss on patches needs tokens, which lightly's masked transformers give through encode
-    if _PATCH_LOSSES & {type(child).__name__ for child in model.children()}:
-        options.setdefault("backbone_method", "encode")
     return attach_by(_LIGHTLY, model, backbone=backbone, heads=heads, weight=weight, **options)
 
 
@@ -84,15 +81,18 @@ def _is_head(name: str, module: nn.Module) -> bool:
     return named or isinstance(module, ProjectionHead) or type(module).__name__ == "KoLeoLoss"
 
 
-def _default_weight(model: nn.Module) -> float:
+def _defaults(model: nn.Module) -> dict[str, Any]:
     losses = {base.__name__ for child in model.children() for base in type(child).__mro__}
-    return next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)
+    weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)
+    # a loss on patches needs tokens, which lightly's masked transformers give through encode
+    method = "encode" if _PATCH_LOSSES & losses else "forward"
+    return {"weight": weight, "backbone_method": method}
 
 
 _LIGHTLY = Conventions(
     backbones=("student_backbone", "online_backbone", "backbone", "student", "encoder"),
     is_head=_is_head,
-    default_weight=_default_weight,
+    defaults=_defaults,
     refused={
         "MAE": "rebuilds masked patches of one view",
         "SimMIM": "rebuilds masked patches of one view",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import sys
@@ -79,15 +80,15 @@ def attach(
     return attach_by(_SOLO_LEARN, model, backbone=backbone, heads=heads, weight=weight, **options)
 
 
-def _default_weight(model: nn.Module) -> float:
+def _defaults(model: nn.Module) -> dict[str, Any]:
     classes = (base.__name__ for base in type(model).__mro__)
-    return next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), 1.0)
+    return {"weight": next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), 1.0)}
 
 
 _SOLO_LEARN = Conventions(
     backbones=("backbone", "encoder"),
     is_head=lambda name, module: name in _HEADS,
-    default_weight=_default_weight,
+    defaults=_defaults,
     refused={
         "MAE": "rebuilds masked patches of one view",
         "LinearModel": "trains a classifier on an encoder that is trained already",
@@ -125,7 +126,7 @@ class _Attached:
 
     def __call__(self, cfg: Any) -> nn.Module:
         _SOLO_LEARN.refuse(self.method)
-        options = _options(cfg.get("recon_aux") or {})
+        options = _options(cfg.get("recon_aux", {}))
         model: nn.Module = attach(self.method(cfg), **options)
         aux: ReconAux = model.get_submodule("recon_aux")  # type: ignore[assignment]
         found = {"weight": aux.weight, "equivariant_dim": aux.splitter.equivariant_dim}
@@ -135,7 +136,9 @@ class _Attached:
         return model
 
 
-def _options(section: Mapping[str, Any]) -> dict[str, Any]:
+def _options(section: Any) -> dict[str, Any]:
+    if not isinstance(section, Mapping):
+        raise TypeError(f"expected recon_aux.OPTION=VALUE in the config, got recon_aux={section!r}")
     signatures = (inspect.signature(attach_to), inspect.signature(ReconAux))
     parameters = [p for signature in signatures for p in signature.parameters.values()]
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"features", "spatial"}
@@ -155,6 +158,12 @@ def run() -> None:
     script = os.environ.get(_SCRIPT, "")
     if arguments and arguments[0].endswith(".py"):
         script = arguments.pop(0)
+    if "cfg" not in inspect.signature(BaseMethod.__init__).parameters:
+        raise SystemExit(
+            "expected solo-learn 1.0.6, from GitHub, whose methods take a config, got an older "
+            "one; install it with: pip install --no-deps --no-build-isolation "
+            "git+https://github.com/vturrisi/solo-learn"
+        )
     if not Path(script).is_file():
         raise SystemExit(
             "expected: python -m recon_aux.integrations.solo_learn main_pretrain.py ARGUMENTS, "
@@ -163,6 +172,8 @@ def run() -> None:
     script = os.environ[_SCRIPT] = str(Path(script).resolve())
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
+    # a run is resumed only if these are as they were
+    importlib.import_module("solo.utils.auto_resumer").AutoResumer.SHOULD_MATCH.append("recon_aux")
     METHODS.update({name: _Attached(method) for name, method in METHODS.items()})
     main = ModuleType("__main__")
     main.__file__ = script

@@ -13,7 +13,7 @@ from .encoder import Features, as_feature, encoder_shape
 from .find import Conventions, describe_children, find_copies, find_module, unwrap
 from .graph import reached
 from .intercept import Capture, Door, EncoderCall, Guard, Mask, doors, watch
-from .verify import gradients_to, past_masks, trained_encoders
+from .verify import Progress, gradients_to, past_masks, trained_encoders
 from .views import two_views, verify_views
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,8 +44,8 @@ def attach(
     Args:
         model: a LightningModule, or any module.
         backbone: the encoder that the training step calls with gradient, or its name.
-        heads: every module that takes the encoder's features, those of momentum encoders too, or
-            their names.
+        heads: every module that takes the encoder's features, as its first tensor, those of
+            momentum encoders too, or their names.
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         image_channels: channels of the views; by default what the first convolution takes.
@@ -95,7 +95,10 @@ def attach(
     if views is not None and views < 1:
         raise ValueError(f"expected views= of 1 or more, got {views}")
     encoder = find_module(model, backbone, "backbone")
-    masked = [find_module(model, head, "heads") for head in heads]
+    # a criterion that takes the features may stand outside the model
+    masked = [
+        head if isinstance(head, nn.Module) else find_module(model, head, "heads") for head in heads
+    ]
     shape = encoder_shape(
         unwrap(encoder),
         method=backbone_method,
@@ -153,21 +156,25 @@ def attach_by(
         TypeError: if the conventions know the method for one without two views.
         ValueError: if no encoder or no head is found, and as :func:`attach` does.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, an instance of its class, got {model!r}")
     _refuse_wrapped(model)
     conventions.refuse(type(model))
     if backbone is None:
         backbone = conventions.find_encoder(model)
     if heads is None:
         heads = [] if options.get("equivariant_dim") == 0 else conventions.find_heads(model)
-    weight = conventions.default_weight(model) if weight is None else weight
-    return attach(model, backbone=backbone, heads=heads, weight=weight, **options)
+    options = {**conventions.defaults(model), **options}
+    if weight is not None:
+        options["weight"] = weight
+    return attach(model, backbone=backbone, heads=heads, **options)
 
 
 def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     """Add the reconstruction loss in a loop of your own, for an attached model without a trainer.
 
-    It rebuilds what went through the encoder since the last call, so call it once a step. Make the
-    optimizer after attaching: the decoder is among ``model.parameters()``.
+    It rebuilds what went through the encoder since the last call, so call it once for each loss.
+    Make the optimizer after attaching: the decoder is among ``model.parameters()``.
 
     Args:
         model: one that ``attach`` returned.
@@ -217,9 +224,9 @@ def detach(model: Model) -> Model:
     Raises:
         ValueError: if nothing is attached.
     """
-    _attachment(model)
+    given = _attachment(model).heads
     # a copied module may have brought a door along, behind ours
-    while opened := doors(model):
+    while opened := doors(model, *given):
         for door in opened:
             door.close()
     delattr(model, _ATTACHMENT)
@@ -267,6 +274,7 @@ class Attachment:
         # whether the loss may depend on features past the heads, though without gradient
         self.past_is_harmless = False
         self.other_is_a_copys = False
+        self.progress = Progress()
         guards: dict[str, Guard] = {"training_step": self.step, "configure_optimizers": self.enroll}
         self.in_a_loop = not all(callable(getattr(model, method, None)) for method in guards)
         for method in () if self.in_a_loop else guards:
@@ -363,6 +371,7 @@ class Attachment:
         self.other_is_a_copys = not outputs[1].requires_grad
         if not self.aux.enabled:
             return loss
+        self.progress.verify(self.encoder, self.aux)
         output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.reconstruction_loss, len(views[0]))
         total: Tensor = loss + output.loss
@@ -399,7 +408,7 @@ class Attachment:
         return configured
 
     def _no_call(self) -> str:
-        where = "the steps" if self.in_a_loop else "training_step"
+        where = "each step, before add_loss," if self.in_a_loop else "training_step"
         return (
             f"expected {where} to call {self.backbone_method} of the encoder "
             f"{self._name(self.encoder)} with gradient, saw {len(self.capture.calls)} calls "

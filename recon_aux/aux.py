@@ -107,8 +107,8 @@ class ReconAux(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"expected a finite weight of 0 or more, got {weight}")
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise ValueError(f"expected a finite weight of 0 or more, got {weight!r}")
         _require("context", context, get_args(Context))
         _require("reconstruct", reconstruct, get_args(Reconstruct))
         self.weight = weight

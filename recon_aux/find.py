@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -15,13 +16,13 @@ class Conventions:
     Args:
         backbones: names of the encoder, the likeliest first.
         is_head: whether a submodule, given with its dotted name, takes the encoder's features.
-        default_weight: of the reconstruction loss, for a method.
+        defaults: options of a method that aren't the usual ones, its ``weight`` first.
         refused: class names of methods without two views, each with the reason.
     """
 
     backbones: Sequence[str]
     is_head: Callable[[str, nn.Module], bool]
-    default_weight: Callable[[nn.Module], float]
+    defaults: Callable[[nn.Module], dict[str, Any]]
     refused: Mapping[str, str]
 
     def refuse(self, method: type) -> None:
@@ -50,8 +51,9 @@ class Conventions:
             if child is not None and any(p.requires_grad for p in child.parameters()):
                 return child
         raise ValueError(
-            f"expected an encoder named one of {tuple(self.backbones)} in {type(model).__name__}; "
-            f"backbone= tells which it is, of these: {describe_children(model)}"
+            f"expected a trainable encoder named one of {tuple(self.backbones)} in "
+            f"{type(model).__name__}; backbone= tells which it is, of these: "
+            f"{describe_children(model)}"
         )
 
     def find_heads(self, model: nn.Module) -> list[nn.Module]:

@@ -63,9 +63,15 @@ def watch(encoder: nn.Module, method: str, capture: Capture) -> None:
         Door(encoder, method, capture)
 
 
-def doors(model: nn.Module) -> list[Door]:
-    """Find every door in a model, those that came with copied modules, too."""
-    values = (value for module in model.modules() for value in vars(module).values())
+def version(module: nn.Module) -> int:
+    """Give a number that grows with each change of a module's parameters."""
+    return sum(parameter._version for parameter in module.parameters())
+
+
+def doors(*models: nn.Module) -> list[Door]:
+    """Find every door in some modules, those that came with copied submodules, too."""
+    modules = (module for model in models for module in model.modules())
+    values = (value for module in modules for value in vars(module).values())
     return [value for value in values if isinstance(value, Door)]
 
 
@@ -88,11 +94,14 @@ class Capture:
         self.features = features
         self.recording = False
         self.in_a_loop = False
+        # of each encoder's parameters, when it was called last
+        self.versions: dict[int, int] = {}
         self.calls: list[EncoderCall] = []
 
     def start(self, *, in_a_loop: bool = False) -> None:
         """Forget, and record from here on; in a loop that isn't ours, only what is training."""
         self.recording, self.in_a_loop, self.calls = True, in_a_loop, []
+        self.versions = {}
 
     def stop(self) -> None:
         """Forget, and record nothing."""
@@ -121,12 +130,21 @@ class Capture:
 
     def remember(self, call: EncoderCall) -> None:
         """Keep a call until the step is over."""
-        if self.in_a_loop and len(self.calls) == _MANY_CALLS:
-            raise RuntimeError(
-                f"expected recon_aux.add_loss(model, loss) once a step, saw {_MANY_CALLS} calls of "
-                "the encoder without; for evaluation use model.eval() and torch.no_grad()"
-            )
+        if self.in_a_loop:
+            self.expect_add_loss(call)
         self.calls.append(call)
+
+    def expect_add_loss(self, call: EncoderCall) -> None:
+        """See to it that a loop doesn't forget the reconstruction loss."""
+        now = version(call.encoder)
+        before = self.versions.setdefault(id(call.encoder), now)
+        is_online = call.output.requires_grad and call.encoder.training
+        if len(self.calls) == _MANY_CALLS or (is_online and before != now):
+            raise RuntimeError(
+                "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
+                f"{_MANY_CALLS} calls of it without; for evaluation use model.eval() and "
+                "torch.no_grad()"
+            )
 
     def __deepcopy__(self, memo: Any) -> Capture:
         """Copy, but let a momentum encoder that is copied within a step report to that step."""

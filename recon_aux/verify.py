@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .graph import reached
-from .intercept import EncoderCall
+from .intercept import EncoderCall, version
 
 
 def trained_encoders(loss: Tensor, calls: Sequence[EncoderCall]) -> list[nn.Module]:
@@ -41,3 +41,29 @@ def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Te
     flowing = [torch.randn(x.shape, generator=generator).to(x) for x in masked]
     gradients = torch.autograd.grad(masked, outputs, flowing, retain_graph=True, allow_unused=True)
     return [gradient for gradient in gradients if gradient is not None]
+
+
+class Progress:
+    """Sees to it that the decoder is trained where the encoder is."""
+
+    def __init__(self) -> None:
+        self.seen: tuple[int, int] | None = None
+        self.steps_of_encoder_alone = 0
+
+    def verify(self, encoder: nn.Module, aux: nn.Module) -> None:
+        """Count steps in which an optimizer changed the encoder and left the decoder.
+
+        Raises:
+            RuntimeError: at the second.
+        """
+        versions = version(encoder), version(aux)
+        if self.seen is not None and versions[0] != self.seen[0]:
+            alone = versions[1] == self.seen[1]
+            self.steps_of_encoder_alone = self.steps_of_encoder_alone + 1 if alone else 0
+        self.seen = versions
+        if self.steps_of_encoder_alone == 2:
+            raise RuntimeError(
+                "expected the optimizer to train the decoder with the encoder, which alone was "
+                "changed in the last two steps; make the optimizer after attaching, or "
+                "optimizer.add_param_group({'params': model.recon_aux.parameters()})"
+            )

@@ -55,7 +55,9 @@ def test_no_encoder_is_found() -> None:
     model = method()
     model.trunk = model.backbone
     del model.backbone
-    with pytest.raises(ValueError, match=r"expected an encoder.*backbone= .*trunk \(Sequential\)"):
+    with pytest.raises(
+        ValueError, match=r"expected a trainable encoder.*backbone= .*trunk \(Sequential\)"
+    ):
         attach(model)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
+from lightly.loss import KoLeoLoss
 from methods import (
     DIM,
     METHODS,
@@ -445,6 +446,11 @@ def test_a_compiled_model_is_to_be_attached_first() -> None:
         attach(compiled)
 
 
+def test_a_class_is_not_a_model() -> None:
+    with pytest.raises(TypeError, match="expected a model, an instance of its class, got <class"):
+        attach(Method)  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize("name", ["MAE", "AIM", "SimMIM", "IJEPA", "Pixio", "CAPI"])
 def test_methods_with_one_view_are_refused_by_name(name: str) -> None:
     method = type(name, (Method,), {})
@@ -546,9 +552,53 @@ def test_a_loop_may_checkpoint_its_encoder() -> None:
 
 def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
     model = attach(InALoop())
-    with pytest.raises(RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, saw 32"):
+    with pytest.raises(
+        RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, .* or 32 calls"
+    ):
         for _ in range(300):
             model(torch.rand(2, 3, 8, 8))
+
+
+def steps_with(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, forget: Any) -> None:
+    views, _ = Method().batch()
+    for _ in range(count):
+        loss = sum(model(view).var() for view in views)
+        if not forget:
+            loss = recon_aux.add_loss(model, loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_an_optimizer_without_the_decoder_is_noticed() -> None:
+    model = InALoop()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model)
+    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
+        steps_with(model, optimizer, 3, forget=False)
+    model = attach(InALoop())
+    steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
+
+
+def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
+    model = attach(InALoop())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="once a step, saw the encoder change"):
+        steps_with(model, optimizer, 2, forget=True)
+
+
+def test_a_criterion_outside_the_model_may_take_the_features() -> None:
+    model, criterion = InALoop(), KoLeoLoss()
+    attach(model, heads=["projection_head", criterion])
+    views, _ = Method().batch()
+
+    def loss() -> Any:
+        features = [model.backbone(view).flatten(1) for view in views]
+        return sum(model.projection_head(y).var() + criterion(y) for y in features)
+
+    recon_aux.add_loss(model, loss()).backward()
+    recon_aux.detach(model)
+    assert "forward" not in vars(criterion)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
