@@ -265,7 +265,7 @@ def test_the_reconstruction_loss_halves_on_a_fixed_batch(name: str) -> None:
     model.recon_aux.register_forward_hook(
         lambda module, args, out: losses.append(out.reconstruction_loss.item())
     )
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(20):
         optimizer.zero_grad()
         result = model.training_step(batch(), 0)
