@@ -71,7 +71,7 @@ class Method(LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = (p for p in self.parameters() if p.requires_grad)
-        return torch.optim.Adam(trained, lr=5e-3)
+        return torch.optim.Adam(trained, lr=2e-3)
 
 
 class Momentum(Method):

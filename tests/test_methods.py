@@ -109,7 +109,7 @@ def test_the_reconstruction_loss_halves_on_a_fixed_batch(method: type[Method]) -
         lambda module, args, out: losses.append(out.reconstruction_loss.item())
     )
     batch = model.batch()
-    for step in range(20):
+    for step in range(40):
         optimizer.zero_grad()
         model.training_step(batch, step).backward()
         optimizer.step()
