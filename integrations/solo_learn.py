@@ -21,14 +21,15 @@ from recon_aux.attach import attach as attach_to
 from recon_aux.attach import attach_by
 from recon_aux.find import Conventions
 
+_INSTALL = "pip install --no-deps --no-build-isolation git+https://github.com/vturrisi/solo-learn"
+
 try:
     from solo.methods import METHODS
     from solo.methods.base import BaseMethod
 except ImportError as error:
     raise ImportError(
         "recon_aux.integrations.solo_learn needs solo-learn and what it imports "
-        f"({error}); install them with: pip install 'recon-aux[solo-learn]' && "
-        "pip install --no-deps --no-build-isolation git+https://github.com/vturrisi/solo-learn"
+        f"({error}); install them with: pip install 'recon-aux[solo-learn]' && {_INSTALL}"
     ) from error
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -161,8 +162,7 @@ def run() -> None:
     if "cfg" not in inspect.signature(BaseMethod.__init__).parameters:
         raise SystemExit(
             "expected solo-learn 1.0.6, from GitHub, whose methods take a config, got an older "
-            "one; install it with: pip install --no-deps --no-build-isolation "
-            "git+https://github.com/vturrisi/solo-learn"
+            f"one; install it with: {_INSTALL}"
         )
     if not Path(script).is_file():
         raise SystemExit(

@@ -260,9 +260,8 @@ class Attachment:
         views: int | None,
     ) -> None:
         self.model = model
-        # torch.compile's wrapper has no methods of its own but forward
-        self.encoder = encoder if backbone_method == "forward" else unwrap(encoder)
         self.backbone_method = backbone_method
+        self.encoder = self._with_method(encoder)
         self.capture = capture
         self.views = views
         self.verified = False
@@ -288,11 +287,14 @@ class Attachment:
 
     def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
-        for copy in find_copies(self.model, self.encoder):
-            copy = copy if self.backbone_method == "forward" else unwrap(copy)
+        for copy in map(self._with_method, find_copies(self.model, self.encoder)):
             if not any(copy is known for known in self.watched):
                 self.watched.append(copy)
                 watch(copy, self.backbone_method, self.capture)
+
+    def _with_method(self, encoder: nn.Module) -> nn.Module:
+        # torch.compile's wrapper has no methods of its own but forward
+        return encoder if self.backbone_method == "forward" else unwrap(encoder)
 
     def hide_from(self, heads: Sequence[nn.Module], mask: Mask) -> None:
         """Hide the equivariant channels from the heads."""

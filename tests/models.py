@@ -38,6 +38,13 @@ def batch(size: int = 8, channels: int = 3, side: int = 32) -> tuple[list[Tensor
     return views, torch.arange(size) % 4
 
 
+def rebuilt_from(model: Any) -> list[Any]:
+    """What the ReconAux got: views and features."""
+    seen: list[Any] = []
+    model.recon_aux.register_forward_pre_hook(lambda module, args: seen.append(args))
+    return seen
+
+
 def build(base: type, method: str, style: str, backbone: nn.Module | None = None, **kw: Any) -> Any:
     """Make a method's class on ``base``, a LightningModule of either package, and build one."""
     classes = {"one_by_one": one_by_one_classes, "concatenated": concatenated_classes}[style]

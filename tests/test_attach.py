@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightly.models.modules import SimCLRProjectionHead
-from models import batch, build, tiny_encoder
+from models import batch, build, rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 
 import recon_aux
@@ -134,11 +134,10 @@ def concatenating(count: int) -> Any:
 
 def test_three_concatenated_views_are_cut_where_they_were_joined() -> None:
     model = attach(method(training_step=concatenating(3)))
-    seen: list[Any] = []
-    model.recon_aux.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step(([*views, views[0] / 2], labels), 0)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
 
 
 def test_a_batch_that_does_not_show_its_views_needs_to_be_told() -> None:
@@ -367,11 +366,10 @@ def test_multi_crop_rebuilds_the_large_views() -> None:
         return torch.stack(z).var(0).mean()
 
     model = attach(method(training_step=step))
-    seen: list[Any] = []
-    model.recon_aux.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step((views, labels), 0)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
 
 
 def test_images_that_are_encoded_twice_are_one_view() -> None:
@@ -381,11 +379,10 @@ def test_images_that_are_encoded_twice_are_one_view() -> None:
         return torch.stack(z).var(0).mean()
 
     model = attach(method(training_step=step))
-    seen: list[Any] = []
-    model.recon_aux.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step((views, labels), 0)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
 
 
 def test_gradients_of_the_methods_loss_are_those_of_the_bare_model_where_nothing_is_split() -> None:

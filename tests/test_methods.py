@@ -18,11 +18,13 @@ from methods import (
     Masked,
     Method,
     Momentum,
+    MomentumWithGradient,
+    MultiCrop,
     ShuffledMomentum,
     map_encoder,
     smooth,
 )
-from models import tiny_encoder
+from models import rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -52,13 +54,6 @@ def calls_of_encoder(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     find = engine.two_views
     monkeypatch.setattr(engine, "two_views", spy)
-    return seen
-
-
-def rebuilt_from(model: Any) -> list[Any]:
-    """What the ReconAux got: views and features."""
-    seen: list[Any] = []
-    model.recon_aux.register_forward_pre_hook(lambda module, args: seen.append(args))
     return seen
 
 
@@ -148,9 +143,7 @@ def test_trains_under_the_trainer(method: type[Method]) -> None:
     assert "recon_aux/loss" in trainer.callback_metrics
 
 
-def test_the_momentum_encoders_feature_is_put_in_the_views_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_momentum_encoders_feature_is_put_in_the_views_order() -> None:
     model = built(ShuffledMomentum)
     model.eval()
     seen = rebuilt_from(model)
@@ -173,8 +166,7 @@ def test_a_shuffle_is_undone_where_views_have_the_same_sums() -> None:
 
 
 def test_a_momentum_encoder_gets_no_gradient_from_the_reconstruction() -> None:
-    (method,) = [m for m in METHODS if m.__name__ == "MomentumWithGradient"]
-    model = built(method)
+    model = built(MomentumWithGradient)
     model.training_step(model.batch(), 0).backward()
     assert model.backbone[0].weight.grad is not None
     assert model.backbone_momentum[0].weight.grad is None
@@ -221,8 +213,7 @@ def test_only_the_view_with_gradient_is_rebuilt() -> None:
 
 
 def test_an_encoder_without_its_usual_name_is_recognised_by_its_gradient() -> None:
-    (method,) = [m for m in METHODS if m.__name__ == "MultiCrop"]
-    model = built(method)
+    model = built(MultiCrop)
     model.training_step(model.batch(), 0).backward()
     assert model.pupil[0].weight.grad is not None
     assert model.backbone[0].weight.grad is None
@@ -349,8 +340,7 @@ def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> Non
 
 
 def test_validation_by_the_training_step_passes_through() -> None:
-    model, twin = built(Method), Method()
-    twin.load_state_dict(recon_aux.detach(copy.deepcopy(model)).state_dict())
+    model = built(Method)
     with torch.no_grad():
         model.recon_aux.register_forward_hook(lambda *call: pytest.fail("rebuilt in validation"))
         model.training_step(model.batch(), 0)
