@@ -9,7 +9,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,8 +18,9 @@ from torch import nn
 
 from recon_aux import ReconAux
 from recon_aux.attach import attach as attach_to
-from recon_aux.attach import attach_by
+from recon_aux.attach import attach_by, decoder_groups
 from recon_aux.find import Conventions
+from recon_aux.intercept import Door
 
 _INSTALL = "pip install --no-deps --no-build-isolation git+https://github.com/vturrisi/solo-learn"
 
@@ -53,8 +54,8 @@ def attach(
 ) -> Model:
     """Attach to a method; the one line.
 
-    The decoder's parameters are a group of their own, ``"recon_aux"``, in the method's
-    ``learnable_params``; the online classifier and k-NN see the whole feature.
+    The decoder's parameters are a group of their own, ``"recon_aux"``, in the ``learnable_params``
+    that ``configure_optimizers`` gets; the online classifier and k-NN see the whole feature.
 
     Args:
         model: one of solo-learn's two-view methods, or a subclass of one.
@@ -74,11 +75,13 @@ def attach(
     Example:
         >>> from solo.methods import METHODS
         >>> model = attach(METHODS["simclr"](cfg))                         # doctest: +SKIP
-        >>> [group["name"] for group in model.learnable_params]            # doctest: +SKIP
+        >>> trainer.fit(model, loader)                                     # doctest: +SKIP
+        >>> [g["name"] for g in trainer.optimizers[0].param_groups]        # doctest: +SKIP
         ['backbone', 'classifier', 'recon_aux', 'projector']
     """
-    _declare_the_decoders_group()
-    return attach_by(_SOLO_LEARN, model, backbone=backbone, heads=heads, weight=weight, **options)
+    attach_by(_SOLO_LEARN, model, backbone=backbone, heads=heads, weight=weight, **options)
+    Door(model, "configure_optimizers", _with_the_decoders_group)
+    return model
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
@@ -97,20 +100,21 @@ _SOLO_LEARN = Conventions(
 )
 
 
-def _declare_the_decoders_group() -> None:
-    """Let ``learnable_params``, a property of the class, name the decoder of an attached model."""
+def _with_the_decoders_group(
+    model: nn.Module, configure: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Name the decoder in ``learnable_params``, a property of the class, while it is read."""
     declared = BaseMethod.learnable_params
-    if hasattr(declared.fget, "__wrapped__"):
-        return
 
     def learnable_params(self: nn.Module) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = declared.fget(self)
-        aux = dict(self.named_children()).get("recon_aux", nn.Module())
-        params = [p for p in aux.parameters() if p.requires_grad]
-        return [*groups, {"name": "recon_aux", "params": params}] if params else groups
+        return [*groups, *decoder_groups(self)] if self is model else groups
 
-    learnable_params.__wrapped__ = declared.fget  # type: ignore[attr-defined]
-    BaseMethod.learnable_params = property(learnable_params, doc=declared.__doc__)
+    BaseMethod.learnable_params = property(learnable_params)
+    try:
+        return configure(*args, **kwargs)
+    finally:
+        BaseMethod.learnable_params = declared
 
 
 # --- solo-learn's own scripts ---

@@ -2,6 +2,7 @@
 
 from .attach import add_loss, attach, detach, is_attached
 from .aux import ReconAux, ReconAuxOutput
+from .checkpoint import export_backbone, strip
 from .decoder import CrossAttentionDecoder
 from .loss import ReconstructionLoss
 from .splitter import FeatureSplitter
@@ -15,5 +16,7 @@ __all__ = [
     "add_loss",
     "attach",
     "detach",
+    "export_backbone",
     "is_attached",
+    "strip",
 ]

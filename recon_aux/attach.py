@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from .attachment import Attachment, refuse_manual_optimization, trains_by_itself
 from .aux import ReconAux
-from .encoder import Features, as_feature, encoder_shape
-from .find import Conventions, describe_children, find_copies, find_module, unwrap
-from .graph import reached
-from .intercept import Capture, Door, EncoderCall, Guard, Mask, doors, watch
-from .verify import Progress, gradients_to, past_masks, trained_encoders
-from .views import two_views, verify_views
+from .encoder import Features, encoder_shape
+from .find import Conventions, find_module, unwrap
+from .intercept import Capture, Mask, doors
+from .optimizers import Settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,6 +31,8 @@ def attach(
     image_size: int | None = None,
     features: Features | None = None,
     views: int | None = None,
+    decoder_lr: float | None = None,
+    decoder_weight_decay: float | None = None,
     **options: Any,
 ) -> Model:
     """Add the reconstruction task to a model.
@@ -55,6 +57,9 @@ def attach(
         views: how many views one call of the encoder gets concatenated; by default read off the
             batch that the training step gets. 1 says that a momentum encoder's view, made within
             the step, is in the order of the encoder's.
+        decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
+            encoder's.
+        decoder_weight_decay: its weight decay; by default the encoder's.
         options: those of :class:`ReconAux`.
 
     Returns:
@@ -86,7 +91,7 @@ def attach(
             "recon_aux.detach(model) takes it off"
         )
     _refuse_wrapped(model)
-    _refuse_manual_optimization(model)
+    refuse_manual_optimization(model)
     if hasattr(model, "recon_aux"):
         raise ValueError(
             f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
@@ -94,6 +99,14 @@ def attach(
         )
     if views is not None and views < 1:
         raise ValueError(f"expected views= of 1 or more, got {views}")
+    settings = Settings(decoder_lr, decoder_weight_decay)
+    settings.check()
+    if settings.given() and not trains_by_itself(model):
+        raise ValueError(
+            "expected decoder_lr= and decoder_weight_decay= for a model that configures its "
+            f"optimizers, got {type(model).__name__}, which doesn't: in a loop of your own give "
+            "model.recon_aux.parameters() a group in the optimizer"
+        )
     encoder = find_module(model, backbone, "backbone")
     # a criterion that takes the features may stand outside the model
     masked = [
@@ -119,7 +132,7 @@ def attach(
         )
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    attachment = Attachment(model, encoder, backbone_method, Capture(features), views)
+    attachment = Attachment(model, encoder, backbone_method, Capture(features), views, settings)
     if aux.splitter.equivariant_dim:
         attachment.hide_from(
             masked, Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
@@ -186,7 +199,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
 
     Raises:
         ValueError: if nothing is attached.
-        TypeError: if the loss is no tensor, or the model has a ``training_step``, which adds it.
+        TypeError: if the loss is no tensor, the model has a ``training_step``, which adds it, or is
+            in a DistributedDataParallel that looks for unused parameters.
         RuntimeError: if no two views went through the encoder.
 
     Example:
@@ -199,6 +213,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected the method's loss as a tensor, got {type(loss).__name__}")
+    _refuse_looking_for_unused(model)
     attachment = _attachment(unwrap(model))
     if not attachment.in_a_loop:
         raise TypeError(
@@ -234,6 +249,31 @@ def detach(model: Model) -> Model:
     return model
 
 
+def trained_encoder(model: nn.Module) -> nn.Module:
+    """Give the encoder that an attached model trains.
+
+    Raises:
+        ValueError: if nothing is attached.
+    """
+    return _attachment(model).encoder
+
+
+def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Give the decoder as a parameter group, for a framework where modules declare theirs.
+
+    Returns:
+        One group, named ``"recon_aux"``, with the settings that ``attach`` was given; none where
+        nothing is to be trained.
+
+    Raises:
+        ValueError: if nothing is attached.
+    """
+    attachment = _attachment(model)
+    params = [p for p in attachment.aux.parameters() if p.requires_grad]
+    group = {"name": "recon_aux", "params": params, **attachment.settings.given()}
+    return [group] if params else []
+
+
 def is_attached(model: nn.Module) -> bool:
     """Whether ``attach`` has been called on this model."""
     return hasattr(model, _ATTACHMENT)
@@ -248,219 +288,12 @@ def _attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
-class Attachment:
-    """What one model was given: doors, and what they have seen in the current step."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        encoder: nn.Module,
-        backbone_method: str,
-        capture: Capture,
-        views: int | None,
-    ) -> None:
-        self.model = model
-        self.backbone_method = backbone_method
-        self.encoder = self._with_method(encoder)
-        self.capture = capture
-        self.views = views
-        self.verified = False
-        self.heads: list[nn.Module] = []
-        self.mask: Mask | None = None
-        self.watched = [self.encoder]
-        watch(self.encoder, backbone_method, capture)
-        self.watch_copies()
-        # whether the loss may depend on features past the heads, though without gradient
-        self.past_is_harmless = False
-        self.other_is_a_copys = False
-        self.progress = Progress()
-        guards: dict[str, Guard] = {"training_step": self.step, "configure_optimizers": self.enroll}
-        self.in_a_loop = not all(callable(getattr(model, method, None)) for method in guards)
-        for method in () if self.in_a_loop else guards:
-            Door(model, method, guards[method])
-
-    @property
-    def aux(self) -> ReconAux:
-        """The model's ReconAux."""
-        aux: ReconAux = self.model.get_submodule("recon_aux")  # type: ignore[assignment]
-        return aux
-
-    def watch_copies(self) -> None:
-        """Watch momentum encoders, too: their features are the other view's in MoCo."""
-        for copy in map(self._with_method, find_copies(self.model, self.encoder)):
-            if not any(copy is known for known in self.watched):
-                self.watched.append(copy)
-                watch(copy, self.backbone_method, self.capture)
-
-    def _with_method(self, encoder: nn.Module) -> nn.Module:
-        # torch.compile's wrapper has no methods of its own but forward
-        return encoder if self.backbone_method == "forward" else unwrap(encoder)
-
-    def hide_from(self, heads: Sequence[nn.Module], mask: Mask) -> None:
-        """Hide the equivariant channels from the heads."""
-        self.mask = mask
-        for head in heads:
-            if not any(head is known for known in self.heads):
-                self.heads.append(head)
-                Door(head, "forward", mask)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Go on in a copy of the model; a copy of the encoder alone sees nothing."""
-        vars(self).update(state)
-        if self.in_a_loop:
-            self.capture.start(in_a_loop=True)
-
-    def step(self, model: nn.Module, training_step: Callable[..., Any], args: Any, kw: Any) -> Any:
-        """Run the method's training step and add the reconstruction loss to what it returns."""
-        if not torch.is_grad_enabled():
-            # validation by the training step
-            return training_step(*args, **kw)
-        self.start()
-        try:
-            result = training_step(*args, **kw)
-            _refuse_manual_optimization(self.model)
-            if result is None:
-                return None
-            loss = result.get("loss") if isinstance(result, Mapping) else result
-            if not isinstance(loss, Tensor):
-                raise TypeError(
-                    "expected training_step to return the loss, a dict with 'loss', or None, got "
-                    f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}"
-                )
-            total = self.add_loss(loss, (args, kw))
-            return {**result, "loss": total} if isinstance(result, Mapping) else total
-        finally:
-            self.stop()
-
-    def start(self) -> None:
-        """Forget what was seen, and look from here on."""
-        if not self.verified or self.other_is_a_copys:
-            # momentum encoders may have been made since
-            self.watch_copies()
-        self.capture.start(in_a_loop=self.in_a_loop)
-        if self.mask:
-            self.mask.masked = []
-
-    def stop(self) -> None:
-        """Forget what was seen, and look no more."""
-        self.capture.stop()
-        if self.mask:
-            self.mask.masked = None
-
-    def add_loss(self, loss: Tensor, given: Any) -> Tensor:
-        """Add the reconstruction loss to the method's."""
-        calls = self.capture.calls
-        if self.in_a_loop and loss.requires_grad:
-            # the loop may have encoded other images since
-            belongs = reached(loss, [call.output for call in calls])
-            calls = [
-                call
-                for call, is_its in zip(calls, belongs, strict=True)
-                if is_its or not call.output.requires_grad
-            ]
-        online = [call for call in calls if call.output.requires_grad]
-        if not self.verified and online and loss.requires_grad:
-            self._verify_encoder(loss, online)
-        online = [call for call in online if call.encoder is self.encoder]
-        if not online:
-            raise RuntimeError(self._no_call())
-        if self.mask and loss.requires_grad:
-            self._verify_mask(loss, [call.output for call in online], self.mask.masked or [])
-        views, outputs = two_views(calls, online, given, self.views)
-        if not self.verified:
-            verify_views(views, given)
-            self.verified = loss.requires_grad
-        self.other_is_a_copys = not outputs[1].requires_grad
-        if not self.aux.enabled:
-            return loss
-        self.progress.verify(self.encoder, self.aux)
-        output = self.aux(views, [self._feature(y) for y in outputs])
-        self._log("recon_aux/loss", output.reconstruction_loss, len(views[0]))
-        total: Tensor = loss + output.loss
-        return total
-
-    def enroll(self, model: nn.Module, configure: Callable[..., Any], args: Any, kw: Any) -> Any:
-        """Put the decoder's parameters where the encoder's are, unless they have a place."""
-        configured = configure(*args, **kw)
-        optimizers = list(_optimizers(configured))
-        if not optimizers:
-            raise ValueError(
-                "expected configure_optimizers to return an optimizer, which is to train the "
-                f"decoder, got {type(configured).__name__}"
-            )
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        placed = {id(p) for group in groups for p in group["params"]}
-        missing = [
-            (f"recon_aux.{name}", p)
-            for name, p in self.aux.named_parameters()
-            if p.requires_grad and id(p) not in placed
-        ]
-        if not missing:
-            return configured
-        encoders = {id(p) for encoder in self.watched for p in encoder.parameters()}
-
-        def encoder_size(group: dict[str, Any]) -> int:
-            return sum(p.numel() for p in group["params"] if id(p) in encoders)
-
-        group = max(groups, key=encoder_size)
-        # joining a group, rather than adding one, keeps schedulers that were already built right
-        group["params"].extend(p for _, p in missing)
-        if "param_names" in group:
-            group["param_names"].extend(name for name, _ in missing)
-        return configured
-
-    def _no_call(self) -> str:
-        where = "each step, before add_loss," if self.in_a_loop else "training_step"
-        return (
-            f"expected {where} to call {self.backbone_method} of the encoder "
-            f"{self._name(self.encoder)} with gradient, saw {len(self.capture.calls)} calls "
-            "without and none with; backbone= tells which of these is the encoder: "
-            f"{describe_children(self.model)}; backbone_method= tells what of it is called"
+def _refuse_looking_for_unused(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
+        raise TypeError(
+            "expected DistributedDataParallel with find_unused_parameters=False, got True: it "
+            "looks for them before the decoder is used, and takes the decoder's for unused"
         )
-
-    def _verify_encoder(self, loss: Tensor, online: list[EncoderCall]) -> None:
-        encoders = trained_encoders(loss, online)
-        if len(encoders) != 1:
-            raise RuntimeError(
-                "expected the method's loss to train one encoder, but it depends on "
-                f"{[self._name(encoder) for encoder in encoders] or 'none'} of those like "
-                f"{self._name(self.encoder)}; backbone= tells which it is, of these: "
-                f"{describe_children(self.model)}; what a momentum encoder gives is to be detached"
-            )
-        # names are a first guess: a teacher may be called backbone
-        (self.encoder,) = encoders
-
-    def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
-        """Check every step, since heads may be exchanged, but look at gradients only once."""
-        past = [] if self.past_is_harmless else past_masks(loss, outputs, masked)
-        gradients = [] if self.verified else gradients_to(outputs, masked)
-        if past:
-            gradients += torch.autograd.grad(loss, past, retain_graph=True)
-            self.past_is_harmless = True
-        if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
-            raise RuntimeError(
-                "expected the method's loss to see the invariant channels alone, but it sees the "
-                f"equivariant ones {'past' if past else 'mixed into'} what the heads "
-                f"{[self._name(head) for head in self.heads]} receive; heads= tells every module "
-                "that takes the encoder's features as they are, of these: "
-                f"{describe_children(self.model)}; equivariant_dim=0 trains without a split"
-            )
-
-    def _feature(self, output: Tensor) -> Tensor:
-        return as_feature(output, spatial=self.aux.decoder.spatial)
-
-    def _name(self, module: nn.Module) -> str:
-        names = (name for name, known in self.model.named_modules() if known is module)
-        return next(names, type(module).__name__)
-
-    def _log(self, name: str, value: Tensor, batch_size: int) -> None:
-        try:
-            trainer = getattr(self.model, "trainer", None)
-        except RuntimeError:  # Lightning's way to say that there is none
-            return
-        if trainer is not None:
-            log: Callable[..., None] = self.model.log  # type: ignore[assignment]
-            log(name, value, batch_size=batch_size)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -469,23 +302,3 @@ def _refuse_wrapped(model: nn.Module) -> None:
             f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
             "then compile or wrap it"
         )
-
-
-def _refuse_manual_optimization(model: nn.Module) -> None:
-    if getattr(model, "automatic_optimization", True) is False:
-        raise TypeError(
-            f"expected automatic optimization, but {type(model).__name__} sets "
-            "automatic_optimization=False, so no loss passes through what training_step returns; "
-            "call recon_aux.ReconAux in its step instead, see the README"
-        )
-
-
-def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
-    """Find the optimizers in any form that Lightning's configure_optimizers may return."""
-    if hasattr(configured, "param_groups"):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _optimizers(configured.get("optimizer"))
-    elif isinstance(configured, (list, tuple)):
-        for item in configured:
-            yield from _optimizers(item)

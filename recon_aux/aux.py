@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,23 @@ class ReconAux(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        self._options = {
+            "feature_dim": feature_dim,
+            "weight": weight,
+            "context": context,
+            "target_size": target_size,
+            "patch_size": patch_size,
+            "image_channels": image_channels,
+            "decoder_dim": decoder_dim,
+            "decoder_depth": decoder_depth,
+            "decoder_heads": decoder_heads,
+            "decoder_tokens": decoder_tokens,
+            "loss": loss,
+            "structure": structure,
+            "normalize_patches": normalize_patches,
+            "reconstruct": reconstruct,
+            "spatial": spatial,
+        }
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"expected a finite weight of 0 or more, got {weight!r}")
         _require("context", context, get_args(Context))
@@ -117,6 +135,7 @@ class ReconAux(nn.Module):
         self.target_size = target_size
         self.image_channels = image_channels
         self.splitter = FeatureSplitter(feature_dim, equivariant_dim)
+        self._options["equivariant_dim"] = self.splitter.equivariant_dim
         self.reconstruction_loss = ReconstructionLoss(
             loss, structure=structure, normalize_patches=normalize_patches, patch_size=patch_size
         )
@@ -139,6 +158,7 @@ class ReconAux(nn.Module):
         self.decoder.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
+        self._overflows = 0
 
     @property
     def enabled(self) -> bool:
@@ -177,9 +197,11 @@ class ReconAux(nn.Module):
 
         Raises:
             ValueError: if there aren't two of each, or a shape isn't as above.
-            FloatingPointError: if the reconstruction loss is not finite.
+            FloatingPointError: if the reconstruction loss is not finite; under float16 autocast,
+                where a loss scaler skips such steps, if it is so for many in a row.
         """
         self._check(views, features)
+        self._calls += 1
         chosen = self._choose(features)
         own = torch.cat([self._part("equivariant", features[i]) for i in chosen])
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
@@ -192,8 +214,7 @@ class ReconAux(nn.Module):
             white = self.pixel_scale.whiten(target)
             loss = self.reconstruction_loss(decoded, white)
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(_not_finite(loss, target, features))
+        self._refuse_not_finite(loss, target, features)
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,
@@ -227,7 +248,6 @@ class ReconAux(nn.Module):
             return live
         if self.reconstruct == "both":
             return (0, 1)
-        self._calls += 1
         if self.reconstruct == "random":
             return (Random(f"{self._seed} {self._calls}").randrange(2),)
         return ((self._calls - 1) % 2,)
@@ -250,17 +270,85 @@ class ReconAux(nn.Module):
                 f"{batches[0]} and {batches[1]} views, {batches[2]} and {batches[3]} features"
             )
 
+    def _refuse_not_finite(self, loss: Tensor, target: Tensor, features: Sequence[Tensor]) -> None:
+        if torch.isfinite(loss):
+            self._overflows = 0
+            return
+        self._overflows += 1
+        device = loss.device.type
+        scaled = (
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        )
+        if scaled and self._overflows <= _MANY_OVERFLOWS and torch.isfinite(target).all():
+            return
+        raise FloatingPointError(
+            f"expected a finite reconstruction loss, got {loss.item()} in step {self._calls}; the "
+            f"view's pixels range from {_span(target)}, the features from {_span(features[0])} and "
+            f"{_span(features[1])}. Look for NaN or infinity in the data, or train with a lower "
+            "learning rate or weight="
+        )
+
     def get_extra_state(self) -> dict[str, Any]:
-        """Save which view comes next, so that a resumed run goes on as it would have."""
-        return {"calls": self._calls, "seed": self._seed}
+        """Save the options and which view comes next: a resumed run goes on as it would have."""
+        return {"calls": self._calls, "seed": self._seed, "options": self._options}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore which view comes next."""
         self._calls, self._seed = state["calls"], state["seed"]
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Start anew from a bare model's checkpoint; name options that differ from the saved."""
+        saved = state_dict.get(prefix + "_extra_state", {}).get("options")
+        ours = {key: value for key, value in self._options.items() if saved and key in saved}
+        differing = [key for key, value in ours.items() if saved[key] != value]
+        told = ", ".join(f"{key}={saved[key]!r}, not {ours[key]!r}" for key in differing)
+        is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
+        is_other = not set(differing) <= _MAY_DIFFER
+        if is_bare:
+            warnings.warn(
+                "recon_aux: a checkpoint of a bare model; the decoder starts anew", stacklevel=2
+            )
+        elif is_other:
+            error_msgs.append(f"recon_aux: expected the options it was saved with: {told}")
+        elif told:
+            warnings.warn(f"recon_aux: saved with other options: {told}", stacklevel=2)
+        if is_bare or is_other:
+            # the modules within load from here
+            own = self.state_dict()
+            state_dict.update({prefix + key: value for key, value in own.items()})
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
     def extra_repr(self) -> str:
         """Show the options in the module's printout."""
         return f"weight={self.weight}, context={self.context!r}, reconstruct={self.reconstruct!r}"
+
+
+# without one that is finite; a loss scaler of torch has come down to 1 by then
+_MANY_OVERFLOWS = 20
+
+# what a decoder may be trained on with, whatever it was saved with
+_MAY_DIFFER = {"weight", "reconstruct", "loss", "structure"}
+
+
+def _span(x: Tensor) -> str:
+    return f"{x.min().item():.3g} to {x.max().item():.3g}"
 
 
 def _require(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -275,14 +363,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def _not_finite(loss: Tensor, target: Tensor, features: Sequence[Tensor]) -> str:
-    def span(x: Tensor) -> str:
-        return f"{x.min().item():.3g} to {x.max().item():.3g}"
-
-    return (
-        f"expected a finite reconstruction loss, got {loss.item()}; the view's pixels range from "
-        f"{span(target)}, the features from {span(features[0])} and {span(features[1])}. Look for "
-        "NaN or infinity in the data, or train with a lower learning rate or weight="
-    )

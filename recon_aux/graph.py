@@ -7,6 +7,9 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 from torch.autograd.graph import Node
 
+# all that was compiled together is one node, whose outputs can't be told apart
+_COMPILED = "CompiledFunctionBackward"
+
 
 def reached(
     loss: Tensor, tensors: Sequence[Tensor], *, avoiding: Collection[Node] = ()
@@ -41,6 +44,8 @@ def reached(
         seen.add(edge)
         if edge in edges:
             found.add(edge)
+        elif edge[0].name() == _COMPILED:
+            found.update(other for other in edges if other[0] is edge[0])
         else:
             ahead.extend(edge[0].next_functions)
     return [edge in found for edge in edges]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .compiled import is_recomputing
 from .encoder import Features, take_tensor
 
 # what stands in a method's place gets the module, the method, and what it was called with
@@ -33,6 +35,8 @@ class Door:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method itself, where Lightning and inspect look for its signature."""
+        if isinstance(self.own, Door):
+            return self.own.__wrapped__
         if self.own is not None:
             return self.own
         # looked up anew each time: a copy is bound to itself
@@ -41,9 +45,13 @@ class Door:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, through the guard."""
+        # no bound method, which torch.compile would look up by its name, and find the door
+        method = self.own
+        if method is None:
+            method = partial(getattr(type(self.module), self.method), self.module)
         if self.guard is None:
-            return self.__wrapped__(*args, **kwargs)
-        return self.guard(self.module, self.__wrapped__, args, kwargs)
+            return method(*args, **kwargs)
+        return self.guard(self.module, method, args, kwargs)
 
     def close(self) -> None:
         """Give the module its method back."""
@@ -116,7 +124,7 @@ class Capture:
     ) -> Any:
         """Call the encoder, and remember."""
         result = call(*args, **kwargs)
-        if self.recording:
+        if self.recording and not is_recomputing():
             image = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             if image is None or image.ndim != 4:
                 shape = None if image is None else tuple(image.shape)
@@ -215,6 +223,6 @@ class Mask:
         width = self.equivariant_dim * positions
         after = [0, 0] * (feature.ndim - 1 - dim)
         masked = F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
-        if self.masked is not None and masked.requires_grad:
+        if self.masked is not None and masked.requires_grad and not is_recomputing():
             self.masked.append(masked)
         return masked

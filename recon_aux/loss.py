@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 LossKind = Literal["mse", "l1", "smooth_l1"]
 
@@ -45,7 +45,7 @@ class PixelScale(nn.Module):
 
     The loss then means the same whatever units the views come in, and colour counts as much as
     brightness, which varies far more in photographs. The statistics are buffers: saved with the
-    model, and kept from then on.
+    model, and kept from then on. Processes that train together use those of all their batches.
 
     Args:
         channels: C.
@@ -87,9 +87,10 @@ class PixelScale(nn.Module):
     def _calibrate(self, images: Tensor) -> None:
         if self.calibrated:
             return
-        mean = images.mean(dim=(0, 2, 3))[:, None, None]
+        mean = _mean_over_processes(images.mean(dim=(0, 2, 3)), len(images))[:, None, None]
         pixels = rearrange(images - mean, "b c h w -> c (b h w)")
-        covariance = (pixels @ pixels.T / pixels.shape[1]).cpu().double()
+        covariance = _mean_over_processes(pixels @ pixels.T / pixels.shape[1], len(images))
+        covariance = covariance.cpu().double()
         # blank images must not become the scale, nor what the loss is about to refuse
         if not torch.isfinite(covariance).all() or not covariance.any():
             return
@@ -99,6 +100,15 @@ class PixelScale(nn.Module):
         self.to_white.copy_(directions @ torch.diag(1 / deviation) @ directions.T)
         self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)
         self.calibrated.fill_(True)
+
+
+def _mean_over_processes(mean: Tensor, count: int) -> Tensor:
+    """Weigh each process's mean with its number of images."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return mean
+    weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
+    distributed.all_reduce(weighted)
+    return (weighted[:-1] / weighted[-1]).view_as(mean)
 
 
 class ReconstructionLoss(nn.Module):

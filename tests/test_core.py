@@ -333,7 +333,9 @@ def test_views_and_features_that_do_not_fit_are_named(
 def test_a_loss_that_is_not_finite_is_named_with_what_went_in(broken: str) -> None:
     views, features = views_and_features()
     (views if broken == "view" else features)[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"finite reconstruction loss, got nan; .*range"):
+    with pytest.raises(
+        FloatingPointError, match=r"finite reconstruction loss, got nan in step 1; .*range"
+    ):
         ReconAux(8)(views, features)
 
 

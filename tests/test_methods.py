@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 from typing import Any
 
@@ -30,12 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import recon_aux
+from recon_aux import attachment as engine
 from recon_aux.graph import reached
 from recon_aux.integrations.lightly import attach
 from recon_aux.intercept import doors
 
-# recon_aux.attach is the function, too
-engine = importlib.import_module("recon_aux.attach")
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 

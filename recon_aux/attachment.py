@@ -1,0 +1,240 @@
+"""What an attached model does in a training step, and between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .aux import ReconAux
+from .compiled import around_compiled, not_compiled, run_eagerly
+from .encoder import as_feature
+from .find import describe_children, find_copies, unwrap
+from .graph import reached
+from .intercept import Capture, Door, EncoderCall, Mask, watch
+from .optimizers import Settings, enroll
+from .verify import Progress, gradients_to, past_masks, trained_encoders
+from .views import two_views, verify_views
+
+
+class Attachment:
+    """What one model was given: doors, and what they have seen in the current step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: nn.Module,
+        backbone_method: str,
+        capture: Capture,
+        views: int | None,
+        settings: Settings,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.backbone_method = backbone_method
+        self.encoder = self._with_method(encoder)
+        self.capture = capture
+        self.views = views
+        self.verified = False
+        self.heads: list[nn.Module] = []
+        self.mask: Mask | None = None
+        self.watched = [self.encoder]
+        watch(self.encoder, backbone_method, capture)
+        self.watch_copies()
+        # whether the loss may depend on features past the heads, though without gradient
+        self.past_is_harmless = False
+        self.other_is_a_copys = False
+        self.progress = Progress()
+        self.in_a_loop = not trains_by_itself(model)
+        if not self.in_a_loop:
+            Door(model, "training_step", self.step)
+            Door(model, "configure_optimizers", self.enroll)
+
+    @property
+    def aux(self) -> ReconAux:
+        """The model's ReconAux."""
+        aux: ReconAux = self.model.get_submodule("recon_aux")  # type: ignore[assignment]
+        return aux
+
+    def watch_copies(self) -> None:
+        """Watch momentum encoders, too: their features are the other view's in MoCo."""
+        for copy in map(self._with_method, find_copies(self.model, self.encoder)):
+            if not any(copy is known for known in self.watched):
+                self.watched.append(copy)
+                watch(copy, self.backbone_method, self.capture)
+
+    def _with_method(self, encoder: nn.Module) -> nn.Module:
+        # torch.compile's wrapper has no methods of its own but forward
+        return encoder if self.backbone_method == "forward" else unwrap(encoder)
+
+    def hide_from(self, heads: Sequence[nn.Module], mask: Mask) -> None:
+        """Hide the equivariant channels from the heads."""
+        self.mask = mask
+        for head in heads:
+            if not any(head is known for known in self.heads):
+                self.heads.append(head)
+                Door(head, "forward", mask)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on in a copy of the model; a copy of the encoder alone sees nothing."""
+        vars(self).update(state)
+        if self.in_a_loop:
+            self.capture.start(in_a_loop=True)
+
+    # what the method does in its step may be compiled, what is done around it not
+    @around_compiled
+    def step(self, model: nn.Module, training_step: Callable[..., Any], args: Any, kw: Any) -> Any:
+        """Run the method's training step and add the reconstruction loss to what it returns."""
+        if not torch.is_grad_enabled():
+            # validation by the training step
+            return training_step(*args, **kw)
+        self.start()
+        try:
+            if self.verified:
+                result = training_step(*args, **kw)
+            else:
+                result = run_eagerly(training_step, *args, **kw)
+            refuse_manual_optimization(self.model)
+            if result is None:
+                return None
+            loss = result.get("loss") if isinstance(result, Mapping) else result
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    "expected training_step to return the loss, a dict with 'loss', or None, got "
+                    f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}"
+                )
+            total = self.add_loss(loss, (args, kw))
+            return {**result, "loss": total} if isinstance(result, Mapping) else total
+        finally:
+            self.stop()
+
+    @not_compiled
+    def start(self) -> None:
+        """Forget what was seen, and look from here on."""
+        if not self.verified or self.other_is_a_copys:
+            # momentum encoders may have been made since
+            self.watch_copies()
+        self.capture.start(in_a_loop=self.in_a_loop)
+        if self.mask:
+            self.mask.masked = []
+
+    @not_compiled
+    def stop(self) -> None:
+        """Forget what was seen, and look no more."""
+        self.capture.stop()
+        if self.mask:
+            self.mask.masked = None
+
+    @not_compiled
+    def add_loss(self, loss: Tensor, given: Any) -> Tensor:
+        """Add the reconstruction loss to the method's."""
+        calls = self.capture.calls
+        if self.in_a_loop and loss.requires_grad:
+            # the loop may have encoded other images since
+            belongs = reached(loss, [call.output for call in calls])
+            calls = [
+                call
+                for call, is_its in zip(calls, belongs, strict=True)
+                if is_its or not call.output.requires_grad
+            ]
+        online = [call for call in calls if call.output.requires_grad]
+        if not self.verified and online and loss.requires_grad:
+            self._verify_encoder(loss, online)
+        online = [call for call in online if call.encoder is self.encoder]
+        if not online:
+            raise RuntimeError(self._no_call())
+        if self.mask and loss.requires_grad:
+            self._verify_mask(loss, [call.output for call in online], self.mask.masked or [])
+        views, outputs = two_views(calls, online, given, self.views)
+        if not self.verified:
+            verify_views(views, given)
+            self.verified = loss.requires_grad
+        self.other_is_a_copys = not outputs[1].requires_grad
+        if not self.aux.enabled:
+            return loss
+        self.progress.verify(self.encoder, self.aux)
+        output = self.aux(views, [self._feature(y) for y in outputs])
+        self._log("recon_aux/loss", output.reconstruction_loss, len(views[0]))
+        total: Tensor = loss + output.loss
+        return total
+
+    def enroll(self, model: nn.Module, configure: Callable[..., Any], args: Any, kw: Any) -> Any:
+        """Let the optimizers that the model configures train the decoder, too."""
+        configured = configure(*args, **kw)
+        enroll(configured, self.aux, self.watched, self.settings)
+        return configured
+
+    def _no_call(self) -> str:
+        where = "each step, before add_loss," if self.in_a_loop else "training_step"
+        return (
+            f"expected {where} to call {self.backbone_method} of the encoder "
+            f"{self._name(self.encoder)} with gradient, saw {len(self.capture.calls)} calls "
+            "without and none with; backbone= tells which of these is the encoder: "
+            f"{describe_children(self.model)}; backbone_method= tells what of it is called"
+        )
+
+    def _verify_encoder(self, loss: Tensor, online: list[EncoderCall]) -> None:
+        encoders = trained_encoders(loss, online)
+        if len(encoders) != 1:
+            raise RuntimeError(
+                "expected the method's loss to train one encoder, but it depends on "
+                f"{[self._name(encoder) for encoder in encoders] or 'none'} of those like "
+                f"{self._name(self.encoder)}; backbone= tells which it is, of these: "
+                f"{describe_children(self.model)}; what a momentum encoder gives is to be detached"
+            )
+        # names are a first guess: a teacher may be called backbone
+        (self.encoder,) = encoders
+
+    def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
+        """Check every step, since heads may be exchanged, but look at gradients only once."""
+        past = [] if self.past_is_harmless else past_masks(loss, outputs, masked)
+        gradients = [] if self.verified else gradients_to(outputs, masked)
+        if past:
+            gradients += torch.autograd.grad(loss, past, retain_graph=True)
+            self.past_is_harmless = True
+        if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
+            raise RuntimeError(
+                "expected the method's loss to see the invariant channels alone, but it sees the "
+                f"equivariant ones {'past' if past else 'mixed into'} what the heads "
+                f"{[self._name(head) for head in self.heads]} receive; heads= tells every module "
+                "that takes the encoder's features as they are, of these: "
+                f"{describe_children(self.model)}; equivariant_dim=0 trains without a split"
+            )
+
+    def _feature(self, output: Tensor) -> Tensor:
+        return as_feature(output, spatial=self.aux.decoder.spatial)
+
+    def _name(self, module: nn.Module) -> str:
+        names = (name for name, known in self.model.named_modules() if known is module)
+        return next(names, type(module).__name__)
+
+    def _log(self, name: str, value: Tensor, batch_size: int) -> None:
+        try:
+            trainer = getattr(self.model, "trainer", None)
+        except RuntimeError:  # Lightning's way to say that there is none
+            return
+        if trainer is not None:
+            log: Callable[..., None] = self.model.log  # type: ignore[assignment]
+            log(name, value, batch_size=batch_size)
+
+
+def trains_by_itself(model: nn.Module) -> bool:
+    """Whether a model has a training step and optimizers, or is trained in a loop of its user's."""
+    methods = ("training_step", "configure_optimizers")
+    return all(callable(getattr(model, method, None)) for method in methods)
+
+
+def refuse_manual_optimization(model: nn.Module) -> None:
+    """Say no to a model whose losses don't pass through what its training step returns.
+
+    Raises:
+        TypeError: that says what to do instead.
+    """
+    if getattr(model, "automatic_optimization", True) is False:
+        raise TypeError(
+            f"expected automatic optimization, but {type(model).__name__} sets "
+            "automatic_optimization=False, so no loss passes through what training_step returns; "
+            "call recon_aux.ReconAux in its step instead, see the README"
+        )

@@ -1,0 +1,212 @@
+"""Where the decoder's parameters stand in the optimizers and schedules that a model configures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+Group = dict[str, Any]
+
+# what a group and a scheduler's lists, one entry for each group, may hold
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_LISTS_OF_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
+_OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+
+
+class Settings(NamedTuple):
+    """The decoder's learning rate and weight decay, where they aren't the encoder's.
+
+    ``lr`` is its base: what it is where a schedule has the encoder's at its own.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def check(self) -> None:
+        """Check that both are numbers of 0 or more.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        for option, value in self.given().items():
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"expected decoder_{option}= of 0 or more, got {value!r}")
+
+    def given(self) -> Group:
+        """Give those that are set, as entries of a parameter group."""
+        return {option: value for option, value in self._asdict().items() if value is not None}
+
+
+def enroll(
+    configured: Any, decoder: nn.Module, encoders: Sequence[nn.Module], settings: Settings
+) -> None:
+    """Put the decoder's parameters where the encoder's are, unless they have a place.
+
+    They join the groups of the encoder's like, weights with weights, biases and norms with biases
+    and norms, so that they follow the same schedule and the same exceptions from weight decay.
+    With settings of their own they move to groups of their own, on the same schedule.
+
+    Args:
+        configured: what ``configure_optimizers`` returned, in any form that Lightning takes.
+        decoder: whose parameters may have no place.
+        encoders: whose parameters show it.
+        settings: the decoder's own.
+
+    Raises:
+        ValueError: if there is no optimizer, or a scheduler that can't take one more group.
+    """
+    optimizers = list(_find(configured, lambda value: hasattr(value, "param_groups")))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if not groups:
+        raise ValueError(
+            "expected configure_optimizers to return an optimizer, which is to train the "
+            f"decoder, got {type(configured).__name__}"
+        )
+    placed = {id(p) for group in groups for p in group["params"]}
+    for name, parameter in decoder.named_parameters():
+        if parameter.requires_grad and id(parameter) not in placed:
+            # joining a group, rather than adding one, keeps schedulers that were built before right
+            home = _home(groups, encoders, vector=parameter.ndim < 2)
+            home["params"].append(parameter)
+            if "param_names" in home:
+                home["param_names"].append(f"recon_aux.{name}")
+    ours = {id(p) for p in decoder.parameters()}
+    for optimizer in optimizers:
+        if settings.given():
+            _move_to_own_groups(optimizer, ours, settings, list(_schedulers(configured)))
+        if hasattr(optimizer, "register_load_state_dict_pre_hook"):
+            fill_in = _FillIn(ours)
+            optimizer.register_load_state_dict_pre_hook(fill_in)
+
+
+def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
+    """Find the group with most of the encoders' weights, or of their biases and norms."""
+    sizes = {id(p): (p.numel(), p.ndim < 2) for e in encoders for p in e.parameters()}
+
+    def alike(group: Group) -> tuple[int, int]:
+        known = [sizes[id(p)] for p in group["params"] if id(p) in sizes]
+        return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known)
+
+    return max(groups, key=alike)
+
+
+def _move_to_own_groups(
+    optimizer: Any, ours: set[int], settings: Settings, schedulers: Sequence[Any]
+) -> None:
+    """Take the decoder's parameters out of the encoder's groups."""
+    for index, group in enumerate(list(optimizer.param_groups)):
+        is_ours = [id(p) in ours for p in group["params"]]
+        if all(is_ours) and is_ours and settings.lr not in (None, base := _base(group)):
+            raise ValueError(
+                "expected decoder_lr= or a group of the decoder's own in configure_optimizers, got "
+                f"both, decoder_lr={settings.lr} and a group with {base}"
+            )
+        if not any(is_ours) or all(is_ours):
+            continue
+        moved = [p for p in group["params"] if id(p) in ours]
+        elsewhere = any(
+            id(p) in ours and p.ndim > 1
+            for other in optimizer.param_groups
+            if other is not group
+            for p in other["params"]
+        )
+        only_vectors = all(p.ndim < 2 for p in moved)
+        own = _own_group(optimizer, index, settings, schedulers)
+        if only_vectors and elsewhere:
+            # biases and norms that have a group to themselves keep its weight decay
+            own["weight_decay"] = group["weight_decay"]
+        own["params"] = moved
+        group["params"][:] = [p for p in group["params"] if id(p) not in ours]
+        if "param_names" in group:
+            names = list(zip(group["param_names"], is_ours, strict=True))
+            own["param_names"] = [name for name, is_our in names if is_our]
+            group["param_names"][:] = [name for name, is_our in names if not is_our]
+
+
+def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Sequence[Any]) -> Group:
+    """Add an empty group that follows the schedule of the one with an index."""
+    schedulers = [s for s in schedulers if s.optimizer is optimizer]
+    for scheduler in schedulers:
+        if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+            raise ValueError(
+                "expected one of torch's learning-rate schedulers where decoder_lr= or "
+                f"decoder_weight_decay= is given, got a {type(scheduler).__name__}; instead let "
+                "configure_optimizers make a group of self.recon_aux.parameters()"
+            )
+    like, count = optimizer.param_groups[index], len(optimizer.param_groups)
+    ratio = 1.0
+    if settings.lr is not None:
+        if not (base := _base(like)):
+            raise ValueError(
+                f"expected the encoder's learning rate above 0 where decoder_lr= is given, "
+                f"got {base}"
+            )
+        ratio = settings.lr / base
+    rates = {key: like[key] * ratio for key in _RATES if key in like}
+    decay = {"weight_decay": settings.weight_decay} if settings.weight_decay is not None else {}
+    own: Group = {**like, **rates, **decay, "name": "recon_aux"}
+    optimizer.param_groups.append(own)
+    for scheduler in schedulers:
+        for name in (*_LISTS_OF_RATES, *_OTHER_LISTS):
+            values = getattr(scheduler, name, None)
+            if isinstance(values, list) and len(values) == count:
+                is_rate = name in _LISTS_OF_RATES
+                values.append(values[index] * ratio if is_rate else values[index])
+    return own
+
+
+def _base(group: Group) -> float:
+    """Give the learning rate that a schedule starts from or rises to."""
+    return float(next(group[key] for key in ("max_lr", "initial_lr", "lr") if key in group))
+
+
+class _FillIn:
+    """Lets an optimizer with the decoder go on from the saved state of one without."""
+
+    def __init__(self, ours: set[int]) -> None:
+        self.ours = ours
+
+    def __call__(self, optimizer: Any, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Fill in the decoder's parameters, whose own state then starts anew."""
+        groups, saved = optimizer.param_groups, state["param_groups"]
+        bare = [sum(id(p) not in self.ours for p in group["params"]) for group in groups]
+        sizes = [len(group["params"]) for group in saved]
+        if sizes == [count for count in bare if count] and 0 in bare:
+            raise ValueError(
+                "expected the saved state of an optimizer with the decoder in a group of its own, "
+                "got a bare model's; load the model's state_dict alone, and a new optimizer goes on"
+            )
+        if sizes != bare or sizes == [len(group["params"]) for group in groups]:
+            return None
+        following = 1 + max(index for group in saved for index in group["params"])
+        filled = []
+        for group, old in zip(groups, saved, strict=True):
+            new = range(following, following + len(group["params"]) - len(old["params"]))
+            following = new.stop
+            names = {"param_names": group["param_names"]} if "param_names" in old else {}
+            filled.append({**old, **names, "params": [*old["params"], *new]})
+        return {**state, "param_groups": filled}
+
+
+def _schedulers(configured: Any) -> Iterator[Any]:
+    """Find the schedulers, those within others, too."""
+    for scheduler in _find(
+        configured, lambda value: hasattr(value, "optimizer") and not hasattr(value, "param_groups")
+    ):
+        yield scheduler
+        yield from _schedulers(list(getattr(scheduler, "_schedulers", [])))
+
+
+def _find(configured: Any, wanted: Callable[[Any], bool]) -> Iterator[Any]:
+    """Look through any form that Lightning's configure_optimizers may return."""
+    if wanted(configured):
+        yield configured
+    elif isinstance(configured, Mapping):
+        for key in ("optimizer", "lr_scheduler", "scheduler"):
+            yield from _find(configured.get(key), wanted)
+    elif isinstance(configured, (list, tuple)):
+        for item in configured:
+            yield from _find(item, wanted)
