@@ -45,7 +45,8 @@ def export_backbone(
             in another module, gets its names back; what it lacks, a classifier, is ``like``'s own.
 
     Returns:
-        The ``state_dict``, on the CPU.
+        The ``state_dict``, on the CPU. Where the encoder is sharded over processes, by FSDP2, each
+        of them has to call this, and gets all of it.
 
     Raises:
         ValueError: if nothing is attached, or the encoder's weights aren't among ``like``'s.
@@ -61,7 +62,7 @@ def export_backbone(
     """
     encoder = unwrap(trained_encoder(model))
     state = {
-        key.replace("_orig_mod.", ""): value.detach().cpu().clone()
+        key.replace("_orig_mod.", ""): _whole(value)
         for key, value in encoder.state_dict().items()
         if isinstance(value, Tensor)
     }
@@ -70,6 +71,13 @@ def export_backbone(
     if path is not None:
         torch.save(state, path)
     return state
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Copy to the CPU, together from all processes where it is sharded over them."""
+    gather = getattr(value.detach(), "full_tensor", value.detach)
+    whole: Tensor = gather()
+    return whole.cpu().clone()
 
 
 def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,151 @@
+"""Every precision and memory format: the loss in float32, overflows left to the loss scaler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import (
+    InALoop,
+    Siamese,
+    Views,
+    assert_trained,
+    decoder_of,
+    fit,
+    plain_encoder,
+    siamese_loss,
+)
+
+import recon_aux
+from recon_aux import ReconAux
+from recon_aux.integrations.lightly import attach
+
+PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "64-true"]
+
+
+def losses_of(model: Any) -> list[Tensor]:
+    """The weighted losses that the model's ReconAux gives, from here on."""
+    losses: list[Tensor] = []
+    model.recon_aux.register_forward_hook(lambda module, args, out: losses.append(out.loss))
+    return losses
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_loss_is_float32_and_the_decoder_trains(precision: Any) -> None:
+    # steps that are large enough to show on a norm's weight of 1 in bfloat16
+    model = attach(Siamese(configure=lambda model: torch.optim.Adam(model.parameters(), lr=0.05)))
+    before, losses = decoder_of(model), losses_of(model)
+    fit(model, precision=precision)
+    assert_trained(model, before)
+    assert all(loss.dtype == torch.float32 for loss in losses)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_loss_hardly_depends_on_the_precision(precision: Any) -> None:
+    losses = []
+    for each in ("32-true", precision):
+        model = attach(Siamese())
+        losses.append(losses_of(model))
+        fit(model, precision=each, max_steps=2)
+    torch.testing.assert_close(*map(torch.stack, losses), rtol=0.02, atol=0)
+
+
+def views_of_a_batch(count: int = 8) -> list[Tensor]:
+    pairs = [Views()[index][0] for index in range(count)]
+    return [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)]
+
+
+def scaled_step(
+    model: InALoop, optimizer: Any, scaler: Any, views: list[Tensor], magnify: float = 1.0
+) -> Tensor:
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        z0, z1 = (model(view) for view in views)
+        loss = recon_aux.add_loss(model, magnify * siamese_loss(z0, z1))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss
+
+
+def test_fp16_with_loss_scaling_skips_an_overflow_and_goes_on() -> None:
+    model = attach(InALoop())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    # so large that the first gradients overflow
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = decoder_of(model)
+    scaled_step(model, optimizer, scaler, views_of_a_batch())
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(weight, before[name]) for name, weight in decoder_of(model).items())
+    for _ in range(40):
+        scaled_step(model, optimizer, scaler, views_of_a_batch())
+    assert scaler.get_scale() < 2.0**39
+    assert_trained(model, before)
+
+
+class Magnified(nn.Module):
+    """Features too large for float16 while it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = plain_encoder()
+        self.by = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        feature: Tensor = self.encoder(x)
+        return feature * self.by
+
+
+def test_features_that_overflow_are_the_scalers_to_skip_but_not_for_ever() -> None:
+    encoder = Magnified()
+    model = attach(InALoop(encoder))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = decoder_of(model)
+    for by in (1e7, 1e7, 1.0, 1e7):
+        encoder.by = by
+        loss = scaled_step(model, optimizer, scaler, views_of_a_batch())
+        assert torch.isfinite(loss) == (by == 1.0)
+    assert scaler.get_scale() == 2.0**7
+    assert_trained(model, before)
+    with pytest.raises(FloatingPointError, match=r"got nan in step 24; .*features from .*inf"):
+        for _ in range(30):
+            scaled_step(model, optimizer, scaler, views_of_a_batch())
+
+
+def test_pixels_that_are_not_finite_are_an_error_in_fp16_too() -> None:
+    model = attach(InALoop())
+    views = views_of_a_batch()
+    views[0][0, 0, 0, 0] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(FloatingPointError, match="in step 1; the view's pixels range from nan"):
+        scaled_step(model, optimizer, torch.amp.GradScaler("cpu"), views)
+
+
+def test_without_loss_scaling_an_overflow_is_an_error_at_once() -> None:
+    aux = ReconAux(8)
+    views, features = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 4, 8)
+    features[0, 0, -1] = float("inf")
+    aux((views[0], views[1]), (features[1], features[1]))
+    with (
+        pytest.raises(FloatingPointError, match=r"in step 2; .*features from .* to inf"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        aux((views[0], views[1]), (features[1], features[0]))
+
+
+def test_channels_last_changes_nothing() -> None:
+    models = [attach(Siamese()), attach(Siamese()).to(memory_format=torch.channels_last)]
+    views = views_of_a_batch()
+    batches = [views, [view.contiguous(memory_format=torch.channels_last) for view in views]]
+    losses = []
+    for model, given in zip(models, batches, strict=True):
+        loss = model.training_step((given, torch.arange(8)), 0)
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert models[1].backbone[0].weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,76 @@
+"""Two processes: the same decoder on both, and what one process would have made of the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import OPTIONS, global_batches, train
+from torch import Tensor
+from training import InALoop
+
+from recon_aux.integrations.lightly import attach
+
+SCRIPT = Path(__file__).with_name("processes.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def run(*arguments: Any, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    """Run to the end, which a deadlock wouldn't come to."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    """What one process makes of the whole batches."""
+    model = attach(InALoop(), **OPTIONS)
+    train(model, global_batches())
+    return tensors(model.state_dict())
+
+
+@pytest.mark.parametrize("case", ["loop", "sharded", "lightning"])
+def test_two_processes_train_what_one_would(
+    case: str, alone: dict[str, Tensor], tmp_path: Path
+) -> None:
+    result = run(case, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    states = [tensors(torch.load(tmp_path / f"{rank}.pt")) for rank in (0, 1)]
+    assert states[0].keys() == states[1].keys() == alone.keys()
+    for name, expected in alone.items():
+        assert torch.equal(states[0][name], states[1][name]), name
+        torch.testing.assert_close(states[0][name], expected, msg=name)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_step_that_fails_in_one_process_ends_both(broken: int, tmp_path: Path) -> None:
+    result = run("failing", tmp_path, broken)
+    assert result.returncode != 0
+    assert f"[rank{broken}]: FloatingPointError: expected a finite reconst" in result.stderr
+    assert "in step 4" in result.stderr
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_lightnings_own_launcher_ends_too(broken: int, tmp_path: Path) -> None:
+    result = run("lightning", tmp_path, broken, launcher=[])
+    assert result.returncode != 0
+    assert "FloatingPointError: expected a finite reconstruction loss, got nan" in result.stderr
+
+
+def test_a_search_for_unused_parameters_is_refused(tmp_path: Path) -> None:
+    result = run("unused", tmp_path)
+    assert result.returncode != 0
+    assert "TypeError: expected DistributedDataParallel with find_unused_param" in result.stderr

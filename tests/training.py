@@ -1,0 +1,120 @@
+"""A method that can be pickled and sent to other processes, and ways to train it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules import SimCLRProjectionHead
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import DataLoader, Dataset
+
+
+class Views(Dataset[Any]):
+    """Pairs of views, the same for each index, whatever was drawn before."""
+
+    def __init__(self, size: int = 16, side: int = 16) -> None:
+        self.size, self.side = size, side
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        generator = torch.Generator().manual_seed(index)
+        return list(torch.rand(2, 3, self.side, self.side, generator=generator)), index % 4
+
+
+class Siamese(pytorch_lightning.LightningModule):
+    """A loss of each pair alone, so that a batch may be divided; no batch norm by default."""
+
+    def __init__(self, encoder: nn.Module | None = None, *, configure: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = plain_encoder() if encoder is None else encoder
+        self.projection_head = SimCLRProjectionHead(16, 32, 8, num_layers=1, batch_norm=False)
+        self.criterion = NegativeCosineSimilarity()
+        self.configure = configure
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.projection_head(self.backbone(x).flatten(1))
+        return z
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z0, z1 = (self(view) for view in batch[0])
+        loss: Tensor = self.criterion(z0, z1.detach()) / 2 + self.criterion(z1, z0.detach()) / 2
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        z0, z1 = (self(view) for view in batch[0])
+        self.log("similarity", cosine_similarity(z0, z1).mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0][0])
+
+    def configure_optimizers(self) -> Any:
+        if self.configure is not None:
+            return self.configure(self)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class InALoop(nn.Module):
+    """The same without training step."""
+
+    def __init__(self, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = plain_encoder() if encoder is None else encoder
+        self.projection_head = SimCLRProjectionHead(16, 32, 8, num_layers=1, batch_norm=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.projection_head(self.backbone(x).flatten(1))
+        return z
+
+
+def siamese_loss(z0: Tensor, z1: Tensor) -> Tensor:
+    """What Siamese trains on."""
+    criterion = NegativeCosineSimilarity()
+    loss: Tensor = criterion(z0, z1.detach()) / 2 + criterion(z1, z0.detach()) / 2
+    return loss
+
+
+def plain_encoder(dim: int = 16) -> nn.Module:
+    """Without batch norm, so that a batch may be divided."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, dim, 3, 2, 1), nn.AdaptiveAvgPool2d(1)
+    )
+
+
+def trainer(package: Any = pytorch_lightning, **options: Any) -> Any:
+    """A quiet trainer of either package, on the CPU."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_steps": 3,
+    }
+    return package.Trainer(**{**quiet, **options})
+
+
+def fit(model: Any, package: Any = pytorch_lightning, **options: Any) -> Any:
+    """Train for a few steps, of four pairs of views each."""
+    trained = trainer(package, **options)
+    trained.fit(model, DataLoader(Views(), batch_size=4))
+    return trained
+
+
+def decoder_of(model: Any) -> dict[str, Tensor]:
+    """The decoder's weights, as they are now."""
+    return {name: p.detach().clone() for name, p in model.recon_aux.decoder.named_parameters()}
+
+
+def assert_trained(model: Any, before: dict[str, Tensor]) -> None:
+    """Each of the decoder's weights has changed, and is finite."""
+    for name, parameter in model.recon_aux.decoder.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        assert not torch.equal(parameter, before[name]), name
