@@ -44,8 +44,8 @@ def reached(
         seen.add(edge)
         if edge in edges:
             found.add(edge)
-        elif edge[0].name() == _COMPILED:
+            continue
+        if edge[0].name() == _COMPILED:
             found.update(other for other in edges if other[0] is edge[0])
-        else:
-            ahead.extend(edge[0].next_functions)
+        ahead.extend(edge[0].next_functions)
     return [edge in found for edge in edges]

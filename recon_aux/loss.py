@@ -63,7 +63,6 @@ class PixelScale(nn.Module):
     mean: Tensor
     to_white: Tensor
     from_white: Tensor
-    calibrated: Tensor
 
     def __init__(self, channels: int, floor: float = 0.3) -> None:
         super().__init__()
@@ -71,7 +70,8 @@ class PixelScale(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("to_white", torch.eye(channels))
         self.register_buffer("from_white", torch.eye(channels))
-        self.register_buffer("calibrated", torch.tensor(False))
+        # no buffer: asking for it would wait for the device, and averages of weights can't take it
+        self.calibrated = False
 
     def whiten(self, images: Tensor) -> Tensor:
         """Views' units -> white, ``(B, C, H, W)`` in float32; the first call sets the scale."""
@@ -99,7 +99,15 @@ class PixelScale(nn.Module):
         self.mean.copy_(mean)
         self.to_white.copy_(directions @ torch.diag(1 / deviation) @ directions.T)
         self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)
-        self.calibrated.fill_(True)
+        self.calibrated = True
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Save whether the scale is set."""
+        return {"calibrated": self.calibrated}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Restore whether the scale is set."""
+        self.calibrated = state["calibrated"]
 
 
 def _mean_over_processes(mean: Tensor, count: int) -> Tensor:

@@ -1,0 +1,255 @@
+"""Checkpoints: stopped and resumed, from attached to bare and back, out to plain encoders."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import pytorch_lightning
+import timm
+import torch
+from lightly.models.modules import MaskedVisionTransformerTIMM
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.models import resnet18
+from training import InALoop, Siamese, Views, decoder_of, fit, plain_encoder, trainer
+
+import recon_aux
+from recon_aux.integrations.lightly import attach
+
+# --- stopped and resumed ---
+
+# an odd number of steps in an epoch, so that the view that comes first alternates over epochs
+RUN = """
+import os, sys, signal
+import torch
+from pathlib import Path
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
+from models import tiny_encoder
+from training import Siamese, Views, trainer
+from recon_aux.integrations.lightly import attach
+
+folder, reconstruct, killed_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+class Killed(Callback):
+    def on_train_batch_end(self, trainer, model, *rest):
+        if trainer.global_step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def configure(model):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+torch.manual_seed(0)
+model = attach(Siamese(tiny_encoder(), configure=configure), reconstruct=reconstruct, seed=4,
+               decoder_lr=2e-3)
+# what a user's own code draws must not matter
+torch.rand(killed_at)
+last = folder / "last.ckpt"
+trainer(
+    max_steps=12, enable_checkpointing=True, default_root_dir=folder,
+    callbacks=[ModelCheckpoint(folder, save_last=True, save_top_k=0), Killed()],
+).fit(model, DataLoader(Views(12), batch_size=4), ckpt_path=str(last) if last.exists() else None)
+torch.save(model.state_dict(), folder / "final.pt")
+"""
+
+
+def run(folder: Path, reconstruct: str, killed_at: int = 0) -> int:
+    script = folder / "run.py"
+    script.write_text(RUN)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    command = [sys.executable, str(script), str(folder), reconstruct, str(killed_at)]
+    return subprocess.run(command, env=environment, timeout=200, check=False).returncode
+
+
+@pytest.mark.parametrize("reconstruct", ["alternate", "random"])
+def test_killed_and_resumed_is_bit_identical_to_never_stopped(
+    reconstruct: str, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    assert run(whole, reconstruct) == 0
+    assert run(killed, reconstruct, killed_at=5) == -signal.SIGKILL
+    assert not (killed / "final.pt").exists()
+    assert run(killed, reconstruct) == 0
+    expected, resumed = (torch.load(folder / "final.pt") for folder in (whole, killed))
+    assert expected.keys() == resumed.keys()
+    for name, value in expected.items():
+        same = torch.equal(value, resumed[name]) if isinstance(value, Tensor) else None
+        assert value == resumed[name] if same is None else same, name
+
+
+# --- attached <-> bare ---
+
+
+def saved_after_training(model: Any, path: Path, **options: Any) -> Path:
+    trained = fit(model, enable_checkpointing=True, callbacks=[ModelCheckpoint(path)], **options)
+    trained.save_checkpoint(path / "model.ckpt")
+    return path / "model.ckpt"
+
+
+def adam(model: Any) -> Any:
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def test_a_bare_model_loads_an_attached_checkpoint_that_was_stripped(tmp_path: Path) -> None:
+    model = attach(Siamese())
+    checkpoint = torch.load(saved_after_training(model, tmp_path), weights_only=True)
+    stripped = recon_aux.strip(checkpoint)
+    bare = Siamese()
+    bare.load_state_dict(stripped["state_dict"], strict=True)
+    for name, value in bare.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    assert stripped["global_step"] == 3
+    assert any(name.startswith("recon_aux.") for name in checkpoint["state_dict"])
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*recon_aux"):
+        bare.load_state_dict(checkpoint["state_dict"])
+
+
+def test_wrappers_prefixes_are_stripped_too() -> None:
+    model = attach(InALoop())
+    wrapped = nn.DataParallel(model)
+    nn.DataParallel(InALoop()).load_state_dict(recon_aux.strip(wrapped.state_dict()))
+
+
+def test_an_attached_model_loads_a_bare_one_and_says_so_in_one_line() -> None:
+    bare, model = Siamese(), attach(Siamese())
+    nn.init.ones_(bare.backbone[0].weight)
+    decoder = decoder_of(model)
+    with pytest.warns(UserWarning) as told:
+        model.load_state_dict(bare.state_dict(), strict=True)
+    (line,) = [str(warning.message) for warning in told]
+    assert line == "recon_aux: a checkpoint of a bare model; the decoder starts anew"
+    assert (model.backbone[0].weight == 1).all()
+    assert all(torch.equal(value, decoder[name]) for name, value in decoder_of(model).items())
+
+
+@pytest.mark.parametrize("configure", [None, adam, lambda model: [adam(model)]])
+def test_a_bare_run_goes_on_attached(configure: Any, tmp_path: Path) -> None:
+    bare = Siamese(configure=configure)
+    path = saved_after_training(bare, tmp_path, max_steps=2)
+    model = attach(Siamese(configure=configure))
+    before = decoder_of(model)
+    trained = trainer(max_steps=4)
+    with pytest.warns(UserWarning, match="the decoder starts anew"):
+        trained.fit(model, DataLoader(Views(), batch_size=4), ckpt_path=path)
+    assert trained.global_step == 4
+    assert not any(torch.equal(x, before[name]) for name, x in decoder_of(model).items())
+    saved = torch.load(path)["optimizer_states"][0]["state"]
+    state = trained.optimizers[0].state
+    if configure is not None:
+        # the encoder's moments are those of four steps, the decoder's of two
+        assert state[model.backbone[0].weight]["step"] == 4 == saved[0]["step"] + 2
+        assert state[model.recon_aux.decoder.queries]["step"] == 2
+
+
+def test_a_bare_optimizers_state_does_not_fit_a_group_of_its_own(tmp_path: Path) -> None:
+    path = saved_after_training(Siamese(), tmp_path)
+    model = attach(Siamese(), decoder_lr=0.1)
+    with (
+        pytest.warns(UserWarning, match="the decoder starts anew"),
+        pytest.raises(ValueError, match="group of its own, got a bare model's; load the model's"),
+    ):
+        trainer(max_steps=4).fit(model, DataLoader(Views(), batch_size=4), ckpt_path=path)
+
+
+# --- options ---
+
+
+def test_options_that_differ_are_named() -> None:
+    state = attach(Siamese(), decoder_dim=64, context="both").state_dict()
+    expected = (
+        "recon_aux: expected the options it was saved with: context='both', not 'invariant', "
+        "decoder_dim=64, not 128"
+    )
+    with pytest.raises(RuntimeError, match=expected) as error:
+        attach(Siamese()).load_state_dict(state)
+    assert "size mismatch" not in str(error.value)
+    attach(Siamese(), decoder_dim=64, context="both").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "option", [{"equivariant_dim": 4}, {"target_size": 16}, {"normalize_patches": True}]
+)
+def test_each_option_that_matters_is_saved(option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    state = attach(Siamese(), **option).state_dict()
+    with pytest.raises(RuntimeError, match=f"saved with: {name}={value}, not"):
+        attach(Siamese()).load_state_dict(state)
+
+
+def test_options_that_may_change_are_told_and_the_rest_is_loaded() -> None:
+    model, other = attach(Siamese(), weight=3.0, seed=1), attach(Siamese(), loss="l1", seed=2)
+    with pytest.warns(UserWarning, match=r"other options: weight=3.0, not 1.0, loss='mse', not"):
+        other.load_state_dict(model.state_dict())
+    assert all(torch.equal(x, decoder_of(model)[name]) for name, x in decoder_of(other).items())
+    assert other.recon_aux.weight == 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(other.state_dict())
+
+
+# --- out to plain encoders ---
+
+
+@pytest.mark.parametrize("package", [lightning, pytorch_lightning])
+def test_torchvisions_own_resnet_loads_a_cut_one(package: Any, tmp_path: Path) -> None:
+    class Cut(InALoop):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(*list(resnet18().children())[:-1]))
+            self.projection_head = nn.Linear(512, 8)
+
+    model = attach(Cut(), heads=["projection_head"])
+    path = tmp_path / "encoder.pt"
+    plain = resnet18()
+    recon_aux.export_backbone(model, path, like=plain)
+    loaded = resnet18()
+    loaded.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    loaded.fc = nn.Identity()
+    x = torch.rand(2, 3, 64, 64)
+    for each in (loaded, model):
+        each.eval()
+    assert torch.equal(loaded(x), model.backbone(x).flatten(1))
+    assert torch.equal(torch.load(path)["fc.weight"], plain.fc.weight)
+
+
+def test_timms_own_model_loads_what_stands_in_another() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0, dynamic_img_size=True)
+    model = InALoop(MaskedVisionTransformerTIMM(vit=vit))
+    model.projection_head = nn.Linear(192, 8)
+    attach(model, heads=["projection_head"])
+    plain = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
+    plain.load_state_dict(recon_aux.export_backbone(model, like=plain), strict=True)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, vit.state_dict()[name])
+
+
+def test_timms_own_resnet_loads_its_own_and_a_compiled_one() -> None:
+    for compiled in (False, True):
+        encoder = timm.create_model("resnet18", num_classes=0)
+        model = InALoop(torch.compile(encoder, backend="eager") if compiled else encoder)
+        model.projection_head = nn.Linear(512, 8)
+        attach(model, heads=["projection_head"])
+        plain = timm.create_model("resnet18", num_classes=0)
+        plain.load_state_dict(recon_aux.export_backbone(model), strict=True)
+
+
+def test_an_encoder_of_another_architecture_is_named() -> None:
+    model = attach(InALoop())
+    with pytest.raises(ValueError, match=r"begin 0\.weight \(8, 3, 3, 3\).*got conv1\.weight"):
+        recon_aux.export_backbone(model, like=resnet18())
+    with pytest.raises(ValueError, match="got a bare InALoop"):
+        recon_aux.export_backbone(InALoop())
+    assert plain_encoder().load_state_dict(recon_aux.export_backbone(model))

@@ -1,0 +1,365 @@
+"""Accumulation, clipping, checkpointing, validation, torch.compile, copies: nothing breaks."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import build
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.utilities.compile import from_compiled
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from training import (
+    InALoop,
+    Siamese,
+    Views,
+    assert_trained,
+    decoder_of,
+    fit,
+    siamese_loss,
+    trainer,
+)
+
+import recon_aux
+from recon_aux.integrations.lightly import attach
+from recon_aux.intercept import doors
+
+
+def a_batch(count: int = 4) -> Any:
+    pairs = [Views()[index][0] for index in range(count)]
+    return [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)], torch.arange(count)
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def count_of(module: nn.Module) -> list[Any]:
+    """Grows with each call of a module."""
+    calls: list[Any] = []
+    module.register_forward_hook(lambda *call: calls.append(None))
+    return calls
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch() -> None:
+    views, labels = a_batch(8)
+    whole, parts = (attach(Siamese(), reconstruct="both") for _ in range(2))
+    # the scale of pixels is that of the first batch
+    parts.recon_aux.pixel_scale = whole.recon_aux.pixel_scale
+    whole.training_step((views, labels), 0).backward()
+    for rows in (slice(0, 4), slice(4, 8)):
+        step = parts.training_step(([view[rows] for view in views], labels[rows]), 0)
+        (step / 2).backward()
+    for ours, theirs in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_trains_with_accumulation_and_clipping(algorithm: Any) -> None:
+    model = attach(Siamese())
+    before = decoder_of(model)
+    sizes: list[float] = []
+
+    def optimizer_step(epoch: int, index: int, optimizer: Any, closure: Any) -> None:
+        optimizer.step(closure)
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        sizes.append((gradients.norm() if algorithm == "norm" else gradients.abs().max()).item())
+
+    model.optimizer_step = optimizer_step
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+    fit(model, accumulate_grad_batches=2, max_steps=4, **options)
+    assert_trained(model, before)
+    assert sizes == pytest.approx([1e-3] * 4, rel=1e-3)
+
+
+class Checkpointed(Siamese):
+    """Its encoder's activations are computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        feature = checkpoint(self.backbone, x, use_reentrant=False)
+        z: Tensor = checkpoint(self.projection_head, feature.flatten(1), use_reentrant=False)
+        return z
+
+
+def test_an_encoder_that_is_checkpointed_is_captured_once() -> None:
+    plain, checkpointed = attach(Siamese()), attach(Checkpointed())
+    for _ in range(3):
+        losses = []
+        for model in (plain, checkpointed):
+            model.zero_grad()
+            loss = model.training_step(a_batch(), 0)
+            loss.backward()
+            losses.append(loss)
+        assert torch.equal(*losses)
+    for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_checkpointed_loop_captures_nothing_in_the_backward_pass() -> None:
+    model = attach(InALoop())
+    (x0, x1), _ = a_batch()
+    calls = count_of(model.backbone)
+    capture, mask = (getattr(model._recon_aux_attachment, name) for name in ("capture", "mask"))
+    for step in range(1, 4):
+        features = [checkpoint(model.backbone, x, use_reentrant=False) for x in (x0, x1)]
+        heads = [
+            checkpoint(model.projection_head, y.flatten(1), use_reentrant=False) for y in features
+        ]
+        loss = recon_aux.add_loss(model, siamese_loss(*heads))
+        loss.backward()
+        # the second call of each stops before its hooks, where all is there that was missing
+        assert len(calls) >= 2 * step
+        assert capture.calls == mask.masked == []
+
+
+def test_validation_and_prediction_run_nothing_of_ours() -> None:
+    model = attach(Siamese())
+    fit(model, max_steps=2)
+    encoded, rebuilt = count_of(model.backbone), count_of(model.recon_aux)
+    data = DataLoader(Views(), batch_size=8)
+    trained = trainer()
+    trained.validate(model, data, verbose=False)
+    predicted = trained.predict(model, data)
+    assert len(encoded) == 2 * 2 + 2
+    assert rebuilt == []
+    assert not model._recon_aux_attachment.capture.calls
+    assert not any(z.requires_grad for z in predicted)
+
+
+def test_validation_between_steps_changes_no_step() -> None:
+    data = DataLoader(Views(), batch_size=4)
+    trained = []
+    for validated in (False, True):
+        model = attach(Siamese())
+        options = {"val_check_interval": 1} if validated else {"limit_val_batches": 0}
+        trainer(max_steps=4, **options).fit(model, data, data)
+        trained.append(model.state_dict())
+    for name, value in trained[0].items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, trained[1][name]), name
+
+
+# --- torch.compile ---
+
+
+def compile_encoder(model: Any, counter: Any) -> Any:
+    model.backbone = torch.compile(model.backbone, backend=counter)
+    return model.training_step
+
+
+def compile_encoder_in_one_graph(model: Any, counter: Any) -> Any:
+    model.backbone = torch.compile(model.backbone, backend=counter, fullgraph=True)
+    return model.training_step
+
+
+def compile_encoder_in_place(model: Any, counter: Any) -> Any:
+    model.backbone.compile(backend=counter)
+    return model.training_step
+
+
+def compile_head(model: Any, counter: Any) -> Any:
+    model.projection_head = torch.compile(model.projection_head, backend=counter)
+    return model.training_step
+
+
+def compile_encoder_with_a_break(model: Any, counter: Any) -> Any:
+    class Break(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return x
+
+    model.backbone.insert(1, Break())
+    return compile_encoder(model, counter)
+
+
+def compile_model(model: Any, counter: Any) -> Any:
+    from_compiled(torch.compile(model, backend=counter))
+    return model.training_step
+
+
+def compile_step(model: Any, counter: Any) -> Any:
+    return torch.compile(model.training_step, backend=counter)
+
+
+def compile_decoder(model: Any, counter: Any) -> Any:
+    model.recon_aux.decoder.compile(backend=counter)
+    return model.training_step
+
+
+COMPILED = {
+    "the encoder": compile_encoder,
+    "the encoder, in one graph": compile_encoder_in_one_graph,
+    "the encoder, in place": compile_encoder_in_place,
+    "an encoder that breaks the graph": compile_encoder_with_a_break,
+    "a head": compile_head,
+    "the model": compile_model,
+    "its training step": compile_step,
+    "the decoder": compile_decoder,
+}
+
+
+def losses_in(step: Any, model: Any, count: int) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(count):
+        loss = step(a_batch(), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "BYOL"])
+@pytest.mark.parametrize("what", COMPILED)
+def test_compiled_it_trains_the_same_and_compiles_no_more_after_three_steps(
+    what: str, method: str
+) -> None:
+    def made() -> Any:
+        torch.manual_seed(0)
+        return attach(build(LightningModule, method, "one_by_one"))
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    plain, model = made(), made()
+    step = COMPILED[what](model, counter)
+    expected = losses_in(plain.training_step, plain, 6)
+    losses = losses_in(step, model, 3)
+    compiled = counter.frame_count
+    assert compiled > 0 or "breaks" in what
+    losses += losses_in(step, model, 3)
+    assert counter.frame_count == compiled
+    torch.testing.assert_close(torch.stack(losses[:3]), torch.stack(expected[:3]))
+
+
+def test_a_compiled_loop_trains_the_same() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    losses = []
+    for whole in (False, True):
+        model = attach(InALoop())
+        called = torch.compile(model, backend=counter) if whole else model
+
+        def step(batch: Any, index: int, model: Any = model, called: Any = called) -> Tensor:
+            return recon_aux.add_loss(model, siamese_loss(*(called(view) for view in batch[0])))
+
+        losses.append(torch.stack(losses_in(step, model, 4)))
+    assert counter.frame_count
+    torch.testing.assert_close(*losses)
+
+
+def test_compiled_by_inductor_before_attaching_it_trains_the_same() -> None:
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        model = Siamese()
+        if compiled:
+            model.backbone = torch.compile(model.backbone)
+        attach(model)
+        losses.append(torch.stack(losses_in(model.training_step, model, 3)))
+    torch.testing.assert_close(*losses)
+
+
+# --- copies ---
+
+
+def test_an_average_of_the_weights_follows_and_sees_nothing() -> None:
+    model = attach(InALoop())
+    averages = [AveragedModel(model), AveragedModel(model.backbone)]
+    (x0, x1), _ = a_batch()
+    for _ in range(2):
+        recon_aux.add_loss(model, siamese_loss(model(x0), model(x1))).backward()
+        for average, averaged in zip(averages, (model, model.backbone), strict=True):
+            average.update_parameters(averaged)
+    with torch.no_grad():
+        assert torch.equal(averages[0](x0), averages[0].module(x0))
+        assert torch.equal(averages[1](x0), averages[1].module(x0))
+    assert not model._recon_aux_attachment.capture.calls
+
+
+def test_lightnings_callback_that_averages_weights() -> None:
+    model = attach(Siamese())
+    before = decoder_of(model)
+    fit(model, callbacks=[WeightAveraging()])
+    assert_trained(model, before)
+
+
+def test_a_copy_from_before_attaching_stays_bare() -> None:
+    bare = Siamese()
+    twin = copy.deepcopy(bare)
+    attach(bare)
+    assert not recon_aux.is_attached(twin)
+    assert not doors(twin)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_trains_as_the_original_would(how: str, tmp_path: Path) -> None:
+    model = attach(Siamese())
+    fit(model, max_steps=1)
+    model.trainer = None
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    expected, losses = (losses_in(each.training_step, each, 3) for each in (model, twin))
+    assert all(map(torch.equal, expected, losses))
+    recon_aux.detach(twin)
+    assert not doors(twin)
+    assert recon_aux.is_attached(model)
+
+
+SPAWN = """
+import torch
+from torch.utils.data import DataLoader
+from training import Siamese, Views, assert_trained, decoder_of, trainer
+from recon_aux.integrations.lightly import attach
+
+if __name__ == "__main__":
+    model = attach(Siamese())
+    before = decoder_of(model)
+    trainer(strategy="ddp_spawn", devices=2).fit(model, DataLoader(Views(), batch_size=4))
+    assert_trained(model, before)
+    print("trained")
+"""
+
+
+def test_it_is_sent_to_processes_that_are_spawned(tmp_path: Path) -> None:
+    script = tmp_path / "spawn.py"
+    script.write_text(SPAWN)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "trained" in result.stdout, result.stderr[-3000:]
+
+
+def test_batch_norms_may_be_exchanged_for_synchronised_ones() -> None:
+    torch.manual_seed(0)
+    model = attach(build(LightningModule, "SimCLR", "one_by_one"))
+    twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules())
+    losses = [each.training_step(a_batch(), 0) for each in (model, twin)]
+    assert torch.equal(*losses)
+    losses[1].backward()
+    assert twin.recon_aux.decoder.queries.grad.any()
