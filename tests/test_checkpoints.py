@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,57 +17,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
-from training import InALoop, Siamese, Views, decoder_of, fit, plain_encoder, trainer
+from training import InALoop, Siamese, Views, decoder_of, fit, plain_encoder, run_script, trainer
 
 import recon_aux
 from recon_aux.integrations.lightly import attach
 
 # --- stopped and resumed ---
-
-# an odd number of steps in an epoch, so that the view that comes first alternates over epochs
-RUN = """
-import os, sys, signal
-import torch
-from pathlib import Path
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from torch.utils.data import DataLoader
-from models import tiny_encoder
-from training import Siamese, Views, trainer
-from recon_aux.integrations.lightly import attach
-
-folder, reconstruct, killed_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-
-class Killed(Callback):
-    def on_train_batch_end(self, trainer, model, *rest):
-        if trainer.global_step == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def configure(model):
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
-    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-torch.manual_seed(0)
-model = attach(Siamese(tiny_encoder(), configure=configure), reconstruct=reconstruct, seed=4,
-               decoder_lr=2e-3)
-# what a user's own code draws must not matter
-torch.rand(killed_at)
-last = folder / "last.ckpt"
-trainer(
-    max_steps=12, enable_checkpointing=True, default_root_dir=folder,
-    callbacks=[ModelCheckpoint(folder, save_last=True, save_top_k=0), Killed()],
-).fit(model, DataLoader(Views(12), batch_size=4), ckpt_path=str(last) if last.exists() else None)
-torch.save(model.state_dict(), folder / "final.pt")
-"""
-
-
-def run(folder: Path, reconstruct: str, killed_at: int = 0) -> int:
-    script = folder / "run.py"
-    script.write_text(RUN)
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    command = [sys.executable, str(script), str(folder), reconstruct, str(killed_at)]
-    return subprocess.run(command, env=environment, timeout=200, check=False).returncode
 
 
 @pytest.mark.parametrize("reconstruct", ["alternate", "random"])
@@ -80,10 +32,10 @@ def test_killed_and_resumed_is_bit_identical_to_never_stopped(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    assert run(whole, reconstruct) == 0
-    assert run(killed, reconstruct, killed_at=5) == -signal.SIGKILL
+    assert run_script("killed.py", whole, reconstruct, 0).returncode == 0
+    assert run_script("killed.py", killed, reconstruct, 5).returncode == -signal.SIGKILL
     assert not (killed / "final.pt").exists()
-    assert run(killed, reconstruct) == 0
+    assert run_script("killed.py", killed, reconstruct, 0).returncode == 0
     expected, resumed = (torch.load(folder / "final.pt") for folder in (whole, killed))
     assert expected.keys() == resumed.keys()
     for name, value in expected.items():

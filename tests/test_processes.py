@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
 from processes import OPTIONS, global_batches, train
 from torch import Tensor
-from training import InALoop
+from training import InALoop, run_script
 
 from recon_aux.integrations.lightly import attach
 
-SCRIPT = Path(__file__).with_name("processes.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def run(*arguments: Any, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
-    """Run to the end, which a deadlock wouldn't come to."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *sys.path])
-    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+def run(*arguments: Any, launcher: Sequence[str] = TORCHRUN) -> CompletedProcess[str]:
+    return run_script("processes.py", *arguments, launcher=launcher)
 
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from training import (
     assert_trained,
     decoder_of,
     fit,
+    run_script,
     siamese_loss,
     trainer,
 )
@@ -323,34 +321,8 @@ def test_a_copy_trains_as_the_original_would(how: str, tmp_path: Path) -> None:
     assert recon_aux.is_attached(model)
 
 
-SPAWN = """
-import torch
-from torch.utils.data import DataLoader
-from training import Siamese, Views, assert_trained, decoder_of, trainer
-from recon_aux.integrations.lightly import attach
-
-if __name__ == "__main__":
-    model = attach(Siamese())
-    before = decoder_of(model)
-    trainer(strategy="ddp_spawn", devices=2).fit(model, DataLoader(Views(), batch_size=4))
-    assert_trained(model, before)
-    print("trained")
-"""
-
-
-def test_it_is_sent_to_processes_that_are_spawned(tmp_path: Path) -> None:
-    script = tmp_path / "spawn.py"
-    script.write_text(SPAWN)
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+def test_it_is_sent_to_processes_that_are_spawned() -> None:
+    result = run_script("spawned.py")
     assert "trained" in result.stdout, result.stderr[-3000:]
 
 

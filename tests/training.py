@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning
@@ -118,3 +123,20 @@ def assert_trained(model: Any, before: dict[str, Tensor]) -> None:
     for name, parameter in model.recon_aux.decoder.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert not torch.equal(parameter, before[name]), name
+
+
+def run_script(
+    name: str, *arguments: Any, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run one of tests/scripts to its end, which a deadlock wouldn't come to."""
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]),
+    }
+    command = [sys.executable, *launcher, str(tests / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )

@@ -1,0 +1,15 @@
+"""Train attached in processes that are spawned, to which the model is sent."""
+
+from __future__ import annotations
+
+from torch.utils.data import DataLoader
+from training import Siamese, Views, assert_trained, decoder_of, trainer
+
+from recon_aux.integrations.lightly import attach
+
+if __name__ == "__main__":
+    model = attach(Siamese())
+    before = decoder_of(model)
+    trainer(strategy="ddp_spawn", devices=2).fit(model, DataLoader(Views(), batch_size=4))
+    assert_trained(model, before)
+    print("trained")
