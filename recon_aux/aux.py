@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .decoder import CrossAttentionDecoder
 from .loss import LossKind, PixelScale, ReconstructionLoss, resize_view
-from .splitter import FeatureSplitter
+from .splitter import FeatureSplitter, channel_dim
 
 Context = Literal["invariant", "equivariant", "both"]
 Reconstruct = Literal["alternate", "random", "both"]
@@ -196,7 +196,8 @@ class ReconAux(nn.Module):
             The weighted loss and what it was computed from.
 
         Raises:
-            ValueError: if there aren't two of each, or a shape isn't as above.
+            ValueError: if there aren't two of each, or a shape isn't as above, or devices differ.
+            TypeError: if a view is complex or a feature isn't of a floating-point type.
             FloatingPointError: if the reconstruction loss is not finite; under float16 autocast,
                 where a loss scaler skips such steps, if it is so for many in a row.
         """
@@ -257,13 +258,30 @@ class ReconAux(nn.Module):
             raise ValueError(
                 f"expected two views and their two features, got {len(views)} and {len(features)}"
             )
-        shapes = [tuple(view.shape) for view in views]
-        if any(len(s) != 4 or s[1] != self.image_channels for s in shapes):
+        given = (*views, *features)
+        shapes = [tuple(x.shape) for x in given]
+        if any(len(s) != 4 or s[1] != self.image_channels or 0 in s[2:] for s in shapes[:2]):
             raise ValueError(
                 f"expected views (B, {self.image_channels}, H, W), got {shapes[0]} and {shapes[1]};"
                 " image_channels= tells how many channels they have"
             )
-        batches = [len(x) for x in (*views, *features)]
+        for feature in features:
+            channel_dim(feature, self.splitter.feature_dim)
+        ranks = {x.ndim for x in features}
+        if len(ranks) > 1 or (self.reconstruct == "both" and len(set(shapes[2:])) > 1):
+            raise ValueError(f"expected features of one shape, got {shapes[2]} and {shapes[3]}")
+        if any(x.is_complex() for x in views) or not all(x.is_floating_point() for x in features):
+            raise TypeError(
+                "expected real views and features of a floating-point type, got "
+                f"{[str(x.dtype) for x in given]}"
+            )
+        devices = {str(x.device) for x in (*given, self.decoder.queries)}
+        if len(devices) > 1:
+            raise ValueError(
+                "expected views, features and the decoder on one device, got "
+                f"{[str(x.device) for x in given]} and {self.decoder.queries.device}"
+            )
+        batches = [len(x) for x in given]
         if len(set(batches)) != 1 or batches[0] == 0:
             raise ValueError(
                 "expected two views of the same images and their features, got batches of "

@@ -45,7 +45,13 @@ def take_tensor(output: Any, features: Features | None = None) -> Tensor:
     Raises:
         TypeError: if there is no tensor.
     """
-    feature = output if features is None else features(output)
+    try:
+        feature = output if features is None else features(output)
+    except Exception as error:
+        raise TypeError(
+            f"expected features= to take the feature from {_describe(output)}, but it raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(feature, Tensor):
         raise TypeError(
             f"expected the encoder to return a tensor, got {_describe(feature)}; "
