@@ -93,13 +93,28 @@ def as_in_2021(model: Any) -> Any:
     return model
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9},
+    "adam": {},
+    "adamw": {},
+    "lars": {"momentum": 0.9, "eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True},
+}
+
+
 def build(
-    name: str, backbone: str = "resnet18", small_crops: int = 0, **backbone_options: Any
+    name: str,
+    backbone: str = "resnet18",
+    small_crops: int = 0,
+    optimizer: str = "sgd",
+    **backbone_options: Any,
 ) -> Any:
     torch.manual_seed(0)
     options = {**METHOD_OPTIONS, **PARTICULAR.get(name, {})}
     if TAKES_A_CONFIG:
-        return METHODS[name](config(name, backbone, small_crops, options, backbone_options))
+        cfg = config(name, backbone, small_crops, options, backbone_options)
+        cfg.optimizer.name, cfg.optimizer.kwargs = optimizer, OPTIMIZERS[optimizer]
+        cfg.optimizer.exclude_bias_n_norm_wd = optimizer != "sgd"
+        return METHODS[name](cfg)
     model = METHODS[name](
         **options,
         encoder=backbone,
@@ -107,17 +122,17 @@ def build(
         num_classes=4,
         max_epochs=2,
         batch_size=BATCH,
-        optimizer="sgd",
-        lars=False,
+        optimizer="sgd" if optimizer == "lars" else optimizer,
+        lars=optimizer == "lars",
         lr=0.01,
         weight_decay=1e-5,
         classifier_lr=0.1,
-        exclude_bias_n_norm=False,
+        exclude_bias_n_norm=True,
         accumulate_grad_batches=1,
-        extra_optimizer_args={"momentum": 0.9},
+        extra_optimizer_args={"momentum": 0.9} if optimizer in ("sgd", "lars") else {},
         scheduler="warmup_cosine",
         min_lr=0.0,
-        warmup_start_lr=0.01,
+        warmup_start_lr=0.002,
         warmup_epochs=1,
         num_large_crops=2,
         num_small_crops=small_crops,
@@ -152,7 +167,7 @@ def config(name: str, backbone: str, small_crops: int, options: Any, backbone_op
                 "weight_decay": 1e-5,
                 "kwargs": {"momentum": 0.9},
             },
-            "scheduler": {"name": "warmup_cosine", "warmup_epochs": 1, "warmup_start_lr": 0.01},
+            "scheduler": {"name": "warmup_cosine", "warmup_epochs": 1, "warmup_start_lr": 0.002},
             "momentum": {"base_tau": 0.99, "final_tau": 1.0},
             "max_epochs": 2,
         }
@@ -238,6 +253,37 @@ def test_the_decoder_is_a_group_of_its_own(name: str) -> None:
     assert len(own) == 1
     assert {id(p) for p in own[0]["params"]} == {id(p) for p in model.recon_aux.parameters()}
     assert len(placed) == len(set(placed))
+
+
+@pytest.mark.parametrize("settings", [{}, {"decoder_lr": 0.03, "decoder_weight_decay": 0.2}])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_decoder_trains_on_the_methods_schedule(
+    optimizer: str, settings: dict[str, float]
+) -> None:
+    model = attach(build("simclr", optimizer=optimizer), **settings)
+    before = copy.deepcopy(model.recon_aux.decoder.state_dict())
+    rates: list[list[float]] = []
+
+    def on_before_optimizer_step(optimizer: Any, *rest: Any) -> None:
+        named = {group.get("name"): group for group in optimizer.param_groups}
+        backbone = named.get("backbone", optimizer.param_groups[0])
+        rates.append([group["lr"] for group in (backbone, named["recon_aux"])])
+
+    model.on_before_optimizer_step = on_before_optimizer_step
+    made = fit(model, epochs=2).optimizers[0]
+    after = model.recon_aux.decoder.state_dict()
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+    ours = {id(p) for p in model.recon_aux.parameters()}
+    own = [g for g in made.param_groups if any(id(p) in ours for p in g["params"])]
+    assert sorted(id(p) for group in own for p in group["params"]) == sorted(ours)
+    assert len({backbone for backbone, _ in rates}) > 1
+    if settings:
+        assert [group["initial_lr"] for group in own] == [0.03] * len(own)
+        assert own[0]["weight_decay"] == 0.2
+        assert rates[-1][0] != rates[-1][1]
+    else:
+        assert all(rate == backbone for backbone, rate in rates)
+    assert [g["weight_decay"] for g in own[1:]] == [0] * (len(own) - 1)
 
 
 @every_method
