@@ -176,16 +176,15 @@ class ReconstructionLoss(nn.Module):
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
                 f"got {tuple(reconstruction.shape)}"
             )
-        with torch.autocast(reconstruction.device.type, enabled=False):
-            error = _KINDS[self.kind]
-            got, expected = self._patches(reconstruction.float()), self._patches(target.float())
-            loss = error(got, _normalized(expected, 1e-6) if self.normalize_patches else expected)
-            if self.structure:
-                # a flat patch has no structure, only noise, which a smaller floor would blow up
-                loss = loss + self.structure * error(
-                    _normalized(got, 0.01), _normalized(expected, 0.01)
-                )
-            return loss
+        error = _KINDS[self.kind]
+        got, expected = self._patches(reconstruction.float()), self._patches(target.float())
+        loss = error(got, _normalized(expected, 1e-6) if self.normalize_patches else expected)
+        if self.structure:
+            # a flat patch has no structure, only noise, which a smaller floor would blow up
+            loss = loss + self.structure * error(
+                _normalized(got, 0.01), _normalized(expected, 0.01)
+            )
+        return loss
 
     def _patches(self, image: Tensor) -> Tensor:
         p = self.patch_size

@@ -52,6 +52,17 @@ def test_the_loss_hardly_depends_on_the_precision(precision: Any) -> None:
     torch.testing.assert_close(*map(torch.stack, losses), rtol=0.02, atol=0)
 
 
+def test_views_are_whitened_in_float32_under_autocast_too() -> None:
+    aux = ReconAux(8)
+    compared: list[Any] = []
+    aux.reconstruction_loss.register_forward_pre_hook(lambda module, args: compared.append(args))
+    views, features = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        aux(list(views), list(features))
+    ((_, white),) = compared
+    assert torch.equal(white, aux.pixel_scale.whiten(views[0]))
+
+
 def views_of_a_batch(count: int = 8) -> list[Tensor]:
     pairs = [Views()[index][0] for index in range(count)]
     return [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)]

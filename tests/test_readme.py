@@ -35,6 +35,15 @@ def test_every_option_is_in_the_readme_and_nothing_else() -> None:
     assert all(f"`{name}`" in table for name in alone - {"model", "options"})
 
 
+def test_each_promise_names_its_test() -> None:
+    promises = README.split("## What we promise")[1].split("\n## ")[0]
+    lines = [line for line in promises.splitlines() if line.startswith("- ")]
+    named = {name for line in lines for name in re.findall(r"`(test_\w+)", line)}
+    assert len(lines) == 8
+    assert all(re.search(r"\(`test_\w+", line) for line in lines)
+    assert all((ROOT / "tests" / f"{name}.py").is_file() for name in named)
+
+
 def test_the_default_weights_are_the_readmes() -> None:
     numbers = [f"{weight:g}" for weight in _WEIGHTS.values()]
     row = next(line for line in README.splitlines() if line.startswith("| `weight`"))
