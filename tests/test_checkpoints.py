@@ -34,6 +34,8 @@ def test_killed_and_resumed_is_bit_identical_to_never_stopped(
     killed.mkdir()
     assert run_script("killed.py", whole, reconstruct, 0).returncode == 0
     assert run_script("killed.py", killed, reconstruct, 5).returncode == -signal.SIGKILL
+    # from the end of the first epoch, after three steps
+    assert torch.load(killed / "last.ckpt")["global_step"] == 3
     assert not (killed / "final.pt").exists()
     assert run_script("killed.py", killed, reconstruct, 0).returncode == 0
     expected, resumed = (torch.load(folder / "final.pt") for folder in (whole, killed))

@@ -39,12 +39,16 @@ def main(folder: Path, reconstruct: str, killed_at: int) -> None:
     # what a user's own code draws must not matter
     torch.rand(killed_at)
     last = folder / "last.ckpt"
-    # three steps in an epoch, so that another view comes first in each
+    # three steps in an epoch, so that another view comes first in each; a checkpoint from the end of
+    # an epoch, rather than of its last step, lets Lightning itself repeat a batch
     trainer(
         max_steps=12,
         enable_checkpointing=True,
         default_root_dir=folder,
-        callbacks=[ModelCheckpoint(folder, save_last=True, save_top_k=0), Killed(killed_at)],
+        callbacks=[
+            ModelCheckpoint(folder, save_last=True, every_n_train_steps=3),
+            Killed(killed_at),
+        ],
     ).fit(
         model, DataLoader(Views(12), batch_size=4), ckpt_path=str(last) if last.exists() else None
     )
