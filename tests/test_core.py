@@ -320,6 +320,8 @@ def test_it_learns_to_rebuild_a_view_that_the_feature_describes() -> None:
         ([(4, 3, 32, 32)], [(4, 8)], r"two views and their two features, got 1 and 1"),
         ([(4, 3, 32, 32)] * 2, [(4, 9)] * 2, r"features \(B, 8\).* got \(4, 9\); feature_dim="),
         ([(0, 3, 32, 32)] * 2, [(0, 8)] * 2, r"batches of 0 and 0"),
+        ([(4, 3, 0, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\), got \(4, 3, 0, 32\)"),
+        ([(4, 3, 32, 32)] * 2, [(4, 8), (4, 8, 2, 2)], r"one shape, got \(4, 8\) and \(4, 8, 2"),
     ],
 )
 def test_views_and_features_that_do_not_fit_are_named(
@@ -327,6 +329,24 @@ def test_views_and_features_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ReconAux(8)([torch.rand(s) for s in views], [torch.rand(s) for s in features])
+
+
+def test_both_rebuilt_need_features_of_one_shape() -> None:
+    views, features = [torch.rand(4, 3, 8, 8)] * 2, [torch.rand(4, 8, 2, 2), torch.rand(4, 8, 3, 3)]
+    ReconAux(8, spatial=True)(views, features)
+    with pytest.raises(ValueError, match="features of one shape"):
+        ReconAux(8, spatial=True, reconstruct="both")(views, features)
+
+
+@pytest.mark.parametrize(
+    ("view", "feature"), [(torch.complex64, torch.float32), (torch.uint8, torch.int64)]
+)
+def test_types_that_are_no_image_or_no_feature_are_named(
+    view: torch.dtype, feature: torch.dtype
+) -> None:
+    views = [torch.ones(4, 3, 8, 8, dtype=view)] * 2
+    with pytest.raises(TypeError, match=r"floating-point type, got \['torch"):
+        ReconAux(8)(views, [torch.ones(4, 8, dtype=feature)] * 2)
 
 
 @pytest.mark.parametrize("broken", ["view", "feature"])

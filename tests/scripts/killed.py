@@ -39,7 +39,7 @@ def main(folder: Path, reconstruct: str, killed_at: int) -> None:
     # what a user's own code draws must not matter
     torch.rand(killed_at)
     last = folder / "last.ckpt"
-    # three steps in an epoch, so that another view comes first in each; a checkpoint from the end of
+    # three steps in an epoch, so that another view comes first in each; a checkpoint of the end of
     # an epoch, rather than of its last step, lets Lightning itself repeat a batch
     trainer(
         max_steps=12,
