@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .attachment import Attachment, refuse_manual_optimization, trains_by_itself
 from .aux import ReconAux
@@ -66,7 +67,8 @@ def attach(
         The same model.
 
     Raises:
-        TypeError: if the model optimizes by hand, or is wrapped by ``torch.compile``.
+        TypeError: if the model optimizes by hand, or is wrapped by ``torch.compile``, or an option
+            is unknown.
         ValueError: if it is attached already, a module isn't found, or an option is out of range.
 
     Example:
@@ -107,10 +109,12 @@ def attach(
             f"optimizers, got {type(model).__name__}, which doesn't: in a loop of your own give "
             "model.recon_aux.parameters() a group in the optimizer"
         )
+    _refuse_unknown(options)
     encoder = find_module(model, backbone, "backbone")
     # a criterion that takes the features may stand outside the model
     masked = [
-        head if isinstance(head, nn.Module) else find_module(model, head, "heads") for head in heads
+        head if isinstance(head, nn.Module) else find_module(model, head, "heads")
+        for head in ([heads] if isinstance(heads, (str, nn.Module)) else heads)
     ]
     shape = encoder_shape(
         unwrap(encoder),
@@ -199,8 +203,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
 
     Raises:
         ValueError: if nothing is attached.
-        TypeError: if the loss is no tensor, the model has a ``training_step``, which adds it, or is
-            in a DistributedDataParallel that looks for unused parameters.
+        TypeError: if the loss is no tensor, or the model has a ``training_step``, which adds it.
         RuntimeError: if no two views went through the encoder.
 
     Example:
@@ -213,7 +216,6 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected the method's loss as a tensor, got {type(loss).__name__}")
-    _refuse_looking_for_unused(model)
     attachment = _attachment(unwrap(model))
     if not attachment.in_a_loop:
         raise TypeError(
@@ -255,7 +257,8 @@ def trained_encoder(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if nothing is attached.
     """
-    return _attachment(model).encoder
+    model = unwrap(model)
+    return _attachment(model).trained_encoder
 
 
 def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -288,11 +291,14 @@ def _attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
-def _refuse_looking_for_unused(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    known = {*signature(ReconAux).parameters, *signature(attach).parameters}
+    known -= {"model", "options", "feature_dim", "spatial"}
+    for name in options.keys() - known:
+        similar = get_close_matches(name, known, n=1)
         raise TypeError(
-            "expected DistributedDataParallel with find_unused_parameters=False, got True: it "
-            "looks for them before the decoder is used, and takes the decoder's for unused"
+            f"expected options among {sorted(known)}, got {name}="
+            + "".join(f"; did you mean {other}=?" for other in similar)
         )
 
 

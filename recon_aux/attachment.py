@@ -15,7 +15,7 @@ from .find import describe_children, find_copies, unwrap
 from .graph import reached
 from .intercept import Capture, Door, EncoderCall, Mask, watch
 from .optimizers import Settings, enroll
-from .verify import Progress, gradients_to, past_masks, trained_encoders
+from .verify import Progress, gradients_of, gradients_to, past_masks, trained_encoders
 from .views import two_views, verify_views
 
 
@@ -57,6 +57,11 @@ class Attachment:
         """The model's ReconAux."""
         aux: ReconAux = self.model.get_submodule("recon_aux")  # type: ignore[assignment]
         return aux
+
+    @property
+    def trained_encoder(self) -> nn.Module:
+        """The encoder that is trained, also before the first step after a checkpoint was loaded."""
+        return self.model.get_submodule(self.aux.encoder) if self.aux.encoder else self.encoder
 
     def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
@@ -173,6 +178,8 @@ class Attachment:
             f"{self._name(self.encoder)} with gradient, saw {len(self.capture.calls)} calls "
             "without and none with; backbone= tells which of these is the encoder: "
             f"{describe_children(self.model)}; backbone_method= tells what of it is called"
+            + "; one step has one add_loss"
+            * self.in_a_loop
         )
 
     def _verify_encoder(self, loss: Tensor, online: list[EncoderCall]) -> None:
@@ -186,13 +193,14 @@ class Attachment:
             )
         # names are a first guess: a teacher may be called backbone
         (self.encoder,) = encoders
+        self.aux.encoder = self._name(self.encoder)
 
     def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
         """Check every step, since heads may be exchanged, but look at gradients only once."""
         past = [] if self.past_is_harmless else past_masks(loss, outputs, masked)
         gradients = [] if self.verified else gradients_to(outputs, masked)
         if past:
-            gradients += torch.autograd.grad(loss, past, retain_graph=True)
+            gradients += gradients_of([loss], past)
             self.past_is_harmless = True
         if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
             raise RuntimeError(

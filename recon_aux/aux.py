@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ class ReconAux(nn.Module):
 
     Raises:
         ValueError: if an option is out of range; the message names it.
+        TypeError: if it is to be a whole number and isn't.
 
     Example:
         >>> aux = ReconAux(feature_dim=512)
@@ -108,8 +110,9 @@ class ReconAux(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self._options = {
+        options = {
             "feature_dim": feature_dim,
+            "equivariant_dim": equivariant_dim,
             "weight": weight,
             "context": context,
             "target_size": target_size,
@@ -124,7 +127,11 @@ class ReconAux(nn.Module):
             "normalize_patches": normalize_patches,
             "reconstruct": reconstruct,
             "spatial": spatial,
+            "seed": seed,
         }
+        # in Python's own types, to be saved
+        self._options = {name: _plain(name, value) for name, value in options.items()}
+        del self._options["seed"]
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"expected a finite weight of 0 or more, got {weight!r}")
         _require("context", context, get_args(Context))
@@ -134,13 +141,13 @@ class ReconAux(nn.Module):
         self.reconstruct = reconstruct
         self.target_size = target_size
         self.image_channels = image_channels
-        self.splitter = FeatureSplitter(feature_dim, equivariant_dim)
+        self.splitter = FeatureSplitter(feature_dim, self._options["equivariant_dim"])
         self._options["equivariant_dim"] = self.splitter.equivariant_dim
         self.reconstruction_loss = ReconstructionLoss(
             loss, structure=structure, normalize_patches=normalize_patches, patch_size=patch_size
         )
         self.pixel_scale = PixelScale(image_channels)
-        seed = torch.initial_seed() if seed is None else seed
+        seed = torch.initial_seed() if seed is None else int(seed)
         with _seeded(seed):
             self.decoder = CrossAttentionDecoder(
                 self._width("equivariant"),
@@ -159,6 +166,8 @@ class ReconAux(nn.Module):
         self._seed = seed
         self._calls = 0
         self._overflows = 0
+        # where attach put this on a model, the name of the encoder that was seen to be trained
+        self.encoder = ""
 
     @property
     def enabled(self) -> bool:
@@ -198,8 +207,8 @@ class ReconAux(nn.Module):
         Raises:
             ValueError: if there aren't two of each, or a shape isn't as above, or devices differ.
             TypeError: if a view is complex or a feature isn't of a floating-point type.
-            FloatingPointError: if the reconstruction loss is not finite; under float16 autocast,
-                where a loss scaler skips such steps, if it is so for many in a row.
+            FloatingPointError: if the reconstruction loss is not finite; in float16, where a loss
+                scaler skips such steps, if it is so in twenty in a row, or if the views aren't.
         """
         self._check(views, features)
         self._calls += 1
@@ -294,7 +303,7 @@ class ReconAux(nn.Module):
             return
         self._overflows += 1
         device = loss.device.type
-        scaled = (
+        scaled = any(feature.dtype == torch.float16 for feature in features) or (
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         )
         if scaled and self._overflows <= _MANY_OVERFLOWS and torch.isfinite(target).all():
@@ -302,17 +311,28 @@ class ReconAux(nn.Module):
         raise FloatingPointError(
             f"expected a finite reconstruction loss, got {loss.item()} in step {self._calls}; the "
             f"view's pixels range from {_span(target)}, the features from {_span(features[0])} and "
-            f"{_span(features[1])}. Look for NaN or infinity in the data, or train with a lower "
-            "learning rate or weight="
+            f"{_span(features[1])}. Look for NaN or infinity in "
+            f"{'the encoder and its weights' if torch.isfinite(target).all() else 'the data'}, or "
+            "train with a lower learning rate or weight="
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Save the options and which view comes next: a resumed run goes on as it would have."""
-        return {"calls": self._calls, "seed": self._seed, "options": self._options}
+    def get_extra_state(self) -> Tensor:
+        """Save the options and which view comes next: a resumed run goes on as it would have.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        As a tensor of bytes, since not all that reads a ``state_dict`` takes anything else.
+        """
+        state = {
+            "calls": self._calls,
+            "seed": self._seed,
+            "encoder": self.encoder,
+            "options": self._options,
+        }
+        return torch.tensor(list(json.dumps(state).ljust(1024).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Restore which view comes next."""
-        self._calls, self._seed = state["calls"], state["seed"]
+        saved = _decoded(state)
+        self._calls, self._seed, self.encoder = saved["calls"], saved["seed"], saved["encoder"]
 
     def _load_from_state_dict(
         self,
@@ -325,15 +345,19 @@ class ReconAux(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Start anew from a bare model's checkpoint; name options that differ from the saved."""
-        saved = state_dict.get(prefix + "_extra_state", {}).get("options")
-        ours = {key: value for key, value in self._options.items() if saved and key in saved}
-        differing = [key for key, value in ours.items() if saved[key] != value]
-        told = ", ".join(f"{key}={saved[key]!r}, not {ours[key]!r}" for key in differing)
+        extra = state_dict.get(prefix + "_extra_state")
+        saved = {} if extra is None else _decoded(extra)["options"]
+        differing = [key for key, value in saved.items() if self._options.get(key) != value]
+        told = ", ".join(
+            f"{key}={saved[key]!r}, not {self._options.get(key)!r}" for key in differing
+        )
         is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
         is_other = not set(differing) <= _MAY_DIFFER
         if is_bare:
             warnings.warn(
-                "recon_aux: a checkpoint of a bare model; the decoder starts anew", stacklevel=2
+                "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it "
+                "was just attached",
+                stacklevel=2,
             )
         elif is_other:
             error_msgs.append(f"recon_aux: expected the options it was saved with: {told}")
@@ -363,6 +387,23 @@ _MANY_OVERFLOWS = 20
 
 # what a decoder may be trained on with, whatever it was saved with
 _MAY_DIFFER = {"weight", "reconstruct", "loss", "structure"}
+
+
+_WHOLE = {"feature_dim", "equivariant_dim", "target_size", "patch_size", "image_channels", "seed"}
+_WHOLE |= {"decoder_dim", "decoder_depth", "decoder_heads", "decoder_tokens"}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Make a number of Python's from one of numpy's, and a whole one where that is expected."""
+    value = value.item() if hasattr(value, "item") else value
+    if name in _WHOLE and value is not None and not isinstance(value, int):
+        raise TypeError(f"expected {name}= as a whole number, got {value!r}")
+    return value
+
+
+def _decoded(state: Tensor) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(bytes(state.to(torch.uint8).tolist()))
+    return decoded
 
 
 def _span(x: Tensor) -> str:

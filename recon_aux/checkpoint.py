@@ -18,18 +18,27 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         state: the ``state_dict`` of an attached model, of a wrapper of one, or a checkpoint that
-            holds it as ``"state_dict"``, as Lightning's do.
+            holds some, as Lightning's do.
 
     Returns:
         A new one without the decoder's entries; a checkpoint's others are as they were.
+
+    Raises:
+        TypeError: if it is something else.
 
     Example:
         >>> sorted(strip({"backbone.weight": 1, "recon_aux.decoder.queries": 2}))
         ['backbone.weight']
     """
-    if isinstance(state.get("state_dict"), Mapping):
-        return {**state, "state_dict": strip(state["state_dict"])}
-    return {key: value for key, value in state.items() if "recon_aux" not in key.split(".")}
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"expected a state_dict, as torch.load(path) gives it, got {type(state).__name__}"
+        )
+    return {
+        key: strip(value) if isinstance(value, Mapping) else value
+        for key, value in state.items()
+        if "recon_aux" not in str(key).split(".")
+    }
 
 
 def export_backbone(
@@ -49,7 +58,8 @@ def export_backbone(
         of them has to call this, and gets all of it.
 
     Raises:
-        ValueError: if nothing is attached, or the encoder's weights aren't among ``like``'s.
+        ValueError: if nothing is attached, or ``like`` is of another architecture.
+        TypeError: if ``like`` is no model.
 
     Example:
         >>> import recon_aux
@@ -66,8 +76,10 @@ def export_backbone(
         for key, value in encoder.state_dict().items()
         if isinstance(value, Tensor)
     }
+    if like is not None and not isinstance(like, nn.Module):
+        raise TypeError(f"expected like= as a model, got {like!r}")
     if like is not None:
-        state = _renamed(state, {key: x.detach().cpu() for key, x in like.state_dict().items()})
+        state = _renamed(state, {key: _whole(x) for key, x in like.state_dict().items()})
     if path is not None:
         torch.save(state, path)
     return state
@@ -82,30 +94,37 @@ def _whole(value: Tensor) -> Tensor:
 
 def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name one model's tensors as another's, which is in it, or from which it was cut."""
-    for found in (_within(state, names), dict(zip(names, state, strict=False))):
+    first = next(iter(names), "")
+    # the name of the module within, the same for all; or another for each, in the same order
+    prefixes = [key[: -len(first)] for key in state if f".{key}".endswith(f".{first}")]
+    within = [
+        {name: prefix + name for name in names if prefix + name in state} for prefix in prefixes
+    ]
+    for found in (*within, dict(zip(names, state, strict=False))):
         fits = all(
             state[key].shape == names[name].shape and _last(key) == _last(name)
             for name, key in found.items()
         )
-        if fits and len(found) in (len(state), len(names)):
-            return {name: state[found[name]] if name in found else names[name] for name in names}
+        # what one of them lacks is no part of what both have: a classifier, but no layers
+        known = {_first(part) for pair in found.items() for part in pair}
+        lacking = [key for key in names if key not in found]
+        lacking += [key for key in state if key not in found.values()]
+        if found and fits and not known & {_first(key) for key in lacking}:
+            return {name: state[found[name]] if name in found else x for name, x in names.items()}
     raise ValueError(
-        "expected like= of the encoder's architecture, whose weights begin "
-        f"{_beginning(state)}, got {_beginning(names)}"
+        f"expected like= of the encoder's architecture, whose {len(state)} tensors are "
+        f"{_extent(state)}, got {len(names)}, {_extent(names)}"
     )
 
 
-def _within(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, str]:
-    """Find the names with one prefix for all, that of the module within."""
-    first = next(iter(names), "")
-    prefixes = [key[: -len(first)] for key in state if f".{key}".endswith(f".{first}")]
-    found = [{n: prefix + n for n in names if prefix + n in state} for prefix in prefixes]
-    return max(found, key=len, default={})
+def _first(name: str) -> str:
+    return name.split(".", 1)[0]
 
 
 def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _beginning(state: dict[str, Tensor]) -> str:
-    return ", ".join(f"{key} {tuple(x.shape)}" for key, x in list(state.items())[:3])
+def _extent(state: dict[str, Tensor]) -> str:
+    keys = list(state)
+    return " ... ".join(f"{key} {tuple(state[key].shape)}" for key in (keys[0], keys[-1]))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .compiled import is_recomputing
 from .encoder import Features, take_tensor
@@ -83,8 +85,19 @@ def doors(*models: nn.Module) -> list[Door]:
     return [value for value in values if isinstance(value, Door)]
 
 
-# more than any method makes in one step
+# with gradient: more than any method makes in one step
 _MANY_CALLS = 32
+# without: as many as a step's momentum encoders may make
+_FEW_CALLS = 8
+
+
+def _refuse_looking_for_unused_parameters() -> None:
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and wrapper.find_unused_parameters:
+        raise TypeError(
+            "expected DistributedDataParallel with find_unused_parameters=False, got True: it "
+            "looks for them before the decoder is used, and takes the decoder's for unused"
+        )
 
 
 class EncoderCall(NamedTuple):
@@ -102,6 +115,8 @@ class Capture:
         self.features = features
         self.recording = False
         self.in_a_loop = False
+        # whether calls without gradient are of interest: not to a copy that is a teacher or average
+        self.is_trained = True
         # of each encoder's parameters, when it was called last
         self.versions: dict[int, int] = {}
         self.calls: list[EncoderCall] = []
@@ -137,9 +152,16 @@ class Capture:
         return result
 
     def remember(self, call: EncoderCall) -> None:
-        """Keep a call until the step is over."""
-        if self.in_a_loop:
+        """Keep a call until the step is over; in a loop, few of those without gradient."""
+        if self.in_a_loop and not torch.compiler.is_compiling():
+            _refuse_looking_for_unused_parameters()
+            self.is_trained |= call.output.requires_grad
+            if not self.is_trained:
+                return
             self.expect_add_loss(call)
+            others = [known for known in self.calls if not known.output.requires_grad]
+            if len(others) == _FEW_CALLS and not call.output.requires_grad:
+                self.calls = [known for known in self.calls if known is not others[0]]
         self.calls.append(call)
 
     def expect_add_loss(self, call: EncoderCall) -> None:
@@ -147,7 +169,8 @@ class Capture:
         now = version(call.encoder)
         before = self.versions.setdefault(id(call.encoder), now)
         is_online = call.output.requires_grad and call.encoder.training
-        if len(self.calls) == _MANY_CALLS or (is_online and before != now):
+        count = sum(known.output.requires_grad for known in self.calls)
+        if is_online and (count == _MANY_CALLS or before != now):
             raise RuntimeError(
                 "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
                 f"{_MANY_CALLS} calls of it without; for evaluation use model.eval() and "
@@ -156,11 +179,15 @@ class Capture:
 
     def __deepcopy__(self, memo: Any) -> Capture:
         """Copy, but let a momentum encoder that is copied within a step report to that step."""
-        return self if self.recording and not self.in_a_loop else Capture(self.features)
+        if self.recording and not self.in_a_loop:
+            return self
+        copied = Capture(self.features)
+        copied.is_trained = False
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of a running step out."""
-        return {**vars(self), "recording": False, "calls": []}
+        return {**vars(self), "recording": False, "is_trained": False, "calls": []}
 
 
 class Mask:

@@ -70,8 +70,9 @@ class PixelScale(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("to_white", torch.eye(channels))
         self.register_buffer("from_white", torch.eye(channels))
-        # no buffer: asking for it would wait for the device, and averages of weights can't take it
+        # no buffer: asking for it would wait for the device
         self.calibrated = False
+        self._agreed = False
 
     def whiten(self, images: Tensor) -> Tensor:
         """Views' units -> white, ``(B, C, H, W)`` in float32; the first call sets the scale."""
@@ -85,6 +86,7 @@ class PixelScale(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, images: Tensor) -> None:
+        self._agree()
         if self.calibrated:
             return
         mean = _mean_over_processes(images.mean(dim=(0, 2, 3)), len(images))[:, None, None]
@@ -101,18 +103,43 @@ class PixelScale(nn.Module):
         self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)
         self.calibrated = True
 
-    def get_extra_state(self) -> dict[str, bool]:
-        """Save whether the scale is set."""
-        return {"calibrated": self.calibrated}
+    def _agree(self) -> None:
+        """Take the scale over where one process alone has loaded it."""
+        if self._agreed or not _are_many():
+            return
+        self._agreed = True
+        knowing = self.mean.new_tensor(float(self.calibrated))
+        distributed.all_reduce(knowing)
+        if 0 < knowing < distributed.get_world_size():
+            for scale in (self.mean, self.to_white, self.from_white):
+                scale.mul_(float(self.calibrated))
+                distributed.all_reduce(scale)
+                scale.div_(knowing)
+            self.calibrated = True
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelScale:
+        """Move to a device, but stay in float32 in a model of half precision."""
+        moved: PixelScale = super()._apply(  # type: ignore[no-untyped-call]
+            lambda x: fn(x) if x.is_meta else x.to(fn(x).device), recurse
+        )
+        return moved
+
+    def get_extra_state(self) -> Tensor:
+        """Save whether the scale is set, as a tensor, which averages of weights can take."""
+        return torch.tensor([self.calibrated], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Restore whether the scale is set."""
-        self.calibrated = state["calibrated"]
+        self.calibrated = bool(state.any())
+
+
+def _are_many() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _mean_over_processes(mean: Tensor, count: int) -> Tensor:
     """Weigh each process's mean with its number of images."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not _are_many():
         return mean
     weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
     distributed.all_reduce(weighted)

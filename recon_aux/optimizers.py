@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -77,18 +79,21 @@ def enroll(
     for optimizer in optimizers:
         if settings.given():
             _move_to_own_groups(optimizer, ours, settings, list(_schedulers(configured)))
-        if hasattr(optimizer, "register_load_state_dict_pre_hook"):
-            fill_in = _FillIn(ours)
-            optimizer.register_load_state_dict_pre_hook(fill_in)
+        hooked = _with_hooks(optimizer)
+        hooked.register_load_state_dict_pre_hook(_FillIn(ours))
+        if settings.lr is not None:
+            likes = _likes(optimizer.param_groups, ours, encoders)
+            hooked.register_step_pre_hook(_InProportion(settings.lr, likes))
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
     """Find the group with most of the encoders' weights, or of their biases and norms."""
     sizes = {id(p): (p.numel(), p.ndim < 2) for e in encoders for p in e.parameters()}
 
-    def alike(group: Group) -> tuple[int, int]:
+    def alike(group: Group) -> tuple[int, int, float]:
         known = [sizes[id(p)] for p in group["params"] if id(p) in sizes]
-        return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known)
+        # of layers that are alike, with rates of their own, the one nearest to the heads
+        return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known), _base(group)
 
     return max(groups, key=alike)
 
@@ -99,11 +104,13 @@ def _move_to_own_groups(
     """Take the decoder's parameters out of the encoder's groups."""
     for index, group in enumerate(list(optimizer.param_groups)):
         is_ours = [id(p) in ours for p in group["params"]]
-        if all(is_ours) and is_ours and settings.lr not in (None, base := _base(group)):
-            raise ValueError(
-                "expected decoder_lr= or a group of the decoder's own in configure_optimizers, got "
-                f"both, decoder_lr={settings.lr} and a group with {base}"
-            )
+        if is_ours and all(is_ours) and settings.lr is not None:
+            base = _base(group)
+            if not math.isclose(base, settings.lr, rel_tol=1e-6):
+                raise ValueError(
+                    "expected decoder_lr= or a group of the decoder's own in configure_optimizers, "
+                    f"got both, decoder_lr={settings.lr} and a group with {base}"
+                )
         if not any(is_ours) or all(is_ours):
             continue
         moved = [p for p in group["params"] if id(p) in ours]
@@ -115,9 +122,9 @@ def _move_to_own_groups(
         )
         only_vectors = all(p.ndim < 2 for p in moved)
         own = _own_group(optimizer, index, settings, schedulers)
-        if only_vectors and elsewhere:
-            # biases and norms that have a group to themselves keep its weight decay
-            own["weight_decay"] = group["weight_decay"]
+        if only_vectors and elsewhere and not group.get("weight_decay"):
+            # biases and norms that are exempt from weight decay stay so
+            own["weight_decay"] = group.get("weight_decay", 0)
         own["params"] = moved
         group["params"][:] = [p for p in group["params"] if id(p) not in ours]
         if "param_names" in group:
@@ -136,7 +143,7 @@ def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Seque
                 f"decoder_weight_decay= is given, got a {type(scheduler).__name__}; instead let "
                 "configure_optimizers make a group of self.recon_aux.parameters()"
             )
-    like, count = optimizer.param_groups[index], len(optimizer.param_groups)
+    like, groups = optimizer.param_groups[index], len(optimizer.param_groups)
     ratio = 1.0
     if settings.lr is not None:
         if not (base := _base(like)):
@@ -147,12 +154,14 @@ def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Seque
         ratio = settings.lr / base
     rates = {key: like[key] * ratio for key in _RATES if key in like}
     decay = {"weight_decay": settings.weight_decay} if settings.weight_decay is not None else {}
-    own: Group = {**like, **rates, **decay, "name": "recon_aux"}
+    names = [group.get("name") for group in optimizer.param_groups]
+    name = "recon_aux" if "recon_aux" not in names else "recon_aux_biases_and_norms"
+    own: Group = {**like, **rates, **decay, "name": name}
     optimizer.param_groups.append(own)
     for scheduler in schedulers:
         for name in (*_LISTS_OF_RATES, *_OTHER_LISTS):
             values = getattr(scheduler, name, None)
-            if isinstance(values, list) and len(values) == count:
+            if isinstance(values, list) and len(values) == groups:
                 is_rate = name in _LISTS_OF_RATES
                 values.append(values[index] * ratio if is_rate else values[index])
     return own
@@ -161,6 +170,47 @@ def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Seque
 def _base(group: Group) -> float:
     """Give the learning rate that a schedule starts from or rises to."""
     return float(next(group[key] for key in ("max_lr", "initial_lr", "lr") if key in group))
+
+
+def _with_hooks(optimizer: Any) -> Any:
+    """Find torch's optimizer in a wrapper that some frameworks put around it."""
+    # LARSWrapper passes for an Optimizer, so isinstance doesn't tell
+    while not hasattr(optimizer, "register_step_pre_hook"):
+        inner = getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise TypeError(f"expected one of torch's optimizers, got {type(optimizer).__name__}")
+        optimizer = inner
+    return optimizer
+
+
+def _likes(
+    groups: Sequence[Group], ours: set[int], encoders: Sequence[nn.Module]
+) -> dict[int, int]:
+    """Say for each group of the decoder's own which of the encoder's it is to follow."""
+    others = [g for g in groups if not any(id(p) in ours for p in g["params"])]
+    own = [g for g in groups if g["params"] and all(id(p) in ours for p in g["params"])]
+    index = {id(group): i for i, group in enumerate(groups)}
+
+    def like(group: Group) -> Group:
+        return _home(others, encoders, vector=all(p.ndim < 2 for p in group["params"]))
+
+    return {index[id(group)]: index[id(like(group))] for group in own} if others else {}
+
+
+class _InProportion:
+    """Keeps the decoder's learning rate in proportion to the encoder's, whatever the schedule."""
+
+    def __init__(self, lr: float, likes: dict[int, int]) -> None:
+        self.lr = lr
+        self.likes = likes
+        self.bases: dict[int, float] = {}
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Set it before a step."""
+        for own, like in self.likes.items():
+            group = optimizer.param_groups[like]
+            base = self.bases.setdefault(own, _base(group))
+            optimizer.param_groups[own]["lr"] = group["lr"] * (self.lr / base)
 
 
 class _FillIn:
@@ -174,20 +224,24 @@ class _FillIn:
         groups, saved = optimizer.param_groups, state["param_groups"]
         bare = [sum(id(p) not in self.ours for p in group["params"]) for group in groups]
         sizes = [len(group["params"]) for group in saved]
-        if sizes == [count for count in bare if count] and 0 in bare:
+        if len(saved) != len(groups):
+            own = [group for group in [*groups, *saved] if "recon_aux" in str(group.get("name"))]
             raise ValueError(
-                "expected the saved state of an optimizer with the decoder in a group of its own, "
-                "got a bare model's; load the model's state_dict alone, and a new optimizer goes on"
+                f"expected the saved state of an optimizer with {len(groups)} groups, got one with "
+                f"{len(saved)}"
+                + "; the decoder has a group of its own in one alone: give the decoder_lr= and "
+                "decoder_weight_decay= that it was saved with, or load the model's state_dict alone"
+                * bool(own)
             )
         if sizes != bare or sizes == [len(group["params"]) for group in groups]:
             return None
-        following = 1 + max(index for group in saved for index in group["params"])
+        new = count(1 + max(index for group in saved for index in group["params"]))
         filled = []
         for group, old in zip(groups, saved, strict=True):
-            new = range(following, following + len(group["params"]) - len(old["params"]))
-            following = new.stop
+            following = iter(old["params"])
+            params = [next(new if id(p) in self.ours else following) for p in group["params"]]
             names = {"param_names": group["param_names"]} if "param_names" in old else {}
-            filled.append({**old, **names, "params": [*old["params"], *new]})
+            filled.append({**old, **names, "params": params})
         return {**state, "param_groups": filled}
 
 

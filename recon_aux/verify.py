@@ -39,7 +39,28 @@ def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Te
         return []
     generator = torch.Generator().manual_seed(0)
     flowing = [torch.randn(x.shape, generator=generator).to(x) for x in masked]
-    gradients = torch.autograd.grad(masked, outputs, flowing, retain_graph=True, allow_unused=True)
+    return gradients_of(masked, outputs, flowing)
+
+
+def gradients_of(
+    results: Sequence[Tensor], outputs: Sequence[Tensor], flowing: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Give the gradients of some results with respect to the encoder's outputs, where there are.
+
+    Raises:
+        RuntimeError: if the graph can't be looked into.
+    """
+    try:
+        gradients = torch.autograd.grad(
+            results, outputs, flowing, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "expected activation checkpointing with use_reentrant=False, got True, whose graph "
+            "can't be looked into"
+        ) from error
     return [gradient for gradient in gradients if gradient is not None]
 
 

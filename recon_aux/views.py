@@ -57,7 +57,7 @@ def two_views(
         f"{[tuple(call.image.shape) for call in online]} and others of "
         f"{[tuple(call.image.shape) for call in others]}, where images and labels of the batch "
         f"number {sorted(_batch_sizes(given))}; views= tells how many are concatenated where the "
-        "batch doesn't show it"
+        "batch doesn't show it; add_loss(model, loss, batch) shows it the batch"
     )
 
 

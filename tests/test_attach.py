@@ -68,6 +68,17 @@ def test_a_name_that_is_no_submodule() -> None:
         attach(method(), heads=["top"])
 
 
+def test_a_head_may_be_named_by_itself() -> None:
+    assert recon_aux.is_attached(attach(method(), heads="projection_head"))
+
+
+def test_an_unknown_option_is_named_with_the_likely_one() -> None:
+    with pytest.raises(TypeError, match=r"expected options among .*wieght=; did you mean weight="):
+        attach(method(), wieght=4)
+    with pytest.raises(TypeError, match=r"equivariant_dim= as a whole number, got 0\.5"):
+        attach(method(), equivariant_dim=0.5)
+
+
 def test_no_head_is_found() -> None:
     model = method()
     model.top = nn.Linear(16, 8)

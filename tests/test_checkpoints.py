@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy
 import pytest
 import pytorch_lightning
 import timm
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet34
 from training import InALoop, Siamese, Views, decoder_of, fit, plain_encoder, run_script, trainer
 
 import recon_aux
@@ -48,8 +50,9 @@ def test_killed_and_resumed_is_bit_identical_to_never_stopped(
 # --- attached <-> bare ---
 
 
-def saved_after_training(model: Any, path: Path, **options: Any) -> Path:
-    trained = fit(model, enable_checkpointing=True, callbacks=[ModelCheckpoint(path)], **options)
+def saved_after_training(model: Any, path: Path, averaged: bool = False, **options: Any) -> Path:
+    callbacks = [ModelCheckpoint(path), *([WeightAveraging()] if averaged else [])]
+    trained = fit(model, enable_checkpointing=True, callbacks=callbacks, **options)
     trained.save_checkpoint(path / "model.ckpt")
     return path / "model.ckpt"
 
@@ -72,6 +75,18 @@ def test_a_bare_model_loads_an_attached_checkpoint_that_was_stripped(tmp_path: P
         bare.load_state_dict(checkpoint["state_dict"])
 
 
+def test_all_of_a_checkpoint_is_stripped(tmp_path: Path) -> None:
+    model = attach(Siamese())
+    path = saved_after_training(model, tmp_path, averaged=True)
+    checkpoint = torch.load(path, weights_only=False)
+    assert "recon_aux." in str(checkpoint["current_model_state"].keys())
+    assert "recon_aux." not in str(
+        [s.keys() for s in recon_aux.strip(checkpoint).values() if isinstance(s, dict)]
+    )
+    with pytest.raises(TypeError, match=r"as torch\.load\(path\) gives it, got str"):
+        recon_aux.strip("model.ckpt")  # type: ignore[arg-type]
+
+
 def test_wrappers_prefixes_are_stripped_too() -> None:
     model = attach(InALoop())
     wrapped = nn.DataParallel(model)
@@ -85,7 +100,8 @@ def test_an_attached_model_loads_a_bare_one_and_says_so_in_one_line() -> None:
     with pytest.warns(UserWarning) as told:
         model.load_state_dict(bare.state_dict(), strict=True)
     (line,) = [str(warning.message) for warning in told]
-    assert line == "recon_aux: a checkpoint of a bare model; the decoder starts anew"
+    expected = "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it was"
+    assert line == expected + " just attached"
     assert (model.backbone[0].weight == 1).all()
     assert all(torch.equal(value, decoder[name]) for name, value in decoder_of(model).items())
 
@@ -97,7 +113,7 @@ def test_a_bare_run_goes_on_attached(configure: Any, tmp_path: Path) -> None:
     model = attach(Siamese(configure=configure))
     before = decoder_of(model)
     trained = trainer(max_steps=4)
-    with pytest.warns(UserWarning, match="the decoder starts anew"):
+    with pytest.warns(UserWarning, match="the decoder starts as it is"):
         trained.fit(model, DataLoader(Views(), batch_size=4), ckpt_path=path)
     assert trained.global_step == 4
     assert not any(torch.equal(x, before[name]) for name, x in decoder_of(model).items())
@@ -113,10 +129,41 @@ def test_a_bare_optimizers_state_does_not_fit_a_group_of_its_own(tmp_path: Path)
     path = saved_after_training(Siamese(), tmp_path)
     model = attach(Siamese(), decoder_lr=0.1)
     with (
-        pytest.warns(UserWarning, match="the decoder starts anew"),
-        pytest.raises(ValueError, match="group of its own, got a bare model's; load the model's"),
+        pytest.warns(UserWarning, match="the decoder starts as it is"),
+        pytest.raises(ValueError, match=r"with 2 groups, got one with 1; .*give the decoder_lr="),
     ):
         trainer(max_steps=4).fit(model, DataLoader(Views(), batch_size=4), ckpt_path=path)
+
+
+def test_settings_of_its_own_on_resuming(tmp_path: Path) -> None:
+    path = saved_after_training(attach(Siamese(), decoder_lr=0.1), tmp_path)
+    data = DataLoader(Views(), batch_size=4)
+    with pytest.raises(ValueError, match=r"with 1 groups, got one with 2; .*give the decoder_lr="):
+        trainer(max_steps=4).fit(attach(Siamese()), data, ckpt_path=path)
+    trained = trainer(max_steps=4)
+    trained.fit(attach(Siamese(), decoder_lr=0.7), data, ckpt_path=path)
+    assert [group["lr"] for group in trained.optimizers[0].param_groups] == [0.05, 0.7]
+
+
+def test_the_moments_stay_with_their_parameters_wherever_the_decoder_stands() -> None:
+    def optimizer_of(model: Any) -> Any:
+        model.extra = nn.Linear(128, 16, bias=False)
+        optimizer = model.configure_optimizers()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, parameter.numel())
+        optimizer.step()
+        return optimizer
+
+    saved = optimizer_of(Siamese(configure=adam)).state_dict()
+    model = attach(Siamese(configure=adam))
+    optimizer = optimizer_of(model)
+    optimizer.load_state_dict(saved)
+    # the decoder stands between the encoder and what came after it
+    assert not optimizer.state[model.recon_aux.decoder.queries]
+    for name, parameter in model.named_parameters():
+        if not name.startswith("recon_aux."):
+            moment = optimizer.state[parameter]["exp_avg"]
+            torch.testing.assert_close(moment, torch.full_like(moment, parameter.numel() / 10))
 
 
 # --- options ---
@@ -142,6 +189,14 @@ def test_each_option_that_matters_is_saved(option: dict[str, Any]) -> None:
     state = attach(Siamese(), **option).state_dict()
     with pytest.raises(RuntimeError, match=f"saved with: {name}={value}, not"):
         attach(Siamese()).load_state_dict(state)
+
+
+def test_numbers_of_numpys_are_saved_as_pythons(tmp_path: Path) -> None:
+    options = {"weight": numpy.float64(2.5), "equivariant_dim": numpy.int64(4)}
+    options["seed"] = numpy.int64(3)
+    torch.save(attach(Siamese(), **options).state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    attach(Siamese(), weight=2.5, equivariant_dim=4).load_state_dict(state)
 
 
 def test_options_that_may_change_are_told_and_the_rest_is_loaded() -> None:
@@ -200,10 +255,48 @@ def test_timms_own_resnet_loads_its_own_and_a_compiled_one() -> None:
         plain.load_state_dict(recon_aux.export_backbone(model), strict=True)
 
 
+def test_an_encoder_of_another_depth_is_named() -> None:
+    def vit(depth: int) -> Any:
+        return timm.create_model("vit_tiny_patch16_224", depth=depth, num_classes=0)
+
+    cut = [nn.Sequential(*list(resnet18().children())[:-1]), resnet34()]
+    whole = timm.create_model("resnet18", num_classes=0), timm.create_model("resnet34")
+    for encoder, like in (cut, whole, (vit(2), vit(4)), (vit(4), vit(2))):
+        model = InALoop(encoder)
+        model.projection_head = nn.Linear(192 if "Transf" in type(encoder).__name__ else 512, 8)
+        attach(model, heads=["projection_head"])
+        with pytest.raises(ValueError, match="like= of the encoder's architecture"):
+            recon_aux.export_backbone(model, like=like)
+
+
+def test_the_encoder_that_was_trained_is_exported_after_loading_too() -> None:
+    class Misnamed(Siamese):
+        """Its backbone is a teacher, that nothing trains but could."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.online = copy.deepcopy(self.backbone)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.projection_head(self.online(x).flatten(1))
+            return z
+
+    model = attach(Misnamed())
+    fit(model)
+    again = attach(Misnamed())
+    again.load_state_dict(model.state_dict())
+    for each in (model, nn.DataParallel(again)):
+        exported = recon_aux.export_backbone(each)
+        assert all(torch.equal(x, model.online.state_dict()[key]) for key, x in exported.items())
+    assert not torch.equal(model.online[0].weight, model.backbone[0].weight)
+
+
 def test_an_encoder_of_another_architecture_is_named() -> None:
     model = attach(InALoop())
-    with pytest.raises(ValueError, match=r"begin 0\.weight \(8, 3, 3, 3\).*got conv1\.weight"):
+    with pytest.raises(ValueError, match=r"whose 4 tensors are 0\.weight \(8, 3, 3, 3\).*got 122"):
         recon_aux.export_backbone(model, like=resnet18())
+    with pytest.raises(TypeError, match="like= as a model, got <function resnet18"):
+        recon_aux.export_backbone(model, like=resnet18)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got a bare InALoop"):
         recon_aux.export_backbone(InALoop())
     assert plain_encoder().load_state_dict(recon_aux.export_backbone(model))

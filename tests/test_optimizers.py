@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
@@ -48,6 +52,7 @@ GROUPS: dict[str, Callable[[Any], Any]] = {
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
     "LinearLR": partial(schedules.LinearLR, start_factor=0.1, total_iters=4),
     "CosineAnnealingLR": partial(schedules.CosineAnnealingLR, T_max=6),
+    "CosineAnnealingLR with a floor": partial(schedules.CosineAnnealingLR, T_max=6, eta_min=0.01),
     "OneCycleLR": partial(schedules.OneCycleLR, max_lr=0.1, total_steps=12),
     "LambdaLR": partial(schedules.LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
     "LambdaLR of a list": lambda optimizer: schedules.LambdaLR(
@@ -169,8 +174,35 @@ def test_a_learning_rate_of_its_own_follows_the_schedule_in_proportion(
     assert [decoder for _, decoder in rates] == pytest.approx([3 * encoder for encoder, _ in rates])
 
 
+@pytest.mark.parametrize("groups", ["one", "bias and norm"])
+def test_lightnings_monitor_of_learning_rates_takes_the_groups_names(
+    groups: str, tmp_path: Path
+) -> None:
+    model = attach(model_with("SGD", groups, "LinearLR"), decoder_lr=0.01)
+    monitor = LearningRateMonitor()
+    fit(model, logger=CSVLogger(tmp_path), callbacks=[monitor])
+    assert "lr-SGD/recon_aux" in monitor.lrs
+
+
+def test_of_layers_with_rates_of_their_own_the_decoder_joins_the_last() -> None:
+    def configure(model: Any) -> Any:
+        layers = [layer for layer in model.backbone if isinstance(layer, nn.Conv2d)]
+        groups = [
+            {"params": [parameter], "lr": 0.1 ** (2 - i)}
+            for i, layer in enumerate(layers)
+            for parameter in layer.parameters()
+        ]
+        return AdamW([*groups, {"params": model.projection_head.parameters(), "lr": 1.0}])
+
+    convolutions = [nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3)]
+    alike = nn.Sequential(*convolutions[:2], copy.deepcopy(convolutions[1]))
+    model = attach(Siamese(nn.Sequential(*alike, nn.AdaptiveAvgPool2d(1)), configure=configure))
+    rates = {group["lr"] for group in groups_of(model.configure_optimizers(), model.recon_aux)}
+    assert rates == {1.0}
+
+
 def test_a_learning_rate_of_zero_leaves_the_decoder_as_it_is() -> None:
-    model = attach(model_with(), decoder_lr=0.0)
+    model = attach(model_with(schedule="CosineAnnealingLR with a floor"), decoder_lr=0.0)
     before = decoder_of(model)
     fit(model)
     assert all(torch.equal(weight, before[name]) for name, weight in decoder_of(model).items())

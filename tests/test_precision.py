@@ -126,6 +126,28 @@ def test_features_that_overflow_are_the_scalers_to_skip_but_not_for_ever() -> No
             scaled_step(model, optimizer, scaler, views_of_a_batch())
 
 
+def test_a_loss_made_outside_of_autocast_is_the_scalers_too() -> None:
+    encoder = Magnified()
+    model = attach(InALoop(encoder))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for by in (1e7, 1.0):
+        encoder.by = by
+        with torch.autocast("cpu", torch.float16):
+            z0, z1 = (model(view) for view in views_of_a_batch())
+        loss = recon_aux.add_loss(model, siamese_loss(z0.float(), z1.float()))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_the_scale_of_pixels_stays_float32_in_half_precision() -> None:
+    scale = attach(Siamese()).to(torch.bfloat16).half().recon_aux.pixel_scale
+    assert {buffer.dtype for buffer in scale.buffers()} == {torch.float32}
+
+
 def test_pixels_that_are_not_finite_are_an_error_in_fp16_too() -> None:
     model = attach(InALoop())
     views = views_of_a_batch()

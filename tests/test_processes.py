@@ -47,6 +47,15 @@ def test_two_processes_train_what_one_would(
         torch.testing.assert_close(states[0][name], expected, msg=name)
 
 
+def test_a_checkpoint_that_one_process_loaded_is_both_s(tmp_path: Path) -> None:
+    result = run("loaded", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    states = [tensors(torch.load(tmp_path / f"{rank}.pt")) for rank in (0, 1)]
+    for name, value in states[0].items():
+        if "extra_state" not in name:
+            assert torch.equal(value, states[1][name]), name
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_step_that_fails_in_one_process_ends_both(broken: int, tmp_path: Path) -> None:
     result = run("failing", tmp_path, broken)

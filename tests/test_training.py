@@ -13,9 +13,10 @@ from models import build
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.compile import from_compiled
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from training import (
@@ -103,6 +104,17 @@ def test_an_encoder_that_is_checkpointed_is_captured_once() -> None:
         assert torch.equal(*losses)
     for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_reentrant_checkpointing_of_a_head_is_refused() -> None:
+    class Reentrant(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            feature = self.backbone(x).flatten(1)
+            z: Tensor = checkpoint(self.projection_head, feature, use_reentrant=True)
+            return z
+
+    with pytest.raises(RuntimeError, match="expected activation checkpointing with use_reentrant"):
+        attach(Reentrant()).training_step(a_batch(), 0)
 
 
 def test_a_checkpointed_loop_captures_nothing_in_the_backward_pass() -> None:
@@ -274,6 +286,20 @@ def test_a_compiled_loop_trains_the_same() -> None:
     torch.testing.assert_close(*losses)
 
 
+def test_a_loop_compiled_in_one_graph_trains_the_same() -> None:
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        model = attach(InALoop())
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+
+        def step(batch: Any, index: int, model: Any = model, called: Any = called) -> Tensor:
+            return recon_aux.add_loss(model, siamese_loss(*(called(view) for view in batch[0])))
+
+        losses.append(torch.stack(losses_in(step, model, 3)))
+    torch.testing.assert_close(*losses)
+
+
 def test_compiled_by_inductor_before_attaching_it_trains_the_same() -> None:
     torch._dynamo.reset()
     losses = []
@@ -301,6 +327,43 @@ def test_an_average_of_the_weights_follows_and_sees_nothing() -> None:
         assert torch.equal(averages[0](x0), averages[0].module(x0))
         assert torch.equal(averages[1](x0), averages[1].module(x0))
     assert not model._recon_aux_attachment.capture.calls
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, AveragedModel])
+def test_a_copy_of_a_model_in_a_loop_may_be_its_teacher(copied: Any) -> None:
+    model = attach(InALoop())
+    teacher = copied(model)
+    (x0, x1), _ = a_batch()
+    for _ in range(40):
+        with torch.no_grad():
+            teacher(x0)
+    inner = getattr(teacher, "module", teacher)
+    assert not inner._recon_aux_attachment.capture.calls
+    update_bn([x0] * 40, teacher)
+    # and a copy may be trained
+    recon_aux.add_loss(inner, siamese_loss(inner(x0), inner(x1))).backward()
+
+
+def test_without_gradient_a_loop_keeps_few_calls() -> None:
+    model = attach(InALoop())
+    (x0, x1), _ = a_batch()
+    with torch.no_grad():
+        for _ in range(100):
+            model(x0)
+    assert len(model._recon_aux_attachment.capture.calls) == 8
+    recon_aux.add_loss(model, siamese_loss(model(x0), model(x1)))
+
+
+@pytest.mark.parametrize("average", [ModelEmaV2, ModelEmaV3])
+def test_timms_averages_of_the_weights(average: Any) -> None:
+    model = attach(InALoop())
+    ema = average(model, decay=0.5)
+    nn.init.zeros_(model.backbone[0].weight)
+    ema.update(model)
+    ema.update(model)
+    weight = ema.module.backbone[0].weight
+    torch.testing.assert_close(weight, InALoop().backbone[0].weight / 4)
+    model.load_state_dict(ema.module.state_dict())
 
 
 def test_lightnings_callback_that_averages_weights() -> None:

@@ -77,6 +77,18 @@ def sharded(folder: Path) -> None:
     InALoop().backbone.load_state_dict(exported)
 
 
+def loaded(folder: Path) -> None:
+    """One process alone has loaded a checkpoint; DistributedDataParallel sends it to the other."""
+    model = attach(InALoop(), **OPTIONS)
+    if rank() == 0:
+        saved = attach(InALoop(), **OPTIONS)
+        train(saved, global_batches()[:2])
+        model.load_state_dict(saved.state_dict())
+    distributed.init_process_group("gloo")
+    train(model, [own_part(views) for views in global_batches()], DistributedDataParallel(model))
+    torch.save(model.state_dict(), folder / f"{rank()}.pt")
+
+
 class GlobalBatches(Dataset[Any]):
     """The same batches for a trainer; one process may get a pixel that is not a number."""
 
@@ -124,16 +136,18 @@ def unused(folder: Path) -> None:
     """A loop under DistributedDataParallel that looks for unused parameters."""
     model = attach(InALoop(), **OPTIONS)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    train(model, [own_part(views) for views in global_batches()], wrapped)
+    (x0, x1), *_ = (own_part(views) for views in global_batches())
+    recon_aux.add_loss(model, siamese_loss(wrapped(x0), wrapped(x1))).backward()
 
 
 if __name__ == "__main__":
     case, folder, *broken = sys.argv[1:]
     torch.set_num_threads(1)
-    if case != "lightning":
+    if case not in ("lightning", "loaded"):
         distributed.init_process_group("gloo")
     cases: dict[str, Any] = {
         "loop": loop,
+        "loaded": loaded,
         "sharded": sharded,
         "lightning": lightning,
         "failing": failing,
