@@ -53,7 +53,7 @@ class Scene:
             )
             for surface, tint in make(name, random)
         ]
-        floor = pv.Plane((0, 0, -1), i_size=40, j_size=40)
+        floor = pv.Plane(center=(0, 0, -1), i_size=40, j_size=40)
         self.floor: Any = plotter.add_mesh(floor, ambient=0.4)
         self.lamp = pv.Light(positional=True, cone_angle=60, intensity=0.9, exponent=2)
         plotter.add_light(self.lamp)
