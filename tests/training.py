@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 
+TESTS = Path(__file__).parent
+
 
 class Views(Dataset[Any]):
     """Pairs of views, the same for each index, whatever was drawn before."""
@@ -129,14 +131,27 @@ def run_script(
     name: str, *arguments: Any, launcher: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run one of tests/scripts to its end, which a deadlock wouldn't come to."""
-    tests = Path(__file__).parent
+    return _run(*launcher, TESTS / "scripts" / name, *arguments)
+
+
+def run_example(name: str, *arguments: Any) -> None:
+    """Run one of the examples, which must succeed."""
+    result = _run(TESTS.parent / "examples" / name, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def _run(*command: Any) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
     }
-    command = [sys.executable, *launcher, str(tests / "scripts" / name), *map(str, arguments)]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )

@@ -17,28 +17,29 @@ Point = tuple[float, float, float]
 
 def box(center: Point, size: Point, tint: float = 0.8) -> Part:
     """A box."""
-    cube: Any = pv.Cube(center, *size)
-    return cube, tint
+    x, y, z = size
+    return pv.Cube(center=center, x_length=x, y_length=y, z_length=z), tint
 
 
 def rod(start: Point, end: Point, radius: float, tint: float = 0.8) -> Part:
     """A cylinder from one point to another."""
-    a, b = np.array(start), np.array(end)
-    return pv.Cylinder(
-        (a + b) / 2, b - a, radius, float(np.linalg.norm(b - a)), resolution=24
-    ), tint
+    return pv.Cylinder(radius=radius, resolution=24, **_between(start, end)), tint
 
 
 def ball(center: Point, radii: Point, tint: float = 0.8) -> Part:
     """An ellipsoid."""
-    sphere = pv.Sphere(1.0, theta_resolution=24, phi_resolution=24)
+    sphere = pv.Sphere(radius=1.0, theta_resolution=24, phi_resolution=24)
     return sphere.scale(radii).translate(center), tint
 
 
 def cone(base: Point, tip: Point, radius: float, tint: float = 0.8) -> Part:
     """A cone."""
-    a, b = np.array(base), np.array(tip)
-    return pv.Cone((a + b) / 2, b - a, float(np.linalg.norm(b - a)), radius, resolution=24), tint
+    return pv.Cone(radius=radius, resolution=24, **_between(base, tip)), tint
+
+
+def _between(start: Point, end: Point) -> dict[str, Any]:
+    a, b = np.array(start), np.array(end)
+    return {"center": (a + b) / 2, "direction": b - a, "height": float(np.linalg.norm(b - a))}
 
 
 def ring(center: Point, radius: float, thickness: float, normal: str, tint: float = 0.6) -> Part:

@@ -1,0 +1,310 @@
+"""Does an encoder keep how an object turned? SIE, which is told, against recon_aux, which isn't.
+
+``python examples/views3d/compare.py FOLDER`` trains every arm on a data set in 3DIEBench's layout,
+the official one or what render.py makes, measures it as Garrido, Najman and LeCun (2023, arXiv
+2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``: an
+interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import Objects, normalize, targets
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from rich.console import Console
+from sie import SIE
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+sys.path.append(str(Path(__file__).parent.parent))
+from common import small_resnet18
+from lightly_simclr import SimCLR
+from lightly_vicreg import VICReg
+
+from recon_aux.integrations.lightly import attach
+from recon_aux.probe import markdown_table
+
+
+class Supervised(LightningModule):
+    """The ceiling: told the class of each view and what changed between them."""
+
+    def __init__(self, encoder: nn.Module, width: int, lr: float) -> None:
+        super().__init__()
+        self.backbone = encoder
+        self.classify = nn.LazyLinear(64)
+        self.regress = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.LazyLinear(6))
+        self.lr = lr
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The losses of both tasks."""
+        (x0, x1), (labels, change) = batch
+        features = [self.backbone(x).flatten(1) for x in (x0, x1)]
+        error = F.mse_loss(self.regress(torch.cat(features, dim=1)).float(), change)
+        classes = sum(F.cross_entropy(self.classify(y).float(), labels) for y in features)
+        return classes + 10 * error
+
+    configure_optimizers = SIE.configure_optimizers
+
+
+Arm = Callable[[nn.Module, int, float], LightningModule]
+
+ARMS: dict[str, Arm] = {
+    "VICReg": VICReg,
+    "SimCLR": SimCLR,
+    "SIE": SIE,
+    "VICReg + recon_aux": lambda *given: attach(VICReg(*given)),
+    "SimCLR + recon_aux": lambda *given: attach(SimCLR(*given)),
+    "supervised": Supervised,
+}
+SPLIT = {"SIE", "VICReg + recon_aux", "SimCLR + recon_aux"}
+
+
+# --- training ---
+
+
+def train(arm: str, data: Objects, seed: int, args: argparse.Namespace) -> LightningModule:
+    """Train one arm."""
+    seed_everything(seed, verbose=False)
+    encoder = small_resnet18(args.width, stride=2).to(memory_format=torch.channels_last)
+    model = ARMS[arm](encoder, 8 * args.width, args.lr)
+    sampler = RandomSampler(data, num_samples=args.steps * args.batch_size)
+    loader = DataLoader(data, args.batch_size, sampler=sampler, num_workers=args.workers)
+    trainer = Trainer(
+        max_epochs=1,
+        precision=args.precision,
+        accelerator=args.device,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, loader)
+    return model
+
+
+# --- measuring ---
+
+
+@torch.no_grad()
+def encode(model: LightningModule, data: Objects, device: torch.device) -> Tensor:
+    """Features of every view, ``(objects, views, D)``."""
+    encoder = model.backbone.to(device).eval()
+    features = []
+    for row in range(len(data)):
+        views = torch.stack([data.image(row, view) for view in range(data.views)]).to(device)
+        features.append(encoder(normalize(views)).flatten(1).float().cpu())
+    return torch.stack(features)
+
+
+def pairs(data: Objects, each: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw some pairs of views of each object: rows, first views, second views."""
+    random = np.random.default_rng(seed)
+    rows = np.repeat(np.arange(len(data)), each)
+    first = random.integers(data.views, size=len(rows))
+    second = (first + random.integers(1, data.views, size=len(rows))) % data.views
+    return rows, first, second
+
+
+def measure(
+    features: tuple[Tensor, Tensor], data: tuple[Objects, Objects], device: torch.device
+) -> dict[str, float]:
+    """Accuracy, and R² of what changed between two views, by a linear map and by an MLP."""
+    flat = [x.flatten(0, 1).numpy() for x in features]
+    labels = [objects.labels.repeat_interleave(objects.views).numpy() for objects in data]
+    some = np.random.default_rng(0).permutation(len(flat[0]))[:20000]
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+    result = {
+        "accuracy": 100 * linear.fit(flat[0][some], labels[0][some]).score(flat[1], labels[1])
+    }
+    inputs, wanted = [], []
+    for x, objects, each in zip(features, data, (60, 30), strict=True):
+        rows, first, second = pairs(objects, each, seed=0)
+        inputs.append(torch.cat([x[rows, first], x[rows, second]], dim=1))
+        wanted.append(targets(objects.latents[rows, first], objects.latents[rows, second]))
+    ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-1, 5, 7)))
+    ridge.fit(inputs[0].numpy(), wanted[0].numpy())
+    for name, predicted in (
+        ("linear", ridge.predict(inputs[1].numpy())),
+        ("mlp", _mlp(inputs, wanted[0], device)),
+    ):
+        scores = r2_score(wanted[1].numpy(), predicted, multioutput="raw_values")
+        result |= {f"rotation {name}": scores[:4].mean(), f"color {name}": scores[4:].mean()}
+    return {name: float(value) for name, value in result.items()}
+
+
+def _mlp(inputs: list[Tensor], wanted: Tensor, device: torch.device) -> np.ndarray:
+    """Predict with an MLP of three layers, as wide as its input, trained on the first inputs."""
+    mean, deviation = inputs[0].mean(0), inputs[0].std(0) + 1e-6
+    x, test = (((x - mean) / deviation).to(device) for x in inputs)
+    center, spread = wanted.mean(0), wanted.std(0)
+    y = ((wanted - center) / spread).to(device)
+    width = x.shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        mlp = nn.Sequential(*layers, nn.Linear(width, y.shape[1])).to(device)
+        optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=1e-2)
+        steps = 30 * len(x) // 256
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(x), (256,), device=device)
+            optimizer.zero_grad()
+            F.mse_loss(mlp(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        predicted: Tensor = mlp(test).cpu() * spread + center
+    return predicted.numpy()
+
+
+@torch.no_grad()
+def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
+    """How high the right view ranks among an object's, by distance to the prediction."""
+    model = model.cpu().eval()
+    rows, first, second = pairs(data, 10, seed=1)
+    embedded = model.heads[1](features.flatten(0, 1)[:, model.half :]).unflatten(
+        0, features.shape[:2]
+    )
+    change = targets(data.latents[rows, first], data.latents[rows, second])[:, :4]
+    predicted = model.predictor(embedded[rows, first], change)
+    distance = (embedded[rows] - predicted[:, None]).square().sum(-1)
+    distance[np.arange(len(rows)), first] = torch.inf
+    rank = (distance < distance.gather(1, torch.from_numpy(second)[:, None])).sum(1) + 1
+    hits = {f"H@{k}": (rank <= k).float().mean().item() for k in (1, 5)}
+    return {"MRR": (1 / rank).mean().item(), **hits}
+
+
+def run(
+    arm: str, seed: int, data: tuple[Objects, Objects], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Train and measure one arm."""
+    started = time.perf_counter()
+    model = train(arm, data[0], seed, args)
+    seconds = time.perf_counter() - started
+    gpu = torch.cuda.is_available() and args.device in ("auto", "gpu")
+    device = torch.device("cuda" if gpu else "cpu")
+    features = tuple(encode(model, objects, device) for objects in data)
+    half = features[0].shape[2] // 2
+    parts = {"whole": slice(None)}
+    if arm in SPLIT:
+        parts |= {"invariant": slice(0, half), "equivariant": slice(half, None)}
+    results = {
+        part: measure((features[0][..., cut], features[1][..., cut]), data, device)
+        for part, cut in parts.items()
+    }
+    if isinstance(model, SIE):
+        results["whole"] |= retrieve(model, features[1], data[1])
+    return {
+        "arm": arm,
+        "seed": seed,
+        "results": results,
+        "seconds": round(seconds),
+        "options": {key: str(value) for key, value in vars(args).items()},
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "machine": torch.cuda.get_device_name() if gpu else platform.processor(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str:
+    """The commit that is checked out."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+# --- the table ---
+
+COLUMNS = {
+    "accuracy": "linear %",
+    "rotation mlp": "rotation R², MLP",
+    "rotation linear": "linear",
+    "color mlp": "colour R², MLP",
+    "color linear": "linear ",
+    "MRR": "MRR",
+    "H@1": "H@1",
+    "H@5": "H@5",
+}
+
+
+def table(out: Path) -> str:
+    """Put the arms that are done side by side: mean and standard deviation over seeds."""
+    done = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    grid = markdown_table(["seeds", *COLUMNS.values()])
+    for arm in ARMS:
+        runs = [record["results"] for record in done if record["arm"] == arm]
+        for part in runs[0] if runs else ():
+            cells = []
+            for key in COLUMNS:
+                values = [run[part][key] for run in runs if key in run[part]]
+                digits = 1 if key == "accuracy" else 3
+                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
+            grid.add_row(f"{arm}, {part}", str(len(runs)), *cells)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(grid)
+    return capture.get()
+
+
+def main() -> None:
+    """Read the command line, run what isn't done, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="of the data set")
+    add("--lists", type=Path, help="folder of the lists of objects, if it is another")
+    add("--out", type=Path, default=Path("runs/views3d"))
+    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--steps", type=int, default=5000)
+    add("--batch-size", type=int, default=256)
+    add("--lr", type=float, default=2e-3)
+    add("--width", type=int, default=64, help="of ResNet-18's first stage")
+    add("--size", type=int, default=64, help="side of the images, in pixels")
+    add("--views", type=int, default=50, help="of each object, that the data set has")
+    add("--limit", type=int, help="use so many objects of each split")
+    add("--no-cache", action="store_true", help="read images when they are needed")
+    add("--workers", type=int, default=0)
+    add("--precision", default="32-true")
+    add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = {key: getattr(args, key) for key in ("size", "lists", "views", "limit")}
+    data: list[Objects] = []
+    for seed in args.seeds:
+        for arm in args.arms:
+            path = args.out / f"{arm.replace(' ', '')}-{seed}.json"
+            if path.exists():
+                continue
+            data = data or [
+                Objects(args.folder, split, cached=not args.no_cache, **options)
+                for split in ("train", "val")
+            ]
+            print(f"{arm}, seed {seed}")
+            path.write_text(json.dumps(run(arm, seed, (data[0], data[1]), args), indent=1))
+            print(table(args.out))
+    (args.out / "table.md").write_text(table(args.out))
+    print(f"saved in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The objects, their views and the comparison with SIE: a small version of each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+from training import run_example
+
+pytest.importorskip("pyvista", reason="the extra views3d is not installed")
+sys.path.append(str(Path(__file__).parent.parent / "examples" / "views3d"))
+from data import Objects, targets
+from objects import OBJECTS, make
+from sie import HyperPredictor, covariance_loss, variance_loss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two objects of each class, four views of each."""
+    root = tmp_path_factory.mktemp("objects")
+    options = ["--objects", "2", "--views", "4", "--size", "32", "--val", "0.5", "--workers", "2"]
+    run_example("views3d/render.py", root, *options)
+    return root
+
+
+def test_the_layout_is_3diebenchs(folder: Path) -> None:
+    images, labels = (np.load(folder / f"train_{name}.npy") for name in ("images", "labels"))
+    assert len(images) == len(labels) == len(OBJECTS) == 14
+    assert images[0].startswith("/")
+    latents = np.stack([np.load(path) for path in folder.glob("*/*/latent_*.npy")])
+    assert latents.shape == (14 * 2 * 4, 7)
+    low, high = [-np.pi / 2] * 3 + [0] * 4, [np.pi / 2] * 3 + [1, np.pi / 4, 2 * np.pi, 1]
+    assert (latents >= low).all()
+    assert (latents <= high).all()
+    assert (folder / "contact_sheet.png").is_file()
+    assert not set(images) & set(np.load(folder / "val_images.npy"))
+
+
+def test_views_are_the_same_again_and_differ_from_each_other(folder: Path, tmp_path: Path) -> None:
+    options = ["--objects", "2", "--views", "4", "--size", "32", "--workers", "1"]
+    run_example("views3d/render.py", tmp_path, *options)
+    ours = Objects(folder, "train", size=32, views=4)
+    again = Objects(tmp_path, "train", size=32, views=4)
+    assert ours.images is not None
+    assert again.images is not None
+    assert torch.equal(ours.images, again.images)
+    views = ours.images.flatten(0, 1).float()
+    assert all((a - b).abs().mean() > 1 for a, b in pairwise(views))
+    # the object stands out from the floor, in the middle
+    assert (views[:, :, 12:20, 12:20].std((2, 3)).mean(1) > 1).float().mean() > 0.9
+
+
+def test_a_pairs_target_is_what_changed(folder: Path) -> None:
+    data = Objects(folder, "val", size=32, views=4, cached=False)
+    torch.manual_seed(0)
+    (x0, x1), (label, target) = data[3]
+    assert x0.shape == x1.shape == (3, 32, 32)
+    assert label == 3
+    latents = data.latents[3]
+    changes = [
+        targets(latents[i : i + 1], latents[j : j + 1])[0]
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    ]
+    assert any(torch.equal(target, change) for change in changes)
+    start, end = (Rotation.from_euler("xyz", latents[i, :3]) for i in (0, 1))
+    turned = start * Rotation.from_quat(changes[0][:4].numpy())
+    np.testing.assert_allclose(turned.as_matrix(), end.as_matrix(), atol=1e-6)
+    np.testing.assert_allclose(changes[0][4:], (latents[1] - latents[0])[[3, 6]], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_no_object_looks_the_same_after_a_turn(name: str) -> None:
+    parts = make(name, np.random.default_rng(0))
+    points = np.concatenate([part.points for part, _ in parts])
+    assert np.linalg.norm(points, axis=1).max() == pytest.approx(0.85, abs=1e-3)
+
+    def occupied(matrix: Any) -> set[tuple[int, ...]]:
+        return {tuple(point) for point in np.round(points @ matrix.T / 0.15).astype(int)}
+
+    still = occupied(np.eye(3))
+    for axis in "xyz":
+        for degrees in (90, 180, 270):
+            turned = occupied(Rotation.from_euler(axis, degrees, degrees=True).as_matrix())
+            assert len(still & turned) < 0.95 * len(still)
+
+
+def test_sies_predictor_is_linear_in_the_change_and_in_the_embedding() -> None:
+    predictor = HyperPredictor(8)
+    x, change = torch.randn(4, 8), torch.randn(4, 4)
+    expected = torch.stack(
+        [(predictor.hypernetwork.weight @ c).view(8, 8) @ y for y, c in zip(x, change, strict=True)]
+    )
+    torch.testing.assert_close(predictor(x, change), expected)
+    torch.testing.assert_close(predictor(2 * x, 3 * change), 6 * expected)
+
+
+def test_sies_variance_and_covariance_in_closed_form() -> None:
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert variance_loss(x).item() == pytest.approx((1 - 0.5001**0.5) / 2, abs=1e-6)
+    # both covariances are 0.5, over two channels
+    assert covariance_loss(x).item() == pytest.approx(0.25)
+    assert variance_loss(10 * x).item() == 0
+
+
+def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    options = ["--out", tmp_path, "--seeds", "0", "--steps", "2", "--batch-size", "8"]
+    options += ["--width", "8", "--size", "32", "--views", "4", "--device", "cpu"]
+    arms = ["VICReg", "SIE", "VICReg + recon_aux", "supervised"]
+    run_example("views3d/compare.py", folder, *options, "--arms", *arms[:2])
+    first = (tmp_path / "SIE-0.json").read_text()
+    run_example("views3d/compare.py", folder, *options, "--arms", *arms)
+    assert (tmp_path / "SIE-0.json").read_text() == first
+    table = (tmp_path / "table.md").read_text()
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if "|" in line][2:]
+    parts = ["whole", "invariant", "equivariant"]
+    split = [f"{arm}, {part}" for arm in arms[1:3] for part in parts]
+    assert rows == ["VICReg, whole", *split, "supervised, whole"]
+    assert {"MRR", "H@1"} <= json.loads(first)["results"]["whole"].keys()
