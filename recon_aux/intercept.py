@@ -85,9 +85,9 @@ def doors(*models: nn.Module) -> list[Door]:
     return [value for value in values if isinstance(value, Door)]
 
 
-# with gradient: more than any method makes in one step
+# more than any method makes in one step
 _MANY_CALLS = 32
-# without: as many as a step's momentum encoders may make
+# as many as a step's momentum encoders may make, without gradient
 _FEW_CALLS = 8
 
 
@@ -169,8 +169,7 @@ class Capture:
         now = version(call.encoder)
         before = self.versions.setdefault(id(call.encoder), now)
         is_online = call.output.requires_grad and call.encoder.training
-        count = sum(known.output.requires_grad for known in self.calls)
-        if is_online and (count == _MANY_CALLS or before != now):
+        if is_online and (len(self.calls) >= _MANY_CALLS or before != now):
             raise RuntimeError(
                 "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
                 f"{_MANY_CALLS} calls of it without; for evaluation use model.eval() and "
