@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +34,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from common import small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
+from records import record
 
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import markdown_table
@@ -210,24 +209,7 @@ def run(
     }
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
-    return {
-        "arm": arm,
-        "seed": seed,
-        "results": results,
-        "seconds": round(seconds),
-        "options": {key: str(value) for key, value in vars(args).items()},
-        "command": " ".join(sys.argv),
-        "commit": _commit(),
-        "machine": torch.cuda.get_device_name() if gpu else platform.processor(),
-        "torch": torch.__version__,
-    }
-
-
-def _commit() -> str:
-    """The commit that is checked out."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    return record(args, seconds, results, arm=arm, seed=seed)
 
 
 # --- the table ---

@@ -1,0 +1,265 @@
+"""Natural images: what attaching buys, against bare methods and against a ceiling.
+
+``python examples/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method bare and
+attached, and a ceiling: the same encoder, supervised to tell the transformation. Each is measured
+by the probe, with few labels, and on the other data set, frozen. A run that is done is kept as JSON in
+``--out``, an interrupted one goes on from its last epoch; the tables are made of what is there.
+Options may stand in a file, ``@FILE``, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import TwoViews, build_encoder, load, normalize
+from lightly_byol import BYOL
+from lightly_simclr import SimCLR
+from lightly_vicreg import VICReg
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import ModelCheckpoint
+from records import record
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from recon_aux.integrations.lightly import attach
+from recon_aux.probe import (
+    COMBINED,
+    TRANSFORMATIONS,
+    draw_parameters,
+    markdown_table,
+    probe,
+    transform,
+)
+
+Split = tuple[Tensor, Tensor]
+METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
+CEILING = "ceiling"
+
+
+class Ceiling(LightningModule):
+    """Told the parameters of the transformation, which a linear map is to read off the features."""
+
+    def __init__(self, encoder: nn.Module, width: int, lr: float) -> None:
+        super().__init__()
+        self.backbone = encoder
+        self.regress = nn.Linear(2 * width, len(COMBINED))
+        self.lr = lr
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The error of the standardised parameters."""
+        (clean, changed), parameters = batch
+        features = [self.backbone(x).flatten(1) for x in (clean, changed)]
+        error: Tensor = F.mse_loss(self.regress(torch.cat(features, dim=1)).float(), parameters)
+        return error
+
+    configure_optimizers = SimCLR.configure_optimizers
+
+
+def told(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Collate into clean and transformed images and what was done, standardised."""
+    images = torch.stack([image for image, _ in samples]).float() / 255
+    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    drawn = draw_parameters(len(images))
+    middle = [sum(TRANSFORMATIONS[name]) / 2 for name in COMBINED]
+    spread = [(high - low) / 12**0.5 for low, high in (TRANSFORMATIONS[n] for n in COMBINED)]
+    parameters = torch.stack(list(drawn.values()), dim=1)
+    parameters = (parameters - torch.tensor(middle)) / torch.tensor(spread)
+    return [normalize(images), normalize(transform(images, drawn))], parameters
+
+
+def train(name: str, attached: bool, data: Split, seed: int, path: Path, args: Any) -> Any:
+    """Train one method, or go on with it."""
+    seed_everything(seed, verbose=False)
+    encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(), torch.no_grad():
+        blank = torch.zeros(2, 3, args.image_size, args.image_size)
+        width = encoder.eval()(blank).flatten(1).shape[1]
+    encoder.train()
+    model = (Ceiling if name == CEILING else METHODS[name])(encoder, width, args.lr)
+    if attached:
+        attach(model)
+    loader = DataLoader(
+        TensorDataset(*data),
+        args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        collate_fn=told if name == CEILING else TwoViews(flip=True),
+    )
+    # of each epoch's last step, from which Lightning goes on exactly
+    saved = ModelCheckpoint(path, save_last=True, every_n_train_steps=len(loader), save_top_k=0)
+    last = path / "last.ckpt"
+    Trainer(
+        max_epochs=args.epochs,
+        precision=args.precision,
+        accelerator=args.device,
+        devices=1,
+        logger=False,
+        callbacks=[saved],
+        enable_model_summary=False,
+    ).fit(model, loader, ckpt_path=str(last) if last.exists() else None)
+    return model
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, images: Tensor, device: torch.device) -> np.ndarray:
+    """Features of images as they are."""
+    parts = (encoder(normalize(x.to(device).float() / 255)) for x in images.split(256))
+    return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
+
+
+def with_few_labels(features: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, float]:
+    """Accuracy of logistic regression on 1 % and on 10 % of the labels, as many of each class."""
+    scores = {}
+    random = np.random.default_rng(0)
+    order = random.permutation(len(labels[0]))
+    for share in (1, 10):
+        rows = np.concatenate(
+            [
+                (of_class := order[labels[0][order] == label])[
+                    : max(1, round(len(of_class) * share / 100))
+                ]
+                for label in np.unique(labels[0])
+            ]
+        )
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+        model.fit(features[0][rows], labels[0][rows])
+        scores[f"{share} % of labels"] = 100 * float(model.score(features[1], labels[1]))
+    return scores
+
+
+def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: Any) -> Any:
+    """Probe; then classify with few labels, and the other data sets' images."""
+    device = torch.device("cuda" if next(iter(model.parameters())).is_cuda else "cpu")
+    if torch.cuda.is_available() and args.device in ("auto", "gpu"):
+        device = torch.device("cuda")
+    encoder = model.backbone.to(device).eval()
+    aux = getattr(model, "recon_aux", None)
+    found = probe(
+        encoder,
+        *data[own],
+        equivariant_dim=aux.splitter.equivariant_dim if aux else 0,
+        normalize=normalize,
+        pairs=(args.pairs, args.pairs // 2),
+        device=device,
+        progress=True,
+    )
+    results = found.to_dict()
+    for name, splits in data.items():
+        features = [encode(encoder, images, device) for images, _ in splits]
+        labels = [labels.numpy() for _, labels in splits]
+        if name == own:
+            results["whole"] |= with_few_labels(features, labels)
+        else:
+            model_ = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+            score = model_.fit(features[0], labels[0]).score(features[1], labels[1])
+            results["whole"]["transfer"] = 100 * float(score)
+    return results
+
+
+def tables(out: Path) -> str:
+    """What is done, mean and standard deviation over seeds, data set by data set."""
+    done = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    console = Console(width=200)
+    with console.capture() as capture:
+        for own in dict.fromkeys(run["data"] for run in done):
+            runs = [run for run in done if run["data"] == own]
+            console.print(f"{own}: accuracies, and R² with all transformations combined")
+            console.print(_table(runs, "combined"))
+            console.print(f"{own}: R² with each transformation alone")
+            console.print(_table(runs, "alone"))
+    return capture.get()
+
+
+def _table(runs: list[dict[str, Any]], kind: str) -> Any:
+    combined = kind == "combined"
+    shown = ["linear", "knn", "1 % of labels", "10 % of labels", "transfer"] if combined else []
+    titles = ["linear %", "k-NN %", "1 % labels", "10 %", "transfer", "mean R²"] if combined else []
+    grid = markdown_table(["seeds", *titles, *(COMBINED if combined else TRANSFORMATIONS)])
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["results"] for run in runs if run["arm"] == arm]
+        for part in results[0]:
+            values: list[list[float]] = [
+                [r[part][key] for r in results if key in r[part]] for key in shown
+            ]
+            r2 = [list(r[part][kind].values()) for r in results]
+            cells = [_cell(column, 1) for column in values]
+            cells += [_cell([float(np.mean(row)) for row in r2], 3)] if combined else []
+            cells += [f"{np.mean(column):.2f}" for column in zip(*r2, strict=True)]
+            grid.add_row(f"{arm}, {part}", str(len(results)), *cells)
+    return grid
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def main() -> None:
+    """Read the command line, run what isn't done, print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        fromfile_prefix_chars="@",
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="NAME=FOLDER with train/ and test/ (or val/)")
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--out", type=Path, default=Path("runs/natural"))
+    add("--backbone", default="tiny-resnet18", help="as the other examples'")
+    add("--image-size", type=int, default=32)
+    add("--limit", type=int, help="use so many train images, drawn at random")
+    add("--epochs", type=int, default=100)
+    add("--batch-size", type=int, default=128)
+    add("--lr", type=float, default=2e-3)
+    add("--pairs", type=int, default=5000, help="train images that the probe transforms")
+    add("--no-ceiling", action="store_true")
+    add("--workers", type=int, default=0)
+    add("--precision", default="32-true")
+    add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    folders = dict(part.split("=", 1) for part in args.data)
+    data: dict[str, tuple[Split, Split]] = {}
+    kinds = [(method, attached) for method in args.methods for attached in (False, True)]
+    kinds += [] if args.no_ceiling else [(CEILING, False)]
+    for seed in args.seeds:
+        for own in folders:
+            for name, attached in kinds:
+                arm = name + ", attached" * attached
+                path = args.out / f"{own}-{arm.replace(', ', '-')}-{seed}.json"
+                if path.exists():
+                    continue
+                data = data or {
+                    known: load(folder, args.image_size, args.limit)
+                    for known, folder in folders.items()
+                }
+                print(f"{own}: {arm}, seed {seed}")
+                started = time.perf_counter()
+                model = train(name, attached, data[own][0], seed, path.with_suffix(""), args)
+                seconds = time.perf_counter() - started
+                results = measure(model, own, data, args)
+                which = {"data": own, "arm": arm, "seed": seed}
+                path.write_text(json.dumps(record(args, seconds, results, **which), indent=1))
+    text = tables(args.out)
+    print(text)
+    (args.out / "table.md").write_text(text)
+    print(f"saved in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What a run leaves behind: numbers with all that is needed to make them again."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any) -> dict[str, Any]:
+    """Make a run's record, ready for JSON: what it was, what it gave, and how, when and where.
+
+    Args:
+        args: the command line's options.
+        seconds: how long training took.
+        results: plain numbers.
+        which: of the runs this is.
+    """
+    gpu = torch.cuda.is_available() and args.device in ("auto", "gpu")
+    return {
+        **which,
+        "results": results,
+        "seconds": round(seconds),
+        "options": {key: str(value) for key, value in vars(args).items()},
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": torch.cuda.get_device_name() if gpu else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """The commit that is checked out, with a + if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = [
+        subprocess.run([*git, *command], capture_output=True, text=True, check=False).stdout
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+    ]
+    return found[0].strip() + "+" * bool(found[1]) if found[0] else "unknown"
