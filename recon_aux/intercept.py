@@ -140,15 +140,15 @@ class Capture:
         """Call the encoder, and remember."""
         result = call(*args, **kwargs)
         if self.recording and not is_recomputing():
-            image = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            if image is None or image.ndim != 4:
-                shape = None if image is None else tuple(image.shape)
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if not tensors or tensors[0].ndim != 4:
                 raise ValueError(
-                    f"expected the encoder to be called with images (B, C, H, W), got {shape}"
+                    "expected the encoder to be called with images (B, C, H, W), got "
+                    f"{[tuple(x.shape) for x in tensors]}"
                 )
             output = take_tensor(result, self.features)
             if not self.in_a_loop or encoder.training or output.requires_grad:
-                self.remember(EncoderCall(encoder, image, output))
+                self.remember(EncoderCall(encoder, tensors[0], output))
         return result
 
     def remember(self, call: EncoderCall) -> None:
