@@ -2,8 +2,8 @@
 
 ``python examples/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method bare and
 attached, and a ceiling: the same encoder, supervised to tell the transformation. Each is measured
-by the probe, with few labels, and on the other data set, frozen. A run that is done is kept as JSON in
-``--out``, an interrupted one goes on from its last epoch; the tables are made of what is there.
+by the probe, with few labels, and, frozen, on the other data set. What is done is kept as JSON in
+``--out``, what was interrupted goes on from its last epoch; the tables are made of what is there.
 Options may stand in a file, ``@FILE``, one a line.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def train(name: str, attached: bool, data: Split, seed: int, path: Path, args: A
         collate_fn=told if name == CEILING else TwoViews(flip=True),
     )
     # of each epoch's last step, from which Lightning goes on exactly
-    saved = ModelCheckpoint(path, save_last=True, every_n_train_steps=len(loader), save_top_k=0)
+    saved = ModelCheckpoint(path, save_last=True, every_n_train_steps=len(loader))
     last = path / "last.ckpt"
     Trainer(
         max_epochs=args.epochs,
@@ -255,6 +256,7 @@ def main() -> None:
                 results = measure(model, own, data, args)
                 which = {"data": own, "arm": arm, "seed": seed}
                 path.write_text(json.dumps(record(args, seconds, results, **which), indent=1))
+                shutil.rmtree(path.with_suffix(""))
     text = tables(args.out)
     print(text)
     (args.out / "table.md").write_text(text)

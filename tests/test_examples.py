@@ -70,7 +70,7 @@ def test_a_summary_of_runs(
 
 
 def pictures(folder: Path, splits: tuple[str, ...], classes: int, count: int) -> None:
-    (images, _), _ = load("digits", 32, limit=8)
+    (images, _), _ = load("digits", 32, limit=max(8, count))
     for split in splits:
         for label in range(classes):
             (folder / split / f"class{label}").mkdir(parents=True)

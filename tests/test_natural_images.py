@@ -1,0 +1,83 @@
+"""The table of natural images: a small version, which goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import natural_images
+import numpy as np
+import pytest
+import torch
+from test_examples import pictures
+from training import run_example
+
+from recon_aux.probe import COMBINED, TRANSFORMATIONS
+
+
+def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("some", "others")}
+    for folder in folders.values():
+        pictures(folder, ("train", "test"), classes=2, count=12)
+    out = tmp_path / "out"
+    options: list[Any] = ["--out", out, "--seeds", "0", "--epochs", "1", "--batch-size", "8"]
+    options += ["--pairs", "16", "--image-size", "16", "--device", "cpu", "--methods", "SimCLR"]
+    data = [f"{name}={folder}" for name, folder in folders.items()]
+    run_example("natural_images.py", "--data", *data, *options, "--no-ceiling")
+    first = (out / "some-SimCLR-attached-0.json").read_text()
+    run_example("natural_images.py", "--data", *data, *options)
+    assert (out / "some-SimCLR-attached-0.json").read_text() == first
+    runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    arms = {(run["data"], run["arm"]) for run in runs}
+    assert arms == {(n, a) for n in folders for a in ("SimCLR", "SimCLR, attached", "ceiling")}
+    whole = json.loads(first)["results"]["whole"]
+    assert {"linear", "knn", "1 % of labels", "10 % of labels", "transfer"} <= whole.keys()
+    assert set(whole["alone"]) == set(TRANSFORMATIONS)
+    assert {"commit", "command", "machine", "seconds", "torch"} <= json.loads(first).keys()
+    table = (out / "table.md").read_text()
+    assert table.count("| SimCLR, attached, equivariant") == 4
+    assert table.count("| ceiling, whole") == 4
+
+
+def test_an_interrupted_run_goes_on_from_its_last_epoch(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+    args = SimpleNamespace(
+        backbone="tiny-resnet18",
+        image_size=16,
+        lr=1e-3,
+        batch_size=8,
+        workers=0,
+        precision="32-true",
+        device="cpu",
+        epochs=1,
+    )
+    data = (images, torch.arange(24) % 2)
+    first = natural_images.train("SimCLR", True, data, 0, tmp_path, args)
+    args.epochs = 2
+    again = natural_images.train("SimCLR", True, data, 0, tmp_path, args)
+    assert (first.trainer.global_step, again.trainer.global_step) == (3, 6)
+    # the decoder has been through both epochs
+    assert again.recon_aux._calls == 6
+
+
+def test_the_ceiling_is_told_what_was_done() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    views, parameters = natural_images.told([(image, torch.tensor(0)) for image in images])
+    assert [view.shape for view in views] == [(64, 3, 16, 16)] * 2
+    assert parameters.shape == (64, len(COMBINED))
+    assert parameters.mean(0).abs().max() < 0.4
+    assert (parameters.std(0) - 1).abs().max() < 0.3
+    # brighter where it was told so
+    brighter = parameters[:, COMBINED.index("brightness")] > 0
+    brightness = (views[1] - views[0]).mean((1, 2, 3))
+    assert brightness[brighter].mean() > brightness[~brighter].mean() + 0.3
+
+
+def test_few_labels_are_as_many_of_each_class() -> None:
+    labels = np.repeat(np.arange(4), 100)
+    features = np.eye(4)[labels] + np.random.default_rng(0).normal(0, 0.01, (400, 4))
+    scores = natural_images.with_few_labels([features, features], [labels, labels])
+    assert scores == {"1 % of labels": pytest.approx(100), "10 % of labels": pytest.approx(100)}
