@@ -41,8 +41,9 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     assert table.count("| ceiling, whole") == 4
 
 
-def test_an_interrupted_run_goes_on_from_its_last_epoch(tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+def test_an_interrupted_run_goes_on_from_its_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = SimpleNamespace(
         backbone="tiny-resnet18",
         image_size=16,
@@ -51,15 +52,26 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(tmp_path: Path) -> None:
         workers=0,
         precision="32-true",
         device="cpu",
-        epochs=1,
+        epochs=2,
     )
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
     data = (images, torch.arange(24) % 2)
-    first = natural_images.train("SimCLR", True, data, 0, tmp_path, args)
-    args.epochs = 2
-    again = natural_images.train("SimCLR", True, data, 0, tmp_path, args)
-    assert (first.trainer.global_step, again.trainer.global_step) == (3, 6)
+    step = natural_images.SimCLR.training_step
+    steps: list[int] = []
+
+    def interrupted(model: Any, batch: Any, index: int) -> Any:
+        steps.append(model.trainer.global_step)
+        if len(steps) == 5:
+            raise OSError("the power went")
+        return step(model, batch, index)
+
+    monkeypatch.setattr(natural_images.SimCLR, "training_step", interrupted)
+    with pytest.raises(OSError, match="the power went"):
+        natural_images.train("SimCLR", True, data, 0, tmp_path, args)
+    model = natural_images.train("SimCLR", True, data, 0, tmp_path, args)
+    assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     # the decoder has been through both epochs
-    assert again.recon_aux._calls == 6
+    assert model.recon_aux._calls == 6
 
 
 def test_the_ceiling_is_told_what_was_done() -> None:
