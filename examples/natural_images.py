@@ -25,7 +25,7 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
-from records import record
+from records import record, trained_on, with_spread
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -142,9 +142,7 @@ def with_few_labels(features: list[np.ndarray], labels: list[np.ndarray]) -> dic
 
 def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: Any) -> Any:
     """Probe; then classify with few labels, and the other data sets' images."""
-    device = torch.device("cuda" if next(iter(model.parameters())).is_cuda else "cpu")
-    if torch.cuda.is_available() and args.device in ("auto", "gpu"):
-        device = torch.device("cuda")
+    device = trained_on(args)
     encoder = model.backbone.to(device).eval()
     aux = getattr(model, "recon_aux", None)
     found = probe(
@@ -195,18 +193,11 @@ def _table(runs: list[dict[str, Any]], kind: str) -> Any:
                 [r[part][key] for r in results if key in r[part]] for key in shown
             ]
             r2 = [list(r[part][kind].values()) for r in results]
-            cells = [_cell(column, 1) for column in values]
-            cells += [_cell([float(np.mean(row)) for row in r2], 3)] if combined else []
+            cells = [with_spread(column, 1) for column in values]
+            cells += [with_spread([float(np.mean(row)) for row in r2], 3)] if combined else []
             cells += [f"{np.mean(column):.2f}" for column in zip(*r2, strict=True)]
             grid.add_row(f"{arm}, {part}", str(len(results)), *cells)
     return grid
-
-
-def _cell(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
         results: plain numbers.
         which: of the runs this is.
     """
-    gpu = torch.cuda.is_available() and args.device in ("auto", "gpu")
+    gpu = trained_on(args).type == "cuda"
     return {
         **which,
         "results": results,
@@ -33,6 +34,20 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def trained_on(args: argparse.Namespace) -> torch.device:
+    """Say which device Lightning's ``--device`` means."""
+    gpu = torch.cuda.is_available() and args.device in ("auto", "gpu")
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def with_spread(values: list[float], digits: int) -> str:
+    """Write the mean over seeds, with the standard deviation where there are several."""
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 def _processor() -> str:

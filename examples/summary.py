@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
+from records import with_spread
 from rich.console import Console
 
 from recon_aux.probe import COMBINED, ProbeResult, markdown_table
@@ -34,17 +35,12 @@ def main(folders: list[str]) -> None:
             found = [run[arm].parts[part] for run in runs]
             table.add_row(
                 f"{arm} {part}",
-                _spread([p.linear for p in found], 1),
-                _spread([p.knn for p in found], 1),
-                _spread([p.mean_combined for p in found], 3),
+                with_spread([p.linear for p in found], 1),
+                with_spread([p.knn for p in found], 1),
+                with_spread([p.mean_combined for p in found], 3),
                 *(f"{mean(p.combined[name] for p in found):.2f}" for name in COMBINED),
             )
     Console(width=150).print(table)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

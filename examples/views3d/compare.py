@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from data import Objects, normalize, targets
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from rich.console import Console
-from sie import SIE
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
@@ -34,7 +33,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 from common import small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
-from records import record
+from records import record, trained_on, with_spread
+from sie import SIE
 
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import markdown_table
@@ -58,7 +58,7 @@ class Supervised(LightningModule):
         classes = sum(F.cross_entropy(self.classify(y).float(), labels) for y in features)
         return classes + 10 * error
 
-    configure_optimizers = SIE.configure_optimizers
+    configure_optimizers = SimCLR.configure_optimizers
 
 
 Arm = Callable[[nn.Module, int, float], LightningModule]
@@ -196,8 +196,7 @@ def run(
     started = time.perf_counter()
     model = train(arm, data[0], seed, args)
     seconds = time.perf_counter() - started
-    gpu = torch.cuda.is_available() and args.device in ("auto", "gpu")
-    device = torch.device("cuda" if gpu else "cpu")
+    device = trained_on(args)
     features = tuple(encode(model, objects, device) for objects in data)
     half = features[0].shape[2] // 2
     parts = {"whole": slice(None)}
@@ -236,9 +235,7 @@ def table(out: Path) -> str:
             cells = []
             for key in COLUMNS:
                 values = [run[part][key] for run in runs if key in run[part]]
-                digits = 1 if key == "accuracy" else 3
-                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
+                cells.append(with_spread(values, 1 if key == "accuracy" else 3))
             grid.add_row(f"{arm}, {part}", str(len(runs)), *cells)
     console = Console(width=200)
     with console.capture() as capture:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
+from lightly.loss import vicreg_loss
+from lightly.loss.vicreg_loss import covariance_loss
 from lightly.models.modules.heads import VICRegProjectionHead
+from lightly_simclr import SimCLR
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
@@ -92,22 +95,9 @@ class SIE(LightningModule):
         loss: Tensor = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
         return loss
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with a one-cycle schedule."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-4)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, pct_start=0.101)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+    configure_optimizers = SimCLR.configure_optimizers
 
 
 def variance_loss(x: Tensor) -> Tensor:
-    """How far the standard deviations of a batch stay below 1."""
-    return F.relu(1 - (x.var(dim=0) + 1e-4).sqrt()).mean() / 2
-
-
-def covariance_loss(x: Tensor) -> Tensor:
-    """How much the channels of a batch say the same."""
-    x = x - x.mean(dim=0)
-    covariance = x.T @ x / (len(x) - 1)
-    off_diagonal = covariance - torch.diag(covariance.diagonal())
-    return off_diagonal.square().sum() / x.shape[1]
+    """How far the standard deviations of a batch stay below 1; half of VICReg's."""
+    return vicreg_loss.variance_loss(x) / 2
