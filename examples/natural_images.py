@@ -4,13 +4,16 @@
 attached, and a ceiling: the same encoder, supervised to tell the transformation. Each is measured
 by the probe, with few labels, and, frozen, on the other data set. What is done is kept as JSON in
 ``--out``, what was interrupted goes on from its last epoch; the tables are made of what is there.
-Options may stand in a file, ``@FILE``, one a line.
+``--arms`` compares others, such as ``"SimCLR, attached, context='both', weight=1"``, with any of
+attach's options. Options may stand in a file, ``@FILE``, one a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -79,8 +82,21 @@ def told(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     return [normalize(images), normalize(transform(images, drawn))], parameters
 
 
-def train(name: str, attached: bool, data: Split, seed: int, path: Path, args: Any) -> Any:
-    """Train one method, or go on with it."""
+def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
+    """Tell the method's name, and attach's options where it is attached."""
+    name, attached, options = (*arm.split(", ", 2), "", "")[:3]
+    if name not in (*METHODS, CEILING) or attached not in ("", "attached"):
+        known = [*METHODS, *(f"{method}, attached" for method in METHODS), CEILING]
+        raise SystemExit(f"--arms expects {known}, with attach's options behind, got {arm!r}")
+    call = ast.parse(f"attach({options})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return name, given if attached else None
+
+
+def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> Any:
+    """Train one arm, or go on with it."""
+    name, options = parse_arm(arm)
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
     with torch.random.fork_rng(), torch.no_grad():
@@ -88,8 +104,8 @@ def train(name: str, attached: bool, data: Split, seed: int, path: Path, args: A
         width = encoder.eval()(blank).flatten(1).shape[1]
     encoder.train()
     model = (Ceiling if name == CEILING else METHODS[name])(encoder, width, args.lr)
-    if attached:
-        attach(model)
+    if options is not None:
+        attach(model, **options)
     loader = DataLoader(
         TensorDataset(*data),
         args.batch_size,
@@ -209,7 +225,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="NAME=FOLDER with train/ and test/ (or val/)")
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    add("--arms", nargs="+", help="by default each method, bare and attached, and the ceiling")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", type=Path, default=Path("runs/natural"))
     add("--backbone", default="tiny-resnet18", help="as the other examples'")
@@ -219,7 +235,6 @@ def main() -> None:
     add("--batch-size", type=int, default=128)
     add("--lr", type=float, default=2e-3)
     add("--pairs", type=int, default=5000, help="train images that the probe transforms")
-    add("--no-ceiling", action="store_true")
     add("--workers", type=int, default=0)
     add("--precision", default="32-true")
     add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
@@ -227,13 +242,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     folders = dict(part.split("=", 1) for part in args.data)
     data: dict[str, tuple[Split, Split]] = {}
-    kinds = [(method, attached) for method in args.methods for attached in (False, True)]
-    kinds += [] if args.no_ceiling else [(CEILING, False)]
+    arms = args.arms or [f"{m}{kind}" for m in METHODS for kind in ("", ", attached")] + [CEILING]
+    for arm in arms:
+        parse_arm(arm)
     for seed in args.seeds:
         for own in folders:
-            for name, attached in kinds:
-                arm = name + ", attached" * attached
-                path = args.out / f"{own}-{arm.replace(', ', '-')}-{seed}.json"
+            for arm in arms:
+                file = re.sub(r"[^\w.=]+", "-", arm)
+                path = args.out / f"{own}-{file}-{seed}.json"
                 if path.exists():
                     continue
                 data = data or {
@@ -242,7 +258,7 @@ def main() -> None:
                 }
                 print(f"{own}: {arm}, seed {seed}")
                 started = time.perf_counter()
-                model = train(name, attached, data[own][0], seed, path.with_suffix(""), args)
+                model = train(arm, data[own][0], seed, path.with_suffix(""), args)
                 seconds = time.perf_counter() - started
                 results = measure(model, own, data, args)
                 which = {"data": own, "arm": arm, "seed": seed}

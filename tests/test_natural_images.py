@@ -23,15 +23,16 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
         pictures(folder, ("train", "test"), classes=2, count=12)
     out = tmp_path / "out"
     options: list[Any] = ["--out", out, "--seeds", "0", "--epochs", "1", "--batch-size", "8"]
-    options += ["--pairs", "16", "--image-size", "16", "--device", "cpu", "--methods", "SimCLR"]
+    options += ["--pairs", "16", "--image-size", "16", "--device", "cpu"]
     data = [f"{name}={folder}" for name, folder in folders.items()]
-    run_example("natural_images.py", "--data", *data, *options, "--no-ceiling")
+    arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
+    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms)
     first = (out / "some-SimCLR-attached-0.json").read_text()
-    run_example("natural_images.py", "--data", *data, *options)
+    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms, "ceiling")
     assert (out / "some-SimCLR-attached-0.json").read_text() == first
     runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
-    arms = {(run["data"], run["arm"]) for run in runs}
-    assert arms == {(n, a) for n in folders for a in ("SimCLR", "SimCLR, attached", "ceiling")}
+    done = {(run["data"], run["arm"]) for run in runs}
+    assert done == {(n, a) for n in folders for a in (*arms, "ceiling")}
     whole = json.loads(first)["results"]["whole"]
     assert {"linear", "knn", "1 % of labels", "10 % of labels", "transfer"} <= whole.keys()
     assert set(whole["alone"]) == set(TRANSFORMATIONS)
@@ -67,8 +68,8 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
 
     monkeypatch.setattr(natural_images.SimCLR, "training_step", interrupted)
     with pytest.raises(OSError, match="the power went"):
-        natural_images.train("SimCLR", True, data, 0, tmp_path, args)
-    model = natural_images.train("SimCLR", True, data, 0, tmp_path, args)
+        natural_images.train("SimCLR, attached", data, 0, tmp_path, args)
+    model = natural_images.train("SimCLR, attached", data, 0, tmp_path, args)
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     # the decoder has been through both epochs
     assert model.recon_aux._calls == 6
