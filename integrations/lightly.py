@@ -21,7 +21,7 @@ except ImportError as error:
 Model = TypeVar("Model", bound=nn.Module)
 
 # what balances each loss with the reconstruction loss; the README says how they were measured
-_WEIGHTS = {"NTXentLoss": 4.0, "VICRegLoss": 25.0, "NegativeCosineSimilarity": 1.0}
+_WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 12.0, "NegativeCosineSimilarity": 0.5}
 
 _PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}
 

@@ -1,6 +1,6 @@
 """Attach to solo-learn's methods, or run solo-learn's own scripts with every method attached.
 
-``python -m recon_aux.integrations.solo_learn main_pretrain.py ITS ARGUMENTS ++recon_aux.weight=4``
+``python -m recon_aux.integrations.solo_learn main_pretrain.py ITS ARGUMENTS ++recon_aux.weight=2``
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # what balances each method's loss with the reconstruction loss, from the same losses in lightly;
 # BYOL's is four times lightly's: two views are summed, and their distance is squared
-_WEIGHTS = {"SimCLR": 4.0, "VICReg": 25.0, "BYOL": 4.0}
+_WEIGHTS = {"SimCLR": 1.0, "VICReg": 12.0, "BYOL": 2.0}
 
 _HEADS = {"projector", "momentum_projector", "head", "momentum_head"}
 

@@ -161,7 +161,7 @@ class Attachment:
             return loss
         self.progress.verify(self.encoder, self.aux)
         output = self.aux(views, [self._feature(y) for y in outputs])
-        self._log("recon_aux/loss", output.reconstruction_loss, len(views[0]))
+        self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
         total: Tensor = loss + output.loss
         return total
 

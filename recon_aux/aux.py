@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import CrossAttentionDecoder
-from .loss import LossKind, PixelScale, ReconstructionLoss, resize_view
+from .loss import LossKind, ReconstructionLoss, resize_view
+from .registration import Registration
+from .scale import PixelScale
 from .splitter import FeatureSplitter, channel_dim
+from .statistics import Statistics
 
 Context = Literal["invariant", "equivariant", "both"]
 Reconstruct = Literal["alternate", "random", "both"]
@@ -26,8 +29,11 @@ class ReconAuxOutput:
     """What one call of :class:`ReconAux` gives.
 
     Attributes:
-        loss: what to add to the method's loss: ``weight`` times ``reconstruction_loss``.
-        reconstruction_loss: the same before the weight, detached.
+        loss: what to add to the method's loss: ``weight`` times ``unweighted_loss``.
+        unweighted_loss: the sum of the three terms, detached.
+        reconstruction_loss: the decoder's, detached.
+        registration_loss: detached; 0 where ``registration=0``.
+        statistics_loss: detached; 0 where ``statistics=0``.
         reconstruction: ``(V*B, C, target_size, target_size)`` in the views' own units, detached,
             V the number of views that were rebuilt; with ``normalize_patches=True`` the decoder
             speaks of normalised patches, and so does this.
@@ -36,7 +42,10 @@ class ReconAuxOutput:
     """
 
     loss: Tensor
+    unweighted_loss: Tensor
     reconstruction_loss: Tensor
+    registration_loss: Tensor
+    statistics_loss: Tensor
     reconstruction: Tensor
     target: Tensor
     rebuilt: tuple[int, ...]
@@ -50,8 +59,10 @@ class ReconAux(nn.Module):
 
     Args:
         feature_dim: D, the number of channels of the encoder's features.
-        weight: what the reconstruction loss is multiplied with; 0 at construction switches the
+        weight: what the sum of the terms is multiplied with; 0 at construction switches the
             task off: the decoder is frozen.
+        registration: weight, among the terms, of moving one view onto the other; 0 leaves it out.
+        statistics: weight, among the terms, of telling each view's statistics; 0 leaves it out.
         equivariant_dim: how many of the last channels are equivariant; half by default. 0 is no
             split: the method's loss and the decoder both see the whole feature.
         context: which part of the other view's feature the decoder sees:
@@ -93,6 +104,8 @@ class ReconAux(nn.Module):
         feature_dim: int,
         *,
         weight: float = 1.0,
+        registration: float = 4.0,
+        statistics: float = 4.0,
         equivariant_dim: int | None = None,
         context: Context = "invariant",
         target_size: int = 32,
@@ -114,6 +127,8 @@ class ReconAux(nn.Module):
             "feature_dim": feature_dim,
             "equivariant_dim": equivariant_dim,
             "weight": weight,
+            "registration": registration,
+            "statistics": statistics,
             "context": context,
             "target_size": target_size,
             "patch_size": patch_size,
@@ -132,8 +147,10 @@ class ReconAux(nn.Module):
         # in Python's own types, to be saved
         self._options = {name: _plain(name, value) for name, value in options.items()}
         del self._options["seed"]
-        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise ValueError(f"expected a finite weight of 0 or more, got {weight!r}")
+        for name in ("weight", "registration", "statistics"):
+            value = self._options[name]
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"expected a finite {name} of 0 or more, got {value!r}")
         _require("context", context, get_args(Context))
         _require("reconstruct", reconstruct, get_args(Reconstruct))
         self.weight = weight
@@ -149,8 +166,9 @@ class ReconAux(nn.Module):
         self.pixel_scale = PixelScale(image_channels)
         seed = torch.initial_seed() if seed is None else int(seed)
         with _seeded(seed):
+            own = self._width("equivariant")
             self.decoder = CrossAttentionDecoder(
-                self._width("equivariant"),
+                own,
                 self._width(context),
                 target_size=target_size,
                 patch_size=patch_size,
@@ -161,8 +179,10 @@ class ReconAux(nn.Module):
                 tokens=decoder_tokens,
                 spatial=spatial,
             )
+            self.registration = Registration(own) if registration else None
+            self.statistics = Statistics(own, image_channels) if statistics else None
         self._frozen = weight == 0
-        self.decoder.requires_grad_(not self._frozen)
+        self.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
         self._overflows = 0
@@ -213,22 +233,34 @@ class ReconAux(nn.Module):
         self._check(views, features)
         self._calls += 1
         chosen = self._choose(features)
-        own = torch.cat([self._part("equivariant", features[i]) for i in chosen])
+        parts = [self._part("equivariant", feature) for feature in features]
+        own = torch.cat([parts[i] for i in chosen])
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
-        target = torch.cat([resize_view(views[i], self.target_size) for i in chosen])
+        resized = [resize_view(view, self.target_size) for view in views]
+        target = torch.cat([resized[i] for i in chosen])
         if not torch.is_autocast_enabled(own.device.type):
             like = self.decoder.queries
             own, other = own.to(like.dtype), other.to(like.dtype)
         decoded = self.decoder(own, other)
         with torch.autocast(target.device.type, enabled=False):
-            white = self.pixel_scale.whiten(target)
-            loss = self.reconstruction_loss(decoded, white)
+            white = self.pixel_scale.whiten(torch.cat(resized)).chunk(2)
+            rebuilding = self.reconstruction_loss(decoded, torch.cat([white[i] for i in chosen]))
+            pooled = [_pooled(part) for part in parts]
+            moving, telling = (
+                rebuilding.new_zeros(()) if term is None else term(pooled, white)
+                for term in (self.registration, self.statistics)
+            )
+            factors = self._options["registration"], self._options["statistics"]
+            loss = rebuilding + factors[0] * moving + factors[1] * telling
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
         self._refuse_not_finite(loss, target, features)
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,
-            reconstruction_loss=loss.detach(),
+            unweighted_loss=loss.detach(),
+            reconstruction_loss=rebuilding.detach(),
+            registration_loss=moving.detach(),
+            statistics_loss=telling.detach(),
             reconstruction=reconstruction,
             target=target,
             rebuilt=chosen,
@@ -276,6 +308,8 @@ class ReconAux(nn.Module):
             )
         for feature in features:
             channel_dim(feature, self.splitter.feature_dim)
+            if 0 in feature.shape[1:]:
+                raise ValueError(f"expected features with positions, got {tuple(feature.shape)}")
         ranks = {x.ndim for x in features}
         if len(ranks) > 1 or (self.reconstruct == "both" and len(set(shapes[2:])) > 1):
             raise ValueError(f"expected features of one shape, got {shapes[2]} and {shapes[3]}")
@@ -404,6 +438,11 @@ def _plain(name: str, value: Any) -> Any:
 def _decoded(state: Tensor) -> dict[str, Any]:
     decoded: dict[str, Any] = json.loads(bytes(state.to(torch.uint8).tolist()))
     return decoded
+
+
+def _pooled(feature: Tensor) -> Tensor:
+    """Average over positions: ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)`` -> ``(B, D)``."""
+    return feature if feature.ndim == 2 else feature.mean(dim=1 if feature.ndim == 3 else (2, 3))
 
 
 def _span(x: Tensor) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 LossKind = Literal["mse", "l1", "smooth_l1"]
 
@@ -38,112 +38,6 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
         return view
     size = (target_size, target_size)
     return F.interpolate(view, size, mode="bilinear", align_corners=False, antialias=True)
-
-
-class PixelScale(nn.Module):
-    """Whitens pixels over their channels, by the statistics of the first batch it sees.
-
-    The loss then means the same whatever units the views come in, and colour counts as much as
-    brightness, which varies far more in photographs. The statistics are buffers: saved with the
-    model, and kept from then on. Processes that train together use those of all their batches.
-
-    Args:
-        channels: C.
-        floor: added to the variance of each direction in colour space, as a fraction of the
-            largest, so that channels which carry only noise stay small.
-
-    Example:
-        >>> scale = PixelScale(3)
-        >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
-        >>> white = scale.whiten(views)
-        >>> torch.allclose(scale.restore(white), views, atol=1e-3)
-        True
-    """
-
-    mean: Tensor
-    to_white: Tensor
-    from_white: Tensor
-
-    def __init__(self, channels: int, floor: float = 0.3) -> None:
-        super().__init__()
-        self.floor = floor
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("to_white", torch.eye(channels))
-        self.register_buffer("from_white", torch.eye(channels))
-        # no buffer: asking for it would wait for the device
-        self.calibrated = False
-        self._agreed = False
-
-    def whiten(self, images: Tensor) -> Tensor:
-        """Views' units -> white, ``(B, C, H, W)`` in float32; the first call sets the scale."""
-        self._calibrate(images)
-        return torch.einsum("ij,bjhw->bihw", self.to_white.float(), images - self.mean.float())
-
-    def restore(self, white: Tensor) -> Tensor:
-        """White -> views' units, ``(B, C, H, W)`` in float32."""
-        white = torch.einsum("ij,bjhw->bihw", self.from_white.float(), white)
-        return white + self.mean.float()
-
-    @torch.no_grad()
-    def _calibrate(self, images: Tensor) -> None:
-        self._agree()
-        if self.calibrated:
-            return
-        mean = _mean_over_processes(images.mean(dim=(0, 2, 3)), len(images))[:, None, None]
-        pixels = rearrange(images - mean, "b c h w -> c (b h w)")
-        covariance = _mean_over_processes(pixels @ pixels.T / pixels.shape[1], len(images))
-        covariance = covariance.cpu().double()
-        # blank images must not become the scale, nor what the loss is about to refuse
-        if not torch.isfinite(covariance).all() or not covariance.any():
-            return
-        variance, directions = torch.linalg.eigh(covariance)
-        deviation = (variance + self.floor * variance.max()).sqrt()
-        self.mean.copy_(mean)
-        self.to_white.copy_(directions @ torch.diag(1 / deviation) @ directions.T)
-        self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)
-        self.calibrated = True
-
-    def _agree(self) -> None:
-        """Take the scale over where one process alone has loaded it."""
-        if self._agreed or not _are_many():
-            return
-        self._agreed = True
-        knowing = self.mean.new_tensor(float(self.calibrated))
-        distributed.all_reduce(knowing)
-        if 0 < knowing < distributed.get_world_size():
-            for scale in (self.mean, self.to_white, self.from_white):
-                scale.mul_(float(self.calibrated))
-                distributed.all_reduce(scale)
-                scale.div_(knowing)
-            self.calibrated = True
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelScale:
-        """Move to a device, but stay in float32 in a model of half precision."""
-        moved: PixelScale = super()._apply(  # type: ignore[no-untyped-call]
-            lambda x: fn(x) if x.is_meta else x.to(fn(x).device), recurse
-        )
-        return moved
-
-    def get_extra_state(self) -> Tensor:
-        """Save whether the scale is set, as a tensor, which averages of weights can take."""
-        return torch.tensor([self.calibrated], dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore whether the scale is set."""
-        self.calibrated = bool(state.any())
-
-
-def _are_many() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _mean_over_processes(mean: Tensor, count: int) -> Tensor:
-    """Weigh each process's mean with its number of images."""
-    if not _are_many():
-        return mean
-    weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
-    distributed.all_reduce(weighted)
-    return (weighted[:-1] / weighted[-1]).view_as(mean)
 
 
 class ReconstructionLoss(nn.Module):

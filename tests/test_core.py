@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss
-from recon_aux.loss import PixelScale, resize_view
+from recon_aux.loss import resize_view
+from recon_aux.scale import PixelScale
 
 few = settings(max_examples=25, deadline=None)
 SHAPES = {"vector": (4, 12), "map": (4, 12, 3, 2), "tokens": (4, 7, 12)}
@@ -200,8 +201,11 @@ def views_and_features(batch: int = 4, dim: int = 8) -> tuple[Tensor, Tensor]:
 
 def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
     views, features = views_and_features()
-    output = ReconAux(8, weight=7.0)(views, features)
-    assert output.loss.item() == pytest.approx(7 * output.reconstruction_loss.item())
+    output = ReconAux(8, weight=7.0, registration=2.0, statistics=3.0)(views, features)
+    parts = output.reconstruction_loss, output.registration_loss, output.statistics_loss
+    one, two, three = (part.item() for part in parts)
+    assert output.unweighted_loss.item() == pytest.approx(one + 2 * two + 3 * three)
+    assert output.loss.item() == pytest.approx(7 * output.unweighted_loss.item())
     assert torch.equal(output.target, views[output.rebuilt[0]])
 
 
@@ -256,7 +260,8 @@ def test_the_rebuilt_view_gives_its_equivariant_part_and_the_other_its_context()
     views, features = views_and_features(dim=8)
     for context, kept in (("invariant", [0, 4]), ("equivariant", [4, 8]), ("both", [0, 8])):
         y0, y1 = (y.clone().requires_grad_() for y in features)
-        ReconAux(8, context=context)(views, (y0, y1)).loss.backward()  # type: ignore[arg-type]
+        aux = ReconAux(8, context=context, registration=0, statistics=0)  # type: ignore[arg-type]
+        aux(views, (y0, y1)).loss.backward()
         used = [[bool(column.any()) for column in y.grad.T] for y in (y0, y1)]  # type: ignore[union-attr]
         assert used[0] == [False] * 4 + [True] * 4
         assert used[1] == [kept[0] <= i < kept[1] for i in range(8)]

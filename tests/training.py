@@ -116,13 +116,13 @@ def fit(model: Any, package: Any = pytorch_lightning, **options: Any) -> Any:
 
 
 def decoder_of(model: Any) -> dict[str, Tensor]:
-    """The decoder's weights, as they are now."""
-    return {name: p.detach().clone() for name, p in model.recon_aux.decoder.named_parameters()}
+    """The weights that we add, as they are now."""
+    return {name: p.detach().clone() for name, p in model.recon_aux.named_parameters()}
 
 
 def assert_trained(model: Any, before: dict[str, Tensor]) -> None:
-    """Each of the decoder's weights has changed, and is finite."""
-    for name, parameter in model.recon_aux.decoder.named_parameters():
+    """Each of the weights that we add has changed, and is finite."""
+    for name, parameter in model.recon_aux.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert not torch.equal(parameter, before[name]), name
 

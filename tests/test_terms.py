@@ -1,0 +1,214 @@
+"""Registration and statistics: what they ask for, in closed form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recon_aux import ReconAux
+from recon_aux.probe import transform
+from recon_aux.registration import Registration, _affine, _compose, _inverse, _sample
+from recon_aux.statistics import ImageStatistics, Statistics
+
+
+def smooth(count: int, seed: int = 0) -> Tensor:
+    """Pictures without detail, which move smoothly."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    return torch.nn.functional.interpolate(coarse, 32, mode="bicubic").clamp(0, 1)
+
+
+def posed(registration: Registration, *poses: list[float]) -> tuple[Tensor, ...]:
+    """Features of which the module reads these poses; the mirrored ones are none."""
+    registration.norm = torch.nn.Identity()  # type: ignore[assignment]
+    with torch.no_grad():
+        registration.pose.weight.zero_()
+        registration.pose.weight[:6] = torch.eye(6)
+        registration.pose.bias.zero_()
+    wanted = torch.tensor(poses)
+    return tuple((torch.atanh(wanted) / 0.3)[:, None].unbind(0))
+
+
+MOVES: list[tuple[dict[str, float], list[float]]] = [
+    ({}, [0, 0, 0, 0, 0, 0]),
+    ({"translation_x": 0.2}, [0, 0, 0, 0, 0.4, 0]),
+    ({"translation_y": -0.1}, [0, 0, 0, 0, 0, -0.2]),
+    ({"scale": 1.3}, [math.log(1.3), 0, 0, 0, 0, 0]),
+    ({"rotation": 25.0}, [0, math.radians(25), 0, 0, 0, 0]),
+    ({"scale": 0.8, "rotation": 10.0}, [math.log(0.8), math.radians(10), 0, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("move", "pose"), MOVES)
+def test_the_right_pose_explains_a_known_motion(move: dict[str, float], pose: list[float]) -> None:
+    view = smooth(1)
+    moved = transform(view, {name: torch.tensor([value]) for name, value in move.items()})
+    registration = Registration(6)
+    none = [0.0] * 6
+    right = registration(posed(registration, none, pose), (view, moved))
+    wrong = registration(posed(registration, pose, none), (view, moved))
+    unmoved = registration(posed(registration, none, none), (view, moved))
+    # what has left the picture can't be told
+    assert right < 0.4
+    assert not move or right < 0.6 * unmoved < wrong
+
+
+def test_a_mirrored_view_is_known_by_its_second_pose() -> None:
+    view = smooth(1)
+    registration = Registration(6)
+    none = posed(registration, [0.0] * 6, [0.0] * 6)
+    assert registration(none, (view, view.flip(-1))) < 1e-4
+    assert registration(none, (view, smooth(1, seed=1))) > 0.5
+
+
+def test_views_with_nothing_in_common_err_by_two_whatever_their_colours() -> None:
+    views = torch.randn(2, 64, 3, 32, 32)
+    registration = Registration(8)
+    features = torch.zeros(2, 64, 8)
+    error = registration(features, views).item()
+    assert error == pytest.approx(2, abs=0.15)
+    assert registration(features, views * 50 + 7).item() == pytest.approx(error, abs=1e-2)
+
+
+def test_affine_maps_invert_and_never_turn_an_image_over() -> None:
+    torch.manual_seed(0)
+    affine = _affine(torch.randn(50, 6) * 20)
+    assert (torch.linalg.det(affine[0]) > 0).all()
+    matrix, shift = _compose(affine, _inverse(affine))
+    torch.testing.assert_close(matrix, torch.eye(2).expand(50, 2, 2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shift, torch.zeros(50, 2), atol=1e-4, rtol=0)
+
+
+def test_sampling_is_torchs_own_with_its_gradient() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(5, 3, 16, 16)
+    matrix, shift = _affine(torch.randn(5, 6) * 2)
+    theta = torch.cat([matrix, shift[:, :, None]], dim=2)
+    given = [x.clone().requires_grad_() for x in (matrix, shift, theta)]
+    ours = _sample(images, given[0], given[1])
+    places = torch.nn.functional.affine_grid(given[2], [5, 3, 16, 16], align_corners=False)
+    theirs = torch.nn.functional.grid_sample(images, places, align_corners=False)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.rand_like(ours)
+    for image in (ours, theirs):
+        (image * weights).sum().backward()
+    expected = torch.cat([given[0].grad, given[1].grad[:, :, None]], dim=2)  # type: ignore[list-item,index]
+    torch.testing.assert_close(expected, given[2].grad, rtol=1e-4, atol=1e-3)
+
+
+def test_poses_are_learned_without_being_told() -> None:
+    """Features that hold the motion linearly, among others: it is read off them."""
+    torch.manual_seed(0)
+    views, motion = smooth(128), (torch.rand(2, 128) - 0.5) * 0.4
+    moved = [transform(views, {"translation_x": motion[i]}) for i in (0, 1)]
+    mixing = torch.randn(4, 16)
+    features = [torch.stack([m * 5, *torch.randn(3, 128)], dim=1) @ mixing for m in motion]
+    registration = Registration(16)
+    optimizer = torch.optim.Adam(registration.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        error = registration(features, moved)
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.5 * errors[0]
+    with torch.no_grad():
+        read = [_affine_shift(registration, x) for x in features]
+    told = torch.corrcoef(torch.stack([read[1] - read[0], motion[1] - motion[0]]))[0, 1]
+    assert told > 0.9
+
+
+def _affine_shift(registration: Registration, feature: Tensor) -> Tensor:
+    return registration._poses(feature)[0][1][:, 0]
+
+
+def test_statistics_are_means_correlations_and_logarithms_of_energies() -> None:
+    """Of pictures whose channels are the axes already."""
+    torch.manual_seed(0)
+    deviations = torch.tensor([1.0, 2.0, 3.0])
+    images = torch.randn(512, 3, 16, 16) * deviations[:, None, None]
+    statistics = ImageStatistics(3)
+    told = statistics(images)
+    assert told.shape == (512, 21)
+    torch.testing.assert_close(told.mean(0), torch.zeros(21), atol=1e-3, rtol=0)
+    louder = statistics(2 * images) * statistics.spread + statistics.middle
+    plain = told * statistics.spread + statistics.middle
+    # means double, correlations stay, energies go up by log 4
+    torch.testing.assert_close(louder[:, :3], 2 * plain[:, :3], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(louder[:, 3:6], plain[:, 3:6], atol=1e-2, rtol=0)
+    gain = (louder - plain)[:, 6:].mean(0)
+    torch.testing.assert_close(gain, torch.full((15,), math.log(4)), atol=0.02, rtol=0)
+    expected = (deviations.square() + 1e-4).log()
+    torch.testing.assert_close(plain[:, 6:9].mean(0), expected, atol=0.02, rtol=0)
+
+
+def test_octaves_tell_sharp_from_blurred() -> None:
+    fine = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 1.0
+    coarse = (torch.arange(32)[:, None] // 4 + torch.arange(32) // 4) % 2 * 1.0
+    boards = torch.stack([fine, coarse])[:, None]
+    statistics = ImageStatistics(1)
+    energies = (statistics(boards) * statistics.spread + statistics.middle)[:, 2:]
+    # mean, energy, octaves of 2, 4 and 8 pixels, the rest
+    assert energies.shape == (2, 4)
+    assert energies[0].argmax() == 0
+    assert energies[1].argmax() == 2
+
+
+def test_a_linear_feature_tells_all_statistics() -> None:
+    torch.manual_seed(0)
+    views = smooth(96) * torch.rand(96, 1, 1, 1) + torch.rand(96, 3, 1, 1)
+    features = torch.cat([ImageStatistics(3)(views), torch.randn(96, 3)], dim=1)
+    statistics = Statistics(24, 3)
+    optimizer = torch.optim.Adam(statistics.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = statistics((features, features), (views, views))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.7
+    assert losses[-1] < 0.2
+
+
+@pytest.mark.parametrize("features", [(4, 8), (4, 8, 3, 2), (4, 6, 8)])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_every_feature_and_number_of_channels(features: tuple[int, ...], channels: int) -> None:
+    aux = ReconAux(8, spatial=len(features) > 2, image_channels=channels)
+    own = torch.rand(features, requires_grad=True)
+    output = aux(torch.rand(2, 4, channels, 20, 28), (own, torch.rand(features)))
+    output.loss.backward()
+    assert 0 < output.registration_loss < 3
+    assert 0 < output.statistics_loss < 5
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in aux.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "left"), [({"registration": 0}, "statistics"), ({"statistics": 0}, "registration")]
+)
+def test_a_term_without_weight_is_not_there(options: dict[str, Any], left: str) -> None:
+    aux = ReconAux(8, **options)
+    output = aux(torch.rand(2, 4, 3, 8, 8), torch.rand(2, 4, 8))
+    gone = next(iter(options))
+    assert getattr(output, f"{gone}_loss") == 0
+    assert getattr(output, f"{left}_loss") > 0
+    assert not any(gone in name for name, _ in aux.named_parameters())
+
+
+def test_a_momentum_encoders_feature_is_read_without_gradient() -> None:
+    aux = ReconAux(8)
+    own = torch.rand(4, 8, requires_grad=True)
+    views = torch.rand(2, 4, 3, 8, 8)
+    aux(views, (own, torch.rand(4, 8))).loss.backward()
+    assert own.grad is not None
+    assert own.grad[:, 4:].any()
+
+
+def test_features_without_positions_are_named() -> None:
+    with pytest.raises(ValueError, match=r"features with positions, got \(4, 0, 8\)"):
+        ReconAux(8, spatial=True)(torch.rand(2, 4, 3, 8, 8), torch.rand(2, 4, 0, 8))
