@@ -351,7 +351,9 @@ def _parse(description: str | None) -> argparse.Namespace:
     add("--backbone", default="tiny-resnet18", help=f"{', '.join(ENCODERS)}, or torchvision's name")
     add("--image-size", type=int, help="pixels; 16 for digits, else 32 if not given")
     add(
-        "--weight", type=float, help="of the reconstruction loss; the method's default if not given"
+        "--weight",
+        type=float,
+        help="of what is added to the loss; the method's default if not given",
     )
     add("--equivariant-dim", type=int, help="half of the feature's channels if not given")
     add("--seed", type=int, default=0)

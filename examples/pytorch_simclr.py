@@ -44,7 +44,7 @@ if __name__ == "__main__":
         study.measure("bare", encoder)
 
     encoder, feature_dim = study.encoder()
-    aux = ReconAux(feature_dim, **{"weight": 4.0, **study.options})
+    aux = ReconAux(feature_dim, **study.options)
     train(encoder, SimCLRProjectionHead(aux.splitter.invariant_dim, 512, 128), aux, study)
     study.measure("attached", encoder, aux)
 
