@@ -172,9 +172,18 @@ def small_resnet18(width: int = 64, stride: int = 1) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def tiny_vit() -> nn.Module:
+    """Build torchvision's vision transformer for 32x32 images, in patches of 4: ``(B, 192)``."""
+    sizes = {"num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
+    model = torchvision.models.VisionTransformer(32, 4, **sizes)
+    model.heads = nn.Identity()
+    return model
+
+
 ENCODERS = {
     "tiny-resnet18": lambda: small_resnet18(width=32, stride=2),
     "small-resnet18": small_resnet18,
+    "tiny-vit": tiny_vit,
 }
 
 

@@ -11,9 +11,11 @@ import natural_images
 import numpy as np
 import pytest
 import torch
+from common import build_encoder
 from test_examples import pictures
 from training import run_example
 
+from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, TRANSFORMATIONS
 
 
@@ -73,6 +75,15 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     # the decoder has been through both epochs
     assert model.recon_aux._calls == 6
+
+
+@pytest.mark.parametrize(("name", "width"), [("tiny-resnet18", 256), ("tiny-vit", 192)])
+def test_every_encoder_can_be_attached_to(name: str, width: int) -> None:
+    encoder = build_encoder(name)
+    model = attach(natural_images.SimCLR(encoder, width, 1e-3))
+    views = list(torch.rand(2, 4, 3, 32, 32))
+    model.training_step((views, torch.zeros(4)), 0).backward()
+    assert all(p.grad is not None for p in encoder.parameters())
 
 
 def test_the_ceiling_is_told_what_was_done() -> None:
