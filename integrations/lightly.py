@@ -20,7 +20,7 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# what balances each loss with the reconstruction loss; the README says how they were measured
+# what balances each loss with ours; the README says how they were measured
 _WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 12.0, "NegativeCosineSimilarity": 0.5}
 
 _PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}

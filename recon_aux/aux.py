@@ -79,7 +79,8 @@ class ReconAux(nn.Module):
         normalize_patches: compare to per-patch normalised views (MAE's target).
         reconstruct: which view a call rebuilds: ``"alternate"`` (first, second, first, ...),
             ``"random"`` (drawn from ``seed``, not from the global random state) or ``"both"``.
-        spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``.
+        spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``;
+            registration and statistics are told from their average.
         seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last
             given. The global random state is left as it is.
 
@@ -167,6 +168,11 @@ class ReconAux(nn.Module):
         seed = torch.initial_seed() if seed is None else int(seed)
         with _seeded(seed):
             own = self._width("equivariant")
+            if own == 1 < feature_dim:
+                raise ValueError(
+                    "expected an equivariant_dim of 2 or more, since features are normalised, or "
+                    f"0, got 1 of {feature_dim} channels"
+                )
             self.decoder = CrossAttentionDecoder(
                 own,
                 self._width(context),
@@ -227,7 +233,7 @@ class ReconAux(nn.Module):
         Raises:
             ValueError: if there aren't two of each, or a shape isn't as above, or devices differ.
             TypeError: if a view is complex or a feature isn't of a floating-point type.
-            FloatingPointError: if the reconstruction loss is not finite; in float16, where a loss
+            FloatingPointError: if the sum of the terms is not finite; in float16, where a loss
                 scaler skips such steps, if it is so in twenty in a row, or if the views aren't.
         """
         self._check(views, features)
@@ -380,13 +386,17 @@ class ReconAux(nn.Module):
     ) -> None:
         """Start anew from a bare model's checkpoint; name options that differ from the saved."""
         extra = state_dict.get(prefix + "_extra_state")
-        saved = {} if extra is None else _decoded(extra)["options"]
+        # before there were these terms
+        former = {"registration": 0, "statistics": 0}
+        saved = {} if extra is None else {**former, **_decoded(extra)["options"]}
         differing = [key for key, value in saved.items() if self._options.get(key) != value]
         told = ", ".join(
             f"{key}={saved[key]!r}, not {self._options.get(key)!r}" for key in differing
         )
         is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
-        is_other = not set(differing) <= _MAY_DIFFER
+        # a term that is there may get another weight
+        changed = {key for key in former if saved.get(key) and self._options[key]}
+        is_other = not set(differing) <= _MAY_DIFFER | changed
         if is_bare:
             warnings.warn(
                 "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it "

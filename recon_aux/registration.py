@@ -21,11 +21,11 @@ Affine = tuple[Tensor, Tensor]
 class Registration(nn.Module):
     """Move one view onto the other by an affine map, and compare.
 
-    A linear map of each equivariant part gives its view's pose: scale, rotation, stretch, shear and
-    shift against some pose that all images of the kind have in common. Two poses make the map from
-    one view to the other. No parameters of the augmentation are needed: what is right is what makes
-    the images alike. Each pose is given twice, as the view is and as if it were mirrored, and the
-    better counts, so that flips need not be known either.
+    A linear map of each equivariant part, normalised, gives its view's pose: scale, rotation,
+    stretch, shear and shift against some pose that all images of the kind have in common. Two poses
+    make the map from one view to the other. No parameters of the augmentation are needed: what is
+    right is what makes the images alike. Each view is also tried mirrored left to right, and the
+    better counts, so that such flips need not be known either; flips upside down aren't tried.
 
     Not in Wang, Krajsek & Scharr: their decoder has to draw what moved, this one only to say how it
     moved. As in unsupervised image registration (Balakrishnan et al., "VoxelMorph", IEEE TMI 2019).
@@ -41,8 +41,9 @@ class Registration(nn.Module):
 
     def __init__(self, equivariant_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(equivariant_dim)
-        self.pose = nn.Linear(equivariant_dim, 2 * 6)
+        # of features that have died, hardly a gradient
+        self.norm = nn.LayerNorm(equivariant_dim, eps=1e-3)
+        self.pose = nn.Linear(equivariant_dim, 6)
         nn.init.zeros_(self.pose.bias)
 
     def forward(self, equivariant: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
@@ -56,27 +57,24 @@ class Registration(nn.Module):
             Mean squared difference of the images, each of zero mean and unit variance, as a float32
             scalar: 0 where one is the other one moved, 2 where they have nothing in common.
         """
-        poses = [self._poses(part) for part in equivariant]
+        poses = [self.pose(self.norm(x.to(self.pose.weight.dtype))).float() for x in equivariant]
+        affine = [_affine(pose) for pose in poses]
+        mirrored = [_affine(_mirror(pose)) for pose in poses]
         moves = [
-            _compose(poses[source][mirrored], _inverse(poses[target][0]))
-            for target, mirrored in product((0, 1), (0, 1))
-            for source in (1 - target,)
+            _compose(source[1 - target], _inverse(affine[target]))
+            for target in (0, 1)
+            for source in (affine, mirrored)
         ]
         matrix, shift = (torch.cat(parts) for parts in zip(*moves, strict=True))
-        error = matrix.new_zeros(len(matrix))
+        likeness = matrix.new_zeros(len(matrix))
         for side in _SIDES:
             small = [_standardized(F.adaptive_avg_pool2d(view, side)) for view in images]
             sources = torch.cat([small[1], small[1].flip(-1), small[0], small[0].flip(-1)])
             targets = torch.cat([small[0], small[0], small[1], small[1]])
             moved = _standardized(_sample(sources, matrix, shift))
-            error = error + (moved - targets).square().mean(dim=(1, 2, 3)) / len(_SIDES)
-        # targets, as they are or mirrored, images
-        return error.view(2, 2, -1).amin(dim=1).mean()
-
-    def _poses(self, equivariant: Tensor) -> list[Affine]:
-        """Give the pose of the view and that of its mirror image."""
-        poses = self.pose(self.norm(equivariant.to(self.pose.weight.dtype))).float()
-        return [_affine(pose) for pose in poses.split(6, dim=1)]
+            likeness = likeness + (moved * targets).mean(dim=(1, 2, 3)) / len(_SIDES)
+        # targets, the source as it is or mirrored, images
+        return 2 - 2 * likeness.view(2, 2, -1).amax(dim=1).mean()
 
 
 def _affine(pose: Tensor) -> Affine:
@@ -89,6 +87,12 @@ def _affine(pose: Tensor) -> Affine:
     rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     upper = torch.stack([scale * stretch, scale * shear, zero, scale / stretch], dim=1)
     return rotation @ upper.view(-1, 2, 2), torch.stack(shift, dim=1)
+
+
+def _mirror(pose: Tensor) -> Tensor:
+    """Give the pose of the view's mirror image."""
+    scale, angle, stretch, shear, x, y = pose.unbind(1)
+    return torch.stack([scale, -angle, stretch, -shear, -x, y], dim=1)
 
 
 def _inverse(affine: Affine) -> Affine:
@@ -115,21 +119,22 @@ def _sample(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     ``grid_sample`` has no deterministic gradient on a GPU.
     """
     n, channels, side, _ = images.shape
-    line = (2 * torch.arange(side).to(images) + 1) / side - 1
+    line = (2 * torch.arange(side, device=images.device, dtype=images.dtype) + 1) / side - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     places = torch.stack([x.flatten(), y.flatten()])
-    places = torch.einsum("bij,jp->bpi", matrix, places) + shift[:, None]
+    places = torch.einsum("bij,jp->bip", matrix, places) + shift[:, :, None]
     places = ((places + 1) * side - 1) / 2
     # on a GPU, a place that is no number would end the process
     first = places.detach().nan_to_num().floor()
-    part = places - first
-    sampled = images.new_zeros(n, channels, side * side)
-    for corner in product((0.0, 1.0), (0.0, 1.0)):
-        offset = first.new_tensor(corner)
-        near = first + offset
-        weight = (1 - (part - offset).abs()).prod(dim=2)
-        weight = weight * ((near >= 0) & (near < side)).all(dim=2)
-        column, row = near.clamp(0, side - 1).long().unbind(2)
-        index = (row * side + column)[:, None].expand(-1, channels, -1)
-        sampled = sampled + images.flatten(2).gather(2, index) * weight[:, None]
+    (column, row), (right, down) = first.unbind(1), (places - first).unbind(1)
+    flat = images.flatten(2)
+    sampled = torch.zeros_like(flat)
+    for i, j in product((0, 1), (0, 1)):
+        near = column + i, row + j
+        weight = (right if i else 1 - right) * (down if j else 1 - down)
+        for line in near:
+            weight = weight * ((line >= 0) & (line < side))
+        x, y = (line.clamp(0, side - 1).long() for line in near)
+        index = (y * side + x)[:, None].expand(-1, channels, -1)
+        sampled = sampled + flat.gather(2, index) * weight[:, None]
     return sampled.view(n, channels, side, side)

@@ -108,35 +108,39 @@ class PixelScale(Calibrated):
         return white + self.mean
 
     def _measure(self, images: Tensor) -> bool:
-        mean, (variance, directions) = color_axes(images)
-        # blank images must not become the scale, nor what the loss is about to refuse
-        if not torch.isfinite(variance).all() or not variance.any():
+        colors = color_axes(images)
+        if colors is None:
             return False
+        mean, variance, axes = colors
         deviation = (variance + self.floor * variance.max()).sqrt()
         self.mean.copy_(mean[:, None, None])
-        self.to_white.copy_(directions @ torch.diag(1 / deviation) @ directions.T)
-        self.from_white.copy_(directions @ torch.diag(deviation) @ directions.T)
+        self.to_white.copy_(axes @ torch.diag(1 / deviation) @ axes.T)
+        self.from_white.copy_(axes @ torch.diag(deviation) @ axes.T)
         return True
 
 
-def color_axes(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def color_axes(images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Tell how pixels vary over their channels, in all processes' images.
 
     Args:
         images: ``(B, C, H, W)``.
 
     Returns:
-        Their mean ``(C,)``; the variance ``(C,)`` along each principal axis, smallest first, and
-        these axes as columns ``(C, C)``, both on the CPU in float64.
+        Their mean ``(C,)``, the variance ``(C,)`` along each principal axis, smallest first, and
+        these axes as columns ``(C, C)``, on the CPU in float64. None if pixels don't vary, or
+        aren't finite: blank images must not set units, nor what the loss is about to refuse.
     """
     mean = mean_over_processes(images.mean(dim=(0, 2, 3)), len(images))
     pixels = rearrange(images - mean[:, None, None], "b c h w -> c (b h w)")
     covariance = mean_over_processes(pixels @ pixels.T / pixels.shape[1], len(images))
-    covariance = covariance.cpu().double()
-    if not torch.isfinite(covariance).all():
-        return mean, (torch.full_like(covariance[0], torch.nan), torch.eye(len(covariance)))
+    mean, covariance = mean.cpu().double(), covariance.cpu().double()
+    rounding = 1e-10 * mean.square().max()
+    if not torch.isfinite(covariance).all() or covariance.diagonal().max() <= rounding:
+        return None
     variance, axes = torch.linalg.eigh(covariance)
-    return mean, (variance, axes)
+    # an axis has two directions, of which all processes are to take the same
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    return mean, variance.clamp(min=0), axes * largest.sign()
 
 
 def mean_over_processes(mean: Tensor, count: int) -> Tensor:

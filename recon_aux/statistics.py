@@ -16,12 +16,12 @@ _FLOOR = 1e-4
 
 
 class Statistics(nn.Module):
-    """Tell, by a linear map of its equivariant part, how a view's pixels are distributed.
+    """Tell, by a linear map of its equivariant part, normalised, how a view's pixels vary.
 
     What is told, along each principal axis of colour: the mean, the logarithm of the mean square
     (along axes of chroma, saturation) and of the energy in each octave of spatial frequency
-    (contrast, sharpness). A reconstruction with a small squared error is smooth, so a decoder alone
-    is never asked for these.
+    (contrast, sharpness); and of each two axes the correlation (hue). A reconstruction with a small
+    squared error is smooth, so a decoder alone is never asked for these.
 
     Not in Wang, Krajsek & Scharr; statistics of the image as a target are those of Wei et al.,
     "Masked Feature Prediction", CVPR 2022, which takes histograms of gradients.
@@ -39,7 +39,8 @@ class Statistics(nn.Module):
     def __init__(self, equivariant_dim: int, channels: int) -> None:
         super().__init__()
         self.target = ImageStatistics(channels)
-        self.norm = nn.LayerNorm(equivariant_dim)
+        # of features that have died, hardly a gradient
+        self.norm = nn.LayerNorm(equivariant_dim, eps=1e-3)
         self.tell = nn.Linear(equivariant_dim, self.target.count)
 
     def forward(self, equivariant: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
@@ -52,9 +53,9 @@ class Statistics(nn.Module):
         Returns:
             The mean squared error, a float32 scalar; 1 is what telling the mean gives.
         """
-        part = torch.cat([*equivariant])
+        part = torch.cat(list(equivariant))
         told = self.tell(self.norm(part.to(self.tell.weight.dtype))).float()
-        return F.mse_loss(told, self.target(torch.cat([*images])))
+        return F.mse_loss(told, self.target(torch.cat(list(images))))
 
 
 class ImageStatistics(Calibrated):
@@ -81,20 +82,25 @@ class ImageStatistics(Calibrated):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` -> ``(B, count)``, both in float32; the first call sets the units."""
+        """``(B, C, H, W)`` -> ``(B, count)``, both in float32; the first call sets the units.
+
+        Zeros as long as images are blank; what is far out is cut off at four times the spread.
+        """
         self._calibrate(images)
-        return (self._plain(images) - self.middle) / self.spread
+        if not self.calibrated:
+            return torch.zeros(len(images), self.count, device=images.device)
+        return ((self._plain(images) - self.middle) / self.spread).clamp(-4, 4)
 
     def _measure(self, images: Tensor) -> bool:
-        _, (variance, axes) = color_axes(images)
-        if not torch.isfinite(variance).all() or not variance.any():
+        colors = color_axes(images)
+        if colors is None:
             return False
-        self.axes.copy_(axes)
+        self.axes.copy_(colors[2])
         told = self._plain(images)
         self.middle.copy_(mean_over_processes(told.mean(dim=0), len(told)))
         square = (told - self.middle).square().mean(dim=0)
-        # what hardly varies in the first batch may yet
-        self.spread.copy_(mean_over_processes(square, len(told)).sqrt().clamp(min=0.1))
+        # what hardly varies in the first batch, which may be small, may yet
+        self.spread.copy_(mean_over_processes(square, len(told)).sqrt().clamp(min=0.3))
         return True
 
     def _plain(self, images: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def _log_energies(images: Tensor) -> Tensor:
 
 
 def _correlations(images: Tensor) -> Tensor:
-    """Tell how each two channels vary together."""
+    """Tell how alike each two channels are, from -1 to 1: their cosine."""
     flat = images.flatten(2)
     flat = flat * (flat.square().sum(dim=2, keepdim=True) + _FLOOR * flat.shape[2]).rsqrt()
     channels = images.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -23,11 +24,10 @@ def smooth(count: int, seed: int = 0) -> Tensor:
 
 
 def posed(registration: Registration, *poses: list[float]) -> tuple[Tensor, ...]:
-    """Features of which the module reads these poses; the mirrored ones are none."""
+    """Features of which the module reads these poses."""
     registration.norm = torch.nn.Identity()  # type: ignore[assignment]
     with torch.no_grad():
-        registration.pose.weight.zero_()
-        registration.pose.weight[:6] = torch.eye(6)
+        registration.pose.weight.copy_(torch.eye(6))
         registration.pose.bias.zero_()
     wanted = torch.tensor(poses)
     return tuple((torch.atanh(wanted) / 0.3)[:, None].unbind(0))
@@ -54,14 +54,21 @@ def test_the_right_pose_explains_a_known_motion(move: dict[str, float], pose: li
     unmoved = registration(posed(registration, none, none), (view, moved))
     # what has left the picture can't be told
     assert right < 0.4
-    assert not move or right < 0.6 * unmoved < wrong
+    assert not move or (right < 0.6 * unmoved and wrong > unmoved)
+    # as well where one of them is mirrored
+    for mirrored in ((view.flip(-1), moved), (view, moved.flip(-1))):
+        first, second = none, pose
+        if mirrored[1] is not moved:
+            second = [pose[0], -pose[1], pose[2], -pose[3], -pose[4], pose[5]]
+        explained = registration(posed(registration, first, second), mirrored)
+        assert explained.item() == pytest.approx(right.item(), abs=1e-3)
 
 
-def test_a_mirrored_view_is_known_by_its_second_pose() -> None:
+def test_a_mirrored_view_is_known() -> None:
     view = smooth(1)
     registration = Registration(6)
     none = posed(registration, [0.0] * 6, [0.0] * 6)
-    assert registration(none, (view, view.flip(-1))) < 1e-4
+    assert registration(none, (view, view.flip(-1))) < 0.03
     assert registration(none, (view, smooth(1, seed=1))) > 0.5
 
 
@@ -83,10 +90,11 @@ def test_affine_maps_invert_and_never_turn_an_image_over() -> None:
     torch.testing.assert_close(shift, torch.zeros(50, 2), atol=1e-4, rtol=0)
 
 
-def test_sampling_is_torchs_own_with_its_gradient() -> None:
+@pytest.mark.parametrize("far", [0, 2])
+def test_sampling_is_torchs_own_with_its_gradient(far: float) -> None:
     torch.manual_seed(0)
     images = torch.rand(5, 3, 16, 16)
-    matrix, shift = _affine(torch.randn(5, 6) * 2)
+    matrix, shift = _affine(torch.randn(5, 6) * far)
     theta = torch.cat([matrix, shift[:, :, None]], dim=2)
     given = [x.clone().requires_grad_() for x in (matrix, shift, theta)]
     ours = _sample(images, given[0], given[1])
@@ -124,7 +132,7 @@ def test_poses_are_learned_without_being_told() -> None:
 
 
 def _affine_shift(registration: Registration, feature: Tensor) -> Tensor:
-    return registration._poses(feature)[0][1][:, 0]
+    return _affine(registration.pose(registration.norm(feature)))[1][:, 0]
 
 
 def test_statistics_are_means_correlations_and_logarithms_of_energies() -> None:
@@ -135,14 +143,14 @@ def test_statistics_are_means_correlations_and_logarithms_of_energies() -> None:
     statistics = ImageStatistics(3)
     told = statistics(images)
     assert told.shape == (512, 21)
-    torch.testing.assert_close(told.mean(0), torch.zeros(21), atol=1e-3, rtol=0)
-    louder = statistics(2 * images) * statistics.spread + statistics.middle
+    torch.testing.assert_close(told.mean(0), torch.zeros(21), atol=1e-2, rtol=0)
+    louder = statistics(1.5 * images) * statistics.spread + statistics.middle
     plain = told * statistics.spread + statistics.middle
-    # means double, correlations stay, energies go up by log 4
-    torch.testing.assert_close(louder[:, :3], 2 * plain[:, :3], atol=1e-4, rtol=1e-3)
+    # means and energies go up, correlations stay
+    torch.testing.assert_close(louder[:, :3], 1.5 * plain[:, :3], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(louder[:, 3:6], plain[:, 3:6], atol=1e-2, rtol=0)
     gain = (louder - plain)[:, 6:].mean(0)
-    torch.testing.assert_close(gain, torch.full((15,), math.log(4)), atol=0.02, rtol=0)
+    torch.testing.assert_close(gain, torch.full((15,), 2 * math.log(1.5)), atol=0.02, rtol=0)
     expected = (deviations.square() + 1e-4).log()
     torch.testing.assert_close(plain[:, 6:9].mean(0), expected, atol=0.02, rtol=0)
 
@@ -207,6 +215,67 @@ def test_a_momentum_encoders_feature_is_read_without_gradient() -> None:
     aux(views, (own, torch.rand(4, 8))).loss.backward()
     assert own.grad is not None
     assert own.grad[:, 4:].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_small_first_batch_does_not_make_the_rest_extreme(count: int) -> None:
+    views = smooth(64, seed=1) * torch.rand(64, 1, 1, 1) + torch.rand(64, 3, 1, 1)
+    aux = ReconAux(8)
+    aux(smooth(2 * count).view(2, count, 3, 32, 32), torch.rand(2, count, 8))
+    output = aux((views, views), torch.rand(2, 64, 8))
+    assert output.statistics_loss < 17
+
+
+@pytest.mark.parametrize("shade", [0.0, 0.1, 1.0])
+def test_blank_views_set_no_units(shade: float) -> None:
+    aux = ReconAux(8)
+    views, features = torch.full((2, 4, 3, 32, 32), shade), torch.rand(2, 4, 8)
+    assert aux(views, features).unweighted_loss < 20
+    assert not aux.pixel_scale.calibrated
+    assert not aux.statistics.target.calibrated
+    assert aux(smooth(8).view(2, 4, 3, 32, 32), features).unweighted_loss < 20
+
+
+def test_dead_features_get_no_burst_of_gradient() -> None:
+    views = smooth(8).view(2, 4, 3, 32, 32)
+    feature = torch.zeros(4, 64, requires_grad=True)
+    aux = ReconAux(64)
+    aux(views, (feature, torch.rand(4, 64))).loss.backward()
+    assert feature.grad is not None
+    assert feature.grad.abs().max() < 20
+
+
+def test_a_checkpoint_from_before_these_terms_is_named() -> None:
+    old = ReconAux(8, registration=0, statistics=0).state_dict()
+    options = json.loads(bytes(old["_extra_state"].tolist()))
+    del options["options"]["registration"], options["options"]["statistics"]
+    old["_extra_state"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
+    ReconAux(8, registration=0, statistics=0).load_state_dict(old)
+    with pytest.raises(RuntimeError, match=r"registration=0, not 4\.0, statistics=0, not 4\.0"):
+        ReconAux(8).load_state_dict(old)
+
+
+def test_the_weight_of_a_term_may_change() -> None:
+    saved = ReconAux(8).state_dict()
+    with pytest.warns(UserWarning, match=r"other options: registration=4\.0, not 2\.0"):
+        ReconAux(8, registration=2.0).load_state_dict(saved)
+
+
+def test_one_equivariant_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"equivariant_dim of 2 or more.* got 1 of 8 channels"):
+        ReconAux(8, equivariant_dim=1)
+
+
+def test_nothing_waits_for_the_device_but_the_check_that_the_loss_is_finite() -> None:
+    """Reading one number is how it would wait, counted here where it needs no GPU."""
+    aux, views = ReconAux(8), torch.rand(2, 4, 3, 32, 32)
+    features = torch.rand(2, 4, 8, requires_grad=True)
+    aux(views, features)
+    with torch.profiler.profile() as profile:
+        aux(views, features).loss.backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::item"] == 1
+    assert "aten::lift_fresh" not in counts
 
 
 def test_features_without_positions_are_named() -> None:
