@@ -13,6 +13,7 @@ from torch import Tensor
 from recon_aux import ReconAux
 from recon_aux.probe import transform
 from recon_aux.registration import Registration, _affine, _compose, _inverse, _sample
+from recon_aux.scale import color_axes
 from recon_aux.statistics import ImageStatistics, Statistics
 
 
@@ -153,6 +154,28 @@ def test_statistics_are_means_correlations_and_logarithms_of_energies() -> None:
     torch.testing.assert_close(gain, torch.full((15,), 2 * math.log(1.5)), atol=0.02, rtol=0)
     expected = (deviations.square() + 1e-4).log()
     torch.testing.assert_close(plain[:, 6:9].mean(0), expected, atol=0.02, rtol=0)
+
+
+def test_correlations_tell_which_colours_go_together() -> None:
+    torch.manual_seed(0)
+    independent, together = torch.randn(2, 8, 2, 16, 16)
+    together[:, 1] = together[:, 0]
+    together[:4, 1] *= -1
+    statistics = ImageStatistics(2)
+    statistics(independent * torch.tensor([1.0, 2.0])[:, None, None])
+    told = statistics(together) * statistics.spread + statistics.middle
+    assert told[:4, 2].mean() * told[4:, 2].mean() < -0.5
+    assert told[:4, 2].std() < 0.1
+
+
+def test_axes_have_one_direction() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        mixed = torch.einsum("ij,bjhw->bihw", torch.randn(3, 3), torch.randn(4, 3, 8, 8))
+        found = color_axes(mixed)
+        assert found is not None
+        axes = found[2]
+        assert (axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) > 0).all()
 
 
 def test_octaves_tell_sharp_from_blurred() -> None:
