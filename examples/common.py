@@ -138,8 +138,13 @@ class TwoViews:
 
     def _view(self, images: Tensor) -> Tensor:
         if self.flip:
-            images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+            images = flip_half(images)
         return transform(images, draw_parameters(len(images)))
+
+
+def flip_half(images: Tensor) -> Tensor:
+    """Mirror each image, or leave it, at random."""
+    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -200,6 +205,15 @@ def build_encoder(name: str) -> nn.Module:
     return encoder
 
 
+def width_of(encoder: nn.Module, image_size: int) -> int:
+    """Find the width of an encoder's features."""
+    with torch.random.fork_rng(), torch.no_grad():
+        blank = torch.zeros(1, 3, image_size, image_size)
+        width = encoder.eval()(blank).flatten(1).shape[1]
+    encoder.train()
+    return int(width)
+
+
 # --- one study: bare and attached, with the same seed, data and budget ---
 
 
@@ -250,10 +264,7 @@ class Study:
         """Seed everything, then build an encoder; give it and its feature's width."""
         torch.manual_seed(self.args.seed)
         encoder = build_encoder(self.args.backbone).to(memory_format=torch.channels_last)
-        size = self.args.image_size
-        with torch.random.fork_rng(), torch.no_grad():
-            width = encoder.eval()(torch.zeros(1, 3, size, size)).shape[1]
-        encoder.train()
+        width = width_of(encoder, self.args.image_size)
         self.started = time.perf_counter()
         return encoder, width
 

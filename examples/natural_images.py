@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import TwoViews, build_encoder, load, normalize
+from common import Split, TwoViews, build_encoder, flip_half, load, normalize, width_of
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
@@ -46,7 +46,6 @@ from recon_aux.probe import (
     transform,
 )
 
-Split = tuple[Tensor, Tensor]
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 CEILING = "ceiling"
 
@@ -73,7 +72,7 @@ class Ceiling(LightningModule):
 def told(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """Collate into clean and transformed images and what was done, standardised."""
     images = torch.stack([image for image, _ in samples]).float() / 255
-    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    images = flip_half(images)
     drawn = draw_parameters(len(images))
     middle = [sum(TRANSFORMATIONS[name]) / 2 for name in COMBINED]
     spread = [(high - low) / 12**0.5 for low, high in (TRANSFORMATIONS[n] for n in COMBINED)]
@@ -99,10 +98,7 @@ def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> Any:
     name, options = parse_arm(arm)
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(), torch.no_grad():
-        blank = torch.zeros(2, 3, args.image_size, args.image_size)
-        width = encoder.eval()(blank).flatten(1).shape[1]
-    encoder.train()
+    width = width_of(encoder, args.image_size)
     model = (Ceiling if name == CEILING else METHODS[name])(encoder, width, args.lr)
     if options is not None:
         attach(model, **options)
@@ -136,6 +132,15 @@ def encode(encoder: nn.Module, images: Tensor, device: torch.device) -> np.ndarr
     return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
 
 
+def accuracy(
+    features: list[np.ndarray], labels: list[np.ndarray], rows: Any = slice(None)
+) -> float:
+    """Of logistic regression on some train rows, in percent of the test rows."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    model.fit(features[0][rows], labels[0][rows])
+    return 100 * float(model.score(features[1], labels[1]))
+
+
 def with_few_labels(features: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, float]:
     """Accuracy of logistic regression on 1 % and on 10 % of the labels, as many of each class."""
     scores = {}
@@ -150,9 +155,7 @@ def with_few_labels(features: list[np.ndarray], labels: list[np.ndarray]) -> dic
                 for label in np.unique(labels[0])
             ]
         )
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-        model.fit(features[0][rows], labels[0][rows])
-        scores[f"{share} % of labels"] = 100 * float(model.score(features[1], labels[1]))
+        scores[f"{share} % of labels"] = accuracy(features, labels, rows)
     return scores
 
 
@@ -177,9 +180,7 @@ def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: An
         if name == own:
             results["whole"] |= with_few_labels(features, labels)
         else:
-            model_ = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-            score = model_.fit(features[0], labels[0]).score(features[1], labels[1])
-            results["whole"]["transfer"] = 100 * float(score)
+            results["whole"]["transfer"] = accuracy(features, labels)
     return results
 
 

@@ -166,13 +166,13 @@ class ReconAux(nn.Module):
         )
         self.pixel_scale = PixelScale(image_channels)
         seed = torch.initial_seed() if seed is None else int(seed)
+        own = self._width("equivariant")
+        if own == 1 < feature_dim:
+            raise ValueError(
+                "expected an equivariant_dim of 2 or more, since features are normalised, or "
+                f"0, got 1 of {feature_dim} channels"
+            )
         with _seeded(seed):
-            own = self._width("equivariant")
-            if own == 1 < feature_dim:
-                raise ValueError(
-                    "expected an equivariant_dim of 2 or more, since features are normalised, or "
-                    f"0, got 1 of {feature_dim} channels"
-                )
             self.decoder = CrossAttentionDecoder(
                 own,
                 self._width(context),

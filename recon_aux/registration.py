@@ -60,8 +60,9 @@ class Registration(nn.Module):
         poses = [self.pose(self.norm(x.to(self.pose.weight.dtype))).float() for x in equivariant]
         affine = [_affine(pose) for pose in poses]
         mirrored = [_affine(_mirror(pose)) for pose in poses]
+        inverse = [_inverse(pose) for pose in affine]
         moves = [
-            _compose(source[1 - target], _inverse(affine[target]))
+            _compose(source[1 - target], inverse[target])
             for target in (0, 1)
             for source in (affine, mirrored)
         ]
