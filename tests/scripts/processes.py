@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import avg_pool2d, interpolate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from training import InALoop, Siamese, Views, siamese_loss, trainer
@@ -26,14 +27,19 @@ def rank() -> int:
 
 
 def global_batches() -> list[list[Tensor]]:
-    """Of eight pairs of views, whose brightness depends on the half of the batch."""
+    """Of eight pairs of views, whose brightness depends on the half of the batch.
+
+    They are smooth: at each pixel of noise, the gradient of registration would have a step, on
+    either side of which rounding may fall.
+    """
     batches = []
     for step in range(STEPS):
         pairs = [Views()[(8 * step + index) % 16][0] for index in range(8)]
         views = [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)]
         batches.append(
             [
-                view * torch.tensor([1.0, 5.0]).repeat_interleave(4)[:, None, None, None]
+                interpolate(avg_pool2d(view, 4), size=16, mode="bicubic")
+                * torch.tensor([1.0, 5.0]).repeat_interleave(4)[:, None, None, None]
                 for view in views
             ]
         )
