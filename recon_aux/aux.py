@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import CrossAttentionDecoder
+from .finite import FiniteCheck
 from .loss import LossKind, ReconstructionLoss, resize_view
 from .registration import Registration
 from .scale import PixelScale
@@ -191,7 +192,7 @@ class ReconAux(nn.Module):
         self.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
-        self._overflows = 0
+        self._refuse_not_finite = FiniteCheck()
         # where attach put this on a model, the name of the encoder that was seen to be trained
         self.encoder = ""
 
@@ -233,8 +234,9 @@ class ReconAux(nn.Module):
         Raises:
             ValueError: if there aren't two of each, or a shape isn't as above, or devices differ.
             TypeError: if a view is complex or a feature isn't of a floating-point type.
-            FloatingPointError: if the sum of the terms is not finite; in float16, where a loss
-                scaler skips such steps, if it is so in twenty in a row, or if the views aren't.
+            FloatingPointError: if the sum of the terms is not finite, on a GPU that of an earlier
+                call; in float16, where a loss scaler skips such steps, if it is so in twenty in a
+                row, or if the views aren't.
         """
         self._check(views, features)
         self._calls += 1
@@ -259,7 +261,7 @@ class ReconAux(nn.Module):
             factors = self._options["registration"], self._options["statistics"]
             loss = rebuilding + factors[0] * moving + factors[1] * telling
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-        self._refuse_not_finite(loss, target, features)
+        self._refuse_not_finite(self._calls, loss, target, features)
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,
@@ -337,25 +339,6 @@ class ReconAux(nn.Module):
                 f"{batches[0]} and {batches[1]} views, {batches[2]} and {batches[3]} features"
             )
 
-    def _refuse_not_finite(self, loss: Tensor, target: Tensor, features: Sequence[Tensor]) -> None:
-        if torch.isfinite(loss):
-            self._overflows = 0
-            return
-        self._overflows += 1
-        device = loss.device.type
-        scaled = any(feature.dtype == torch.float16 for feature in features) or (
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        )
-        if scaled and self._overflows <= _MANY_OVERFLOWS and torch.isfinite(target).all():
-            return
-        raise FloatingPointError(
-            f"expected a finite reconstruction loss, got {loss.item()} in step {self._calls}; the "
-            f"view's pixels range from {_span(target)}, the features from {_span(features[0])} and "
-            f"{_span(features[1])}. Look for NaN or infinity in "
-            f"{'the encoder and its weights' if torch.isfinite(target).all() else 'the data'}, or "
-            "train with a lower learning rate or weight="
-        )
-
     def get_extra_state(self) -> Tensor:
         """Save the options and which view comes next: a resumed run goes on as it would have.
 
@@ -426,9 +409,6 @@ class ReconAux(nn.Module):
         return f"weight={self.weight}, context={self.context!r}, reconstruct={self.reconstruct!r}"
 
 
-# without one that is finite; a loss scaler of torch has come down to 1 by then
-_MANY_OVERFLOWS = 20
-
 # what a decoder may be trained on with, whatever it was saved with
 _MAY_DIFFER = {"weight", "reconstruct", "loss", "structure"}
 
@@ -453,10 +433,6 @@ def _decoded(state: Tensor) -> dict[str, Any]:
 def _pooled(feature: Tensor) -> Tensor:
     """Average over positions: ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)`` -> ``(B, D)``."""
     return feature if feature.ndim == 2 else feature.mean(dim=1 if feature.ndim == 3 else (2, 3))
-
-
-def _span(x: Tensor) -> str:
-    return f"{x.min().item():.3g} to {x.max().item():.3g}"
 
 
 def _require(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss
+from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss, finite
 from recon_aux.loss import resize_view
 from recon_aux.scale import PixelScale
 
@@ -362,6 +363,31 @@ def test_a_loss_that_is_not_finite_is_named_with_what_went_in(broken: str) -> No
         FloatingPointError, match=r"finite reconstruction loss, got nan in step 1; .*range"
     ):
         ReconAux(8)(views, features)
+
+
+def test_a_loss_that_is_not_finite_is_told_when_a_gpu_has_sent_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arrived: list[bool] = []
+
+    def send(flag: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+        number = len(arrived)
+        arrived.append(False)
+        return flag, lambda: arrived[number]
+
+    monkeypatch.setattr(finite, "_send", send)
+    views, features = views_and_features()
+    aux = ReconAux(8)
+    aux(views, features)
+    aux(views, [features[0], features[1] * float("nan")])
+    arrived[:] = [True, False]
+    copied = copy.deepcopy(aux)
+    aux(views, features)
+    arrived[:] = [True, True, False]
+    with pytest.raises(FloatingPointError, match=r"got nan in step 2; .* and nan to nan\. Look"):
+        aux(views, features)
+    arrived[:] = [True] * 5
+    copied(views, features)
 
 
 @pytest.mark.parametrize(

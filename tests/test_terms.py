@@ -289,8 +289,8 @@ def test_one_equivariant_channel_is_refused() -> None:
         ReconAux(8, equivariant_dim=1)
 
 
-def test_nothing_waits_for_the_device_but_the_check_that_the_loss_is_finite() -> None:
-    """Reading one number is how it would wait, counted here where it needs no GPU."""
+def test_nothing_is_read_from_the_device_but_whether_the_loss_is_finite() -> None:
+    """Which a GPU is not waited for; counted here, where it needs none."""
     aux, views = ReconAux(8), torch.rand(2, 4, 3, 32, 32)
     features = torch.rand(2, 4, 8, requires_grad=True)
     aux(views, features)
