@@ -177,10 +177,10 @@ def small_resnet18(width: int = 64, stride: int = 1) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def tiny_vit() -> nn.Module:
-    """Build torchvision's vision transformer for 32x32 images, in patches of 4: ``(B, 192)``."""
-    sizes = {"num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
-    model = torchvision.models.VisionTransformer(32, 4, **sizes)
+def vit(image_size: int, patch_size: int, layers: int, width: int) -> nn.Module:
+    """Build torchvision's vision transformer, with heads of 64 channels: ``(B, width)``."""
+    sizes = {"num_heads": width // 64, "hidden_dim": width, "mlp_dim": 4 * width}
+    model = torchvision.models.VisionTransformer(image_size, patch_size, layers, **sizes)
     model.heads = nn.Identity()
     return model
 
@@ -188,7 +188,8 @@ def tiny_vit() -> nn.Module:
 ENCODERS = {
     "tiny-resnet18": lambda: small_resnet18(width=32, stride=2),
     "small-resnet18": small_resnet18,
-    "tiny-vit": tiny_vit,
+    "tiny-vit": lambda: vit(32, 4, layers=6, width=192),
+    "vit-small": lambda: vit(224, 16, layers=12, width=384),
 }
 
 

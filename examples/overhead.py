@@ -1,0 +1,420 @@
+"""What attaching costs: the bare and the attached model train in turn, in one run.
+
+``python examples/overhead.py`` prints time, FLOPs and peak memory of a training step, attached over
+bare, and the same of the encoder's inference, and keeps the numbers as JSON. ``--grow`` follows the
+cost as the batch, the images, the feature or the number of crops grow, and draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import resource
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from common import build_encoder, small_resnet18, width_of
+from lightly.models.utils import update_momentum
+from lightly_byol import BYOL
+from lightly_simclr import SimCLR
+from lightly_vicreg import VICReg
+from pytorch_lightning import Callback, Trainer
+from records import record, trained_on
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from recon_aux import add_loss
+from recon_aux.integrations.lightly import attach
+from recon_aux.probe import markdown_table
+
+METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
+# encoder and side of its images, in pixels
+MODELS = {
+    "ResNet-50, 224": ("resnet50", 224),
+    "ViT-S/16, 224": ("vit-small", 224),
+    "ResNet-18, 64": ("small-resnet18", 64),
+    "ResNet-18, 32": ("small-resnet18", 32),
+}
+ON_A_CPU = ["ResNet-18, 64", "ResNet-18, 32"]
+# of each round of steps, that aren't counted
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: str
+    method: str = "SimCLR"
+    batch_size: int = 32
+    image_size: int = 0
+    # of ResNet-18's first stage, to grow its feature
+    width: int = 0
+    # small ones, half as large, next to the two views
+    crops: int = 0
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images."""
+        return self.image_size or MODELS[self.model][1]
+
+    def build(self, *, attached: bool, in_lightning: bool) -> nn.Module:
+        """Make the model, bare or attached, with the same weights."""
+        torch.manual_seed(0)
+        encoder = small_resnet18(self.width) if self.width else build_encoder(MODELS[self.model][0])
+        encoder.to(memory_format=torch.channels_last)
+        method = METHODS[self.method](encoder, width_of(encoder, self.side), 1e-3)
+        model = method if in_lightning else InALoop(method)
+        return attach(model) if attached else model
+
+    def views(self, device: torch.device) -> list[Tensor]:
+        """Make up images."""
+        sides = [self.side] * 2 + [self.side // 2] * self.crops
+        shapes = [(self.batch_size, 3, side, side) for side in sides]
+        layout = {"memory_format": torch.channels_last}
+        return [torch.randn(shape).to(device).contiguous(**layout) for shape in shapes]
+
+
+class InALoop(nn.Module):
+    """A method's modules without Lightning."""
+
+    def __init__(self, method: Any) -> None:
+        super().__init__()
+        for name, module in method.named_children():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedding: Tensor = self.projection_head(self.backbone(x).flatten(1))
+        return embedding
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        """Compare every view with the first, BYOL both ways with the momentum encoder."""
+        embeddings = [self(view) for view in views]
+        if not hasattr(self, "backbone_momentum"):
+            losses = [self.criterion(embeddings[0], other) for other in embeddings[1:]]
+            return torch.stack(losses).mean()
+        with torch.no_grad():
+            for name in ("backbone", "projection_head"):
+                momentum = self.get_submodule(f"{name}_momentum")
+                update_momentum(self.get_submodule(name), momentum, m=0.99)
+            told = [
+                self.projection_head_momentum(self.backbone_momentum(view).flatten(1))
+                for view in views[:2]
+            ]
+        one, other = (self.prediction_head(embedding) for embedding in embeddings[:2])
+        loss: Tensor = (self.criterion(one, told[1]) + self.criterion(other, told[0])) / 2
+        return loss
+
+
+class OwnLoop:
+    """A training loop of one's own."""
+
+    def __init__(self, case: Case, args: argparse.Namespace, *, attached: bool) -> None:
+        self.device = trained_on(args)
+        self.model = case.build(attached=attached, in_lightning=False).to(self.device)
+        self.views = case.views(self.device)
+        self.bf16 = args.precision == "bf16-mixed"
+        self.attached = attached
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
+
+    def step(self) -> None:
+        """Train for one step."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.model.loss(self.views)
+            if self.attached:
+                loss = add_loss(self.model, loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def seconds(self, steps: int) -> list[float]:
+        """Train for some steps; how long each took."""
+        return [stopwatch(self.step, self.device) for _ in range(steps)]
+
+
+class LightningLoop(Callback):
+    """Lightning's training loop."""
+
+    def __init__(self, case: Case, args: argparse.Namespace, *, attached: bool) -> None:
+        self.model = case.build(attached=attached, in_lightning=True)
+        self.args = args
+        self.device = trained_on(args)
+        self.batch = case.views(self.device), torch.zeros(case.batch_size)
+
+    def seconds(self, steps: int) -> list[float]:
+        """Train for some steps; how long each took."""
+        self.taken: list[float] = []
+        batches: Any = [self.batch] * steps
+        Trainer(
+            max_epochs=1,
+            precision=self.args.precision,
+            accelerator=self.args.device,
+            devices=1,
+            logger=False,
+            callbacks=[self],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        ).fit(self.model, DataLoader(batches, batch_size=None))
+        return self.taken
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the watch."""
+        self.started = now(self.device)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Read the watch, after backward pass and optimizer."""
+        self.taken.append(now(self.device) - self.started)
+
+
+def now(device: torch.device) -> float:
+    """The time when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def stopwatch(call: Any, device: torch.device) -> float:
+    """How long a call takes, in seconds."""
+    started = now(device)
+    call()
+    return now(device) - started
+
+
+# --- what is measured ---
+
+
+LOOPS = {"Lightning": LightningLoop, "own loop": OwnLoop}
+
+
+def step_time(case: Case, args: argparse.Namespace, loop: str) -> dict[str, float]:
+    """Time of a training step in milliseconds, and the ratio, round by round."""
+    bare, attached = (LOOPS[loop](case, args, attached=attached) for attached in (False, True))
+    rounds = []
+    for index in range(args.rounds + 1):
+        # who goes first may matter
+        order = (bare, attached) if index % 2 else (attached, bare)
+        taken = {arm: median(arm.seconds(WARM_UP + args.steps)[WARM_UP:]) for arm in order}
+        rounds.append((taken[bare], taken[attached]))
+    # the first one, in which checks are made and memory is taken, doesn't count
+    rounds = rounds[1:]
+    ratios = sorted(with_it / without for without, with_it in rounds)
+    return {
+        "bare ms": 1000 * median(without for without, _ in rounds),
+        "attached ms": 1000 * median(with_it for _, with_it in rounds),
+        "ratio": median(ratios),
+        "least": ratios[0],
+        "most": ratios[-1],
+    }
+
+
+def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
+    """FLOPs of a training step, attached over bare, counted with few images."""
+    counted = []
+    for attached in (False, True):
+        arm = OwnLoop(replace(case, batch_size=4), args, attached=attached)
+        # the first step makes checks
+        arm.step()
+        with FlopCounterMode(display=False) as counter:
+            arm.step()
+        counted.append(counter.get_total_flops())
+    return {"GFLOPs per image": counted[0] / 4e9, "FLOPs": counted[1] / counted[0]}
+
+
+def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Time of the encoder's inference after attaching over before, and whether it runs the same."""
+    models = [case.build(attached=attached, in_lightning=False) for attached in (False, True)]
+    bare, attached = (model.backbone.to(trained_on(args)).eval() for model in models)
+    view = case.views(trained_on(args))[0]
+    ratios, kernels = [], []
+    with torch.no_grad():
+        for encoder in (bare, attached):
+            encoder(view)
+            with torch.profiler.profile() as profile:
+                encoder(view)
+            kernels.append([(event.key, event.count) for event in profile.key_averages()])
+        for _ in range(2 * args.rounds):
+            taken = [stopwatch(lambda: e(view), view.device) for e in (bare, attached)]  # noqa: B023
+            ratios.append(taken[1] / taken[0])
+    return {"inference": median(ratios), "same kernels": sorted(kernels[0]) == sorted(kernels[1])}
+
+
+def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> float:
+    """Peak memory in MiB of a process that trains for a few steps."""
+    arm = OwnLoop(case, args, attached=attached)
+    for _ in range(WARM_UP + 1):
+        arm.step()
+    if arm.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Linux counts the memory of the process that started this one among getrusage's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(peak) / 2**10
+
+
+def memory(case: Case, args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory, attached over bare, each in a process of its own."""
+    peaks = []
+    for attached in (False, True):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            peaks.append(process.submit(peak_memory, case, args, attached=attached).result())
+    return {"bare MiB": peaks[0], "attached MiB": peaks[1], "memory": peaks[1] / peaks[0]}
+
+
+def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
+    """How often a training step waits for the GPU, attached less bare."""
+    if trained_on(args).type != "cuda":
+        return {}
+    found = []
+    for attached in (False, True):
+        arm = OwnLoop(case, args, attached=attached)
+        arm.seconds(WARM_UP)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            arm.step()
+            torch.cuda.set_sync_debug_mode("default")
+        found.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    return {"waits": found[1] - found[0]}
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all of it."""
+    times = {loop: step_time(case, args, loop) for loop in LOOPS}
+    kinds = (flops, memory, inference_time, waits)
+    return {"time": times} | {k: value for kind in kinds for k, value in kind(case, args).items()}
+
+
+# --- what is shown ---
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Put the cases side by side."""
+    times = [f"time, {loop}" for loop in LOOPS]
+    titles = ["batch", "bare, ms", *times, "FLOPs", "memory", "inference", "waits added"]
+    grid = markdown_table(titles)
+    for run in runs:
+        case, found = run["case"], run["results"]
+        grid.add_row(
+            f"{case['model']}, {case['method']}",
+            str(case["batch_size"]),
+            f"{found['time']['own loop']['bare ms']:.0f}",
+            *(
+                f"{time['ratio']:.3f} ({time['least']:.3f} to {time['most']:.3f})"
+                for time in found["time"].values()
+            ),
+            f"{found['FLOPs']:.4f}",
+            f"{found['memory']:.3f}",
+            f"{found['inference']:.3f}, {'same' if found['same kernels'] else 'OTHER'} kernels",
+            str(found.get("waits", "no GPU")),
+        )
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(grid)
+    return capture.get()
+
+
+def grown(case: Case, *, small: bool) -> dict[str, list[tuple[int, Case]]]:
+    """Let one thing grow at a time."""
+    sizes: dict[str, list[int]] = {
+        "images in a batch": [8, 16, 32, 64, 128],
+        "side of the images": [32, 64, 96, 128, 224],
+        "width of the feature": [128, 256, 512, 1024],
+        "small crops": [0, 2, 4, 6, 8],
+    }
+    fields = {"images in a batch": "batch_size", "side of the images": "image_size"}
+    fields |= {"width of the feature": "width", "small crops": "crops"}
+    cases = {}
+    for what, values in sizes.items():
+        field = fields[what]
+        given = [value // 8 if field == "width" else value for value in values]
+        pairs = [(v, replace(case, **{field: g})) for v, g in zip(values, given, strict=True)]
+        cases[what] = pairs[:1] if small else pairs
+    return cases
+
+
+def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """Draw the cost of a step, attached over bare, against what grows."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), sharey=True)
+    for (what, points), axis in zip(curves.items(), axes, strict=True):
+        values, times, counts = zip(*points, strict=True)
+        axis.plot(values, times, "o-", label="time")
+        axis.plot(values, counts, "s--", label="FLOPs")
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.set(xlabel=what)
+    axes[0].set(ylabel="attached / bare")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read the command line, measure, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=list(MODELS), help="all on a GPU, the small on a CPU")
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    add("--batch-size", type=int, help="256 on a GPU, 32 on a CPU if not given")
+    add("--rounds", type=int, default=5, help="of steps, bare and attached in turn")
+    add("--steps", type=int, default=3, help="in each round, after two that don't count")
+    add("--grow", action="store_true", help="follow the cost of one case as it grows, instead")
+    add("--small", action="store_true", help="the first point of each curve alone")
+    add("--precision", choices=["32-true", "bf16-mixed"], help="the latter on a GPU")
+    add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
+    add("--out", type=Path, default=Path("runs/overhead"))
+    args = parser.parse_args()
+    gpu = trained_on(args).type == "cuda"
+    args.precision = args.precision or ("bf16-mixed" if gpu else "32-true")
+    batch_size = args.batch_size or (256 if gpu else 32)
+    models = args.models or (list(MODELS) if gpu else ON_A_CPU)
+    args.out.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    if args.grow:
+        curves: dict[str, list[tuple[int, float, float]]] = {}
+        base = Case("ResNet-18, 32", batch_size=batch_size)
+        for what, cases in grown(base, small=args.small).items():
+            curves[what] = [
+                (value, step_time(case, args, "own loop")["ratio"], flops(case, args)["FLOPs"])
+                for value, case in track(cases, what)
+            ]
+            told = record(args, 0, curves)
+            (args.out / "growth.json").write_text(json.dumps(told, indent=1))
+        draw(curves, args.out / "growth.png")
+        print(f"saved growth.json and growth.png in {args.out}")
+        return
+    runs: list[dict[str, Any]] = []
+    arms = product(models, args.methods)
+    cases = [Case(*arm, batch_size=batch_size) for arm in arms]
+    for case in track(cases, "measuring"):
+        started = time.perf_counter()
+        found = measure(case, args)
+        runs.append(record(args, time.perf_counter() - started, found, case=vars(case)))
+        (args.out / "overhead.json").write_text(json.dumps(runs, indent=1))
+    text = table(runs)
+    print(text)
+    (args.out / "table.md").write_text(text)
+    print(f"saved in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
