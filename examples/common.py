@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import sys
 import time
@@ -213,6 +214,13 @@ def width_of(encoder: nn.Module, image_size: int) -> int:
         width = encoder.eval()(blank).flatten(1).shape[1]
     encoder.train()
     return int(width)
+
+
+def parse_options(options: str) -> dict[str, Any]:
+    """Read attach's options as they are written in a call."""
+    call = ast.parse(f"attach({options})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
 
 
 # --- one study: bare and attached, with the same seed, data and budget ---

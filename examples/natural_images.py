@@ -11,7 +11,6 @@ attach's options. Options may stand in a file, ``@FILE``, one a line.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import shutil
@@ -22,7 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Split, TwoViews, build_encoder, flip_half, load, normalize, width_of
+from common import (
+    Split,
+    TwoViews,
+    build_encoder,
+    flip_half,
+    load,
+    normalize,
+    parse_options,
+    width_of,
+)
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
@@ -87,10 +95,7 @@ def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
     if name not in (*METHODS, CEILING) or attached not in ("", "attached"):
         known = [*METHODS, *(f"{method}, attached" for method in METHODS), CEILING]
         raise SystemExit(f"--arms expects {known}, with attach's options behind, got {arm!r}")
-    call = ast.parse(f"attach({options})", mode="eval").body
-    assert isinstance(call, ast.Call)
-    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    return name, given if attached else None
+    return name, parse_options(options) if attached else None
 
 
 def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import build_encoder, small_resnet18, width_of
+from common import build_encoder, parse_options, small_resnet18, width_of
 from lightly.models.utils import update_momentum
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
@@ -43,13 +43,14 @@ from recon_aux.probe import markdown_table
 
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 # encoder and side of its images, in pixels
-MODELS = {
+MODELS: dict[str, tuple[str, int]] = {
     "ResNet-50, 224": ("resnet50", 224),
     "ViT-S/16, 224": ("vit-small", 224),
     "ResNet-18, 64": ("small-resnet18", 64),
     "ResNet-18, 32": ("small-resnet18", 32),
+    "tiny ResNet-18, 32": ("tiny-resnet18", 32),
 }
-ON_A_CPU = ["ResNet-18, 64", "ResNet-18, 32"]
+ON_A_CPU = ["ResNet-18, 64", "ResNet-18, 32", "tiny ResNet-18, 32"]
 # of each round of steps, that aren't counted
 WARM_UP = 2
 
@@ -66,6 +67,8 @@ class Case:
     width: int = 0
     # small ones, half as large, next to the two views
     crops: int = 0
+    # of attach
+    options: str = ""
 
     @property
     def side(self) -> int:
@@ -75,11 +78,12 @@ class Case:
     def build(self, *, attached: bool, in_lightning: bool) -> nn.Module:
         """Make the model, bare or attached, with the same weights."""
         torch.manual_seed(0)
-        encoder = small_resnet18(self.width) if self.width else build_encoder(MODELS[self.model][0])
+        name = MODELS[self.model][0]
+        encoder = small_resnet18(self.width, stride=2) if self.width else build_encoder(name)
         encoder.to(memory_format=torch.channels_last)
         method = METHODS[self.method](encoder, width_of(encoder, self.side), 1e-3)
         model = method if in_lightning else InALoop(method)
-        return attach(model) if attached else model
+        return attach(model, **parse_options(self.options)) if attached else model
 
     def views(self, device: torch.device) -> list[Tensor]:
         """Make up images."""
@@ -312,7 +316,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         case, found = run["case"], run["results"]
         grid.add_row(
-            f"{case['model']}, {case['method']}",
+            ", ".join(filter(None, (case["model"], case["method"], case["options"]))),
             str(case["batch_size"]),
             f"{found['time']['own loop']['bare ms']:.0f}",
             *(
@@ -334,8 +338,8 @@ def grown(case: Case, *, small: bool) -> dict[str, list[tuple[int, Case]]]:
     """Let one thing grow at a time."""
     sizes: dict[str, list[int]] = {
         "images in a batch": [8, 16, 32, 64, 128],
-        "side of the images": [32, 64, 96, 128, 224],
-        "width of the feature": [128, 256, 512, 1024],
+        "side of the images": [32, 64, 96, 128, 192],
+        "width of the feature": [64, 128, 256, 512],
         "small crops": [0, 2, 4, 6, 8],
     }
     fields = {"images in a batch": "batch_size", "side of the images": "image_size"}
@@ -373,6 +377,7 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="+", choices=list(MODELS), help="all on a GPU, the small on a CPU")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    add("--options", nargs="+", default=[""], help="of attach, as in 'target_size=16, weight=2'")
     add("--batch-size", type=int, help="256 on a GPU, 32 on a CPU if not given")
     add("--rounds", type=int, default=5, help="of steps, bare and attached in turn")
     add("--steps", type=int, default=3, help="in each round, after two that don't count")
@@ -391,7 +396,7 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     if args.grow:
         curves: dict[str, list[tuple[int, float, float]]] = {}
-        base = Case("ResNet-18, 32", batch_size=batch_size)
+        base = Case("tiny ResNet-18, 32", batch_size=batch_size)
         for what, cases in grown(base, small=args.small).items():
             curves[what] = [
                 (value, step_time(case, args, "own loop")["ratio"], flops(case, args)["FLOPs"])
@@ -403,8 +408,8 @@ def main() -> None:
         print(f"saved growth.json and growth.png in {args.out}")
         return
     runs: list[dict[str, Any]] = []
-    arms = product(models, args.methods)
-    cases = [Case(*arm, batch_size=batch_size) for arm in arms]
+    arms = product(models, args.methods, args.options)
+    cases = [Case(model, method, batch_size, options=options) for model, method, options in arms]
     for case in track(cases, "measuring"):
         started = time.perf_counter()
         found = measure(case, args)
