@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -299,7 +300,9 @@ def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all of it."""
+    """Measure all of it, or what is the same on any machine."""
+    if args.count_only:
+        return flops(case, args)
     times = {loop: step_time(case, args, loop) for loop in LOOPS}
     kinds = (flops, memory, inference_time, waits)
     return {"time": times} | {k: value for kind in kinds for k, value in kind(case, args).items()}
@@ -310,28 +313,36 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Put the cases side by side."""
-    times = [f"time, {loop}" for loop in LOOPS]
-    titles = ["batch", "bare, ms", *times, "FLOPs", "memory", "inference", "waits added"]
-    grid = markdown_table(titles)
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "bare, ms": lambda found: f"{found['time']['own loop']['bare ms']:.0f}",
+        "time, Lightning": lambda found: _ratio(found["time"]["Lightning"]),
+        "time, own loop": lambda found: _ratio(found["time"]["own loop"]),
+        "FLOPs": lambda found: f"{found['FLOPs']:.4f}",
+        "memory": lambda found: f"{found['memory']:.3f}",
+        "inference": lambda found: f"{found['inference']:.3f}",
+        "same kernels": lambda found: "yes" if found["same kernels"] else "NO",
+        "waits added": lambda found: str(found["waits"]),
+    }
+    grid = markdown_table(["batch", *columns])
     for run in runs:
-        case, found = run["case"], run["results"]
-        grid.add_row(
-            ", ".join(filter(None, (case["model"], case["method"], case["options"]))),
-            str(case["batch_size"]),
-            f"{found['time']['own loop']['bare ms']:.0f}",
-            *(
-                f"{time['ratio']:.3f} ({time['least']:.3f} to {time['most']:.3f})"
-                for time in found["time"].values()
-            ),
-            f"{found['FLOPs']:.4f}",
-            f"{found['memory']:.3f}",
-            f"{found['inference']:.3f}, {'same' if found['same kernels'] else 'OTHER'} kernels",
-            str(found.get("waits", "no GPU")),
-        )
+        case = run["case"]
+        name = ", ".join(filter(None, (case["model"], case["method"], case["options"])))
+        cells = []
+        for cell in columns.values():
+            try:
+                cells.append(cell(run["results"]))
+            except KeyError:
+                # not measured: --count-only, or no GPU
+                cells.append("")
+        grid.add_row(name, str(case["batch_size"]), *cells)
     console = Console(width=200)
     with console.capture() as capture:
         console.print(grid)
     return capture.get()
+
+
+def _ratio(time: dict[str, float]) -> str:
+    return f"{time['ratio']:.3f} ({time['least']:.3f} to {time['most']:.3f})"
 
 
 def grown(case: Case, *, small: bool) -> dict[str, list[tuple[int, Case]]]:
@@ -381,6 +392,7 @@ def main() -> None:
     add("--batch-size", type=int, help="256 on a GPU, 32 on a CPU if not given")
     add("--rounds", type=int, default=5, help="of steps, bare and attached in turn")
     add("--steps", type=int, default=3, help="in each round, after two that don't count")
+    add("--count-only", action="store_true", help="count FLOPs, measure no time")
     add("--grow", action="store_true", help="follow the cost of one case as it grows, instead")
     add("--small", action="store_true", help="the first point of each curve alone")
     add("--precision", choices=["32-true", "bf16-mixed"], help="the latter on a GPU")
@@ -390,7 +402,7 @@ def main() -> None:
     gpu = trained_on(args).type == "cuda"
     args.precision = args.precision or ("bf16-mixed" if gpu else "32-true")
     batch_size = args.batch_size or (256 if gpu else 32)
-    models = args.models or (list(MODELS) if gpu else ON_A_CPU)
+    models = args.models or (list(MODELS) if gpu or args.count_only else ON_A_CPU)
     args.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
