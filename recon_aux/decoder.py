@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -69,8 +69,9 @@ class CrossAttentionBlock(nn.Module):
         )
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """``(B, P, dim)``, ``(B, N, dim)`` -> ``(B, P, dim)``."""
+        """``(B, P, dim)`` or ``(1, P, dim)``, ``(B, N, dim)`` -> ``(B, P, dim)``."""
         q = rearrange(self.query(self.norm(queries)), "b p (h d) -> b h p d", h=self.heads)
+        q = q.expand(len(tokens), -1, -1, -1)
         k, v = rearrange(self.key_value(tokens), "b n (k h d) -> k b h n d", k=2, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         queries = queries + self.out(rearrange(attended, "b h p d -> b p (h d)"))
@@ -167,7 +168,8 @@ class CrossAttentionDecoder(nn.Module):
         own = self.equivariant_tokens(equivariant) + self.source[0]
         other = self.context_tokens(context) + self.source[1]
         tokens = torch.cat([own, other], dim=1)
-        queries = repeat(self.queries, "p d -> b p d", b=len(tokens))
+        # the same for every image, so they are projected once
+        queries = self.queries[None]
         for block in self.blocks:
             queries = block(queries, tokens)
         patches: Tensor = self.to_patch(queries)
