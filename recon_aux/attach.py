@@ -240,14 +240,17 @@ def detach(model: Model) -> Model:
 
     Raises:
         ValueError: if nothing is attached.
+        FloatingPointError: if a GPU has not told until now that a loss was not finite; it is
+            detached nevertheless.
     """
-    given = _attachment(model).heads
+    given, check = _attachment(model).heads, _attachment(model).aux.refuse_not_finite
     # a copied module may have brought a door along, behind ours
     while opened := doors(model, *given):
         for door in opened:
             door.close()
     delattr(model, _ATTACHMENT)
     del model.recon_aux
+    check.settle()
     return model
 
 

@@ -192,7 +192,7 @@ class ReconAux(nn.Module):
         self.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
-        self._refuse_not_finite = FiniteCheck()
+        self.refuse_not_finite = FiniteCheck()
         # where attach put this on a model, the name of the encoder that was seen to be trained
         self.encoder = ""
 
@@ -261,7 +261,7 @@ class ReconAux(nn.Module):
             factors = self._options["registration"], self._options["statistics"]
             loss = rebuilding + factors[0] * moving + factors[1] * telling
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-        self._refuse_not_finite(self._calls, loss, target, features)
+        self.refuse_not_finite(self._calls, loss, target, features)
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,
@@ -343,7 +343,11 @@ class ReconAux(nn.Module):
         """Save the options and which view comes next: a resumed run goes on as it would have.
 
         As a tensor of bytes, since not all that reads a ``state_dict`` takes anything else.
+
+        Raises:
+            FloatingPointError: if a GPU has not told until now that a loss was not finite.
         """
+        self.refuse_not_finite.settle()
         state = {
             "calls": self._calls,
             "seed": self._seed,
@@ -354,6 +358,7 @@ class ReconAux(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore which view comes next."""
+        self.refuse_not_finite = FiniteCheck()
         saved = _decoded(state)
         self._calls, self._seed, self.encoder = saved["calls"], saved["seed"], saved["encoder"]
 

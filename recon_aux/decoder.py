@@ -71,7 +71,8 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """``(B, P, dim)`` or ``(1, P, dim)``, ``(B, N, dim)`` -> ``(B, P, dim)``."""
         q = rearrange(self.query(self.norm(queries)), "b p (h d) -> b h p d", h=self.heads)
-        q = q.expand(len(tokens), -1, -1, -1)
+        # one copy for all would have a stride of 0, which not every kernel of attention takes
+        q = q.expand(len(tokens), -1, -1, -1).contiguous()
         k, v = rearrange(self.key_value(tokens), "b n (k h d) -> k b h n d", k=2, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         queries = queries + self.out(rearrange(attended, "b h p d -> b p (h d)"))

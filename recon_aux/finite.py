@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +16,18 @@ from .compiled import not_compiled
 _MANY_OVERFLOWS = 20
 
 
+class _Event(Protocol):
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
 class _Step(NamedTuple):
-    """What is to be told of a step, should its loss not be finite."""
+    """What is to be told of a step, on its way to the CPU until the event has happened."""
 
     number: int
-    is_finite: Tensor
-    has_arrived: Callable[[], bool]
-    loss: Tensor
-    target: Tensor
-    features: list[Tensor]
+    numbers: Tensor
+    event: _Event | None
     scaled: bool
 
 
@@ -31,7 +35,7 @@ class FiniteCheck:
     """Refuses losses that aren't finite: on a CPU at once, on a GPU when the news has come.
 
     Reading a number from a GPU would stop the process until the GPU has done all that it was given.
-    The number is sent instead, and read in one of the next steps.
+    The numbers are sent instead, and read in one of the next steps, or before a checkpoint is made.
     """
 
     def __init__(self) -> None:
@@ -58,46 +62,56 @@ class FiniteCheck:
             FloatingPointError: if a loss is not finite; in float16, where a loss scaler skips such
                 steps, if it is so in twenty in a row, or if the views aren't finite.
         """
-        loss, features = loss.detach(), [feature.detach() for feature in features]
-        flag, has_arrived = _send(torch.isfinite(loss))
         scaled = any(feature.dtype == torch.float16 for feature in features) or (
             torch.is_autocast_enabled(loss.device.type)
             and torch.get_autocast_dtype(loss.device.type) == torch.float16
         )
-        self.under_way.append(_Step(number, flag, has_arrived, loss, target, features, scaled))
-        while self.under_way and self.under_way[0].has_arrived():
+        ranges = [x.detach().aminmax() for x in (target, *features)]
+        told = [loss.detach(), *(bound for span in ranges for bound in span)]
+        numbers = torch.stack([x.float() for x in told])
+        self.under_way.append(_Step(number, *_send(numbers), scaled))
+        while self.under_way and _has_arrived(self.under_way[0]):
             self._judge(self.under_way.popleft())
 
+    def settle(self) -> None:
+        """Wait for what is under way, before the weights are saved or handed out.
+
+        Raises:
+            FloatingPointError: as when called.
+        """
+        while self.under_way:
+            step = self.under_way.popleft()
+            if step.event is not None:
+                step.event.synchronize()
+            self._judge(step)
+
     def _judge(self, step: _Step) -> None:
-        if step.is_finite:
+        loss, *bounds = step.numbers.tolist()
+        if math.isfinite(loss):
             self.overflows = 0
             return
         self.overflows += 1
-        fit = bool(torch.isfinite(step.target).all())
+        fit = all(map(math.isfinite, bounds[:2]))
         if step.scaled and self.overflows <= _MANY_OVERFLOWS and fit:
             return
         self.under_way.clear()
+        spans = [f"{bounds[i]:.3g} to {bounds[i + 1]:.3g}" for i in (0, 2, 4)]
         raise FloatingPointError(
-            f"expected a finite reconstruction loss, got {step.loss.item()} in step {step.number}; "
-            f"the view's pixels range from {_span(step.target)}, the features from "
-            f"{_span(step.features[0])} and {_span(step.features[1])}. Look for NaN or infinity in "
-            f"{'the encoder and its weights' if fit else 'the data'}, or train with a lower "
-            "learning rate or weight="
+            f"expected a finite reconstruction loss, got {loss} in step {step.number}; the view's "
+            f"pixels range from {spans[0]}, the features from {spans[1]} and {spans[2]}. Look for "
+            f"NaN or infinity in {'the encoder and its weights' if fit else 'the data'}, or train "
+            "with a lower learning rate or weight="
         )
 
 
-def _send(flag: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-    """Bring a flag to the CPU; say where it will be, and how to ask whether it is."""
-    if flag.device.type != "cuda":
-        return flag, _at_once
-    arriving = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
-    arriving.copy_(flag, non_blocking=True)
-    return arriving, torch.cuda.current_stream(flag.device).record_event().query
+def _send(numbers: Tensor) -> tuple[Tensor, _Event | None]:
+    """Bring numbers to the CPU; say where they will be, and what happens when they are there."""
+    if numbers.device.type != "cuda":
+        return numbers, None
+    arriving = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+    arriving.copy_(numbers, non_blocking=True)
+    return arriving, torch.cuda.current_stream(numbers.device).record_event()
 
 
-def _at_once() -> bool:
-    return True
-
-
-def _span(x: Tensor) -> str:
-    return f"{x.min().item():.3g} to {x.max().item():.3g}"
+def _has_arrived(step: _Step) -> bool:
+    return step.event is None or step.event.query()

@@ -37,8 +37,8 @@ def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Te
     masked = [x for x in masked if x.requires_grad]
     if not masked:
         return []
-    generator = torch.Generator().manual_seed(0)
-    flowing = [torch.randn(x.shape, generator=generator).to(x) for x in masked]
+    generator = torch.Generator("cpu").manual_seed(0)
+    flowing = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in masked]
     return gradients_of(masked, outputs, flowing)
 
 

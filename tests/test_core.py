@@ -6,7 +6,6 @@ import copy
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -365,29 +364,81 @@ def test_a_loss_that_is_not_finite_is_named_with_what_went_in(broken: str) -> No
         ReconAux(8)(views, features)
 
 
-def test_a_loss_that_is_not_finite_is_told_when_a_gpu_has_sent_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    arrived: list[bool] = []
+class Sent:
+    """Numbers on their way from a GPU, which arrive when they are told to."""
 
-    def send(flag: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-        number = len(arrived)
-        arrived.append(False)
-        return flag, lambda: arrived[number]
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers.clone().fill_(float("nan"))
+        self.there = numbers
+        self.arrived = False
+
+    def query(self) -> bool:
+        if self.arrived:
+            self.numbers.copy_(self.there)
+        return self.arrived
+
+    def synchronize(self) -> None:
+        self.arrived = True
+        assert self.query()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
+    sent: list[Sent] = []
+
+    def send(numbers: Tensor) -> tuple[Tensor, Sent]:
+        sent.append(Sent(numbers))
+        return sent[-1].numbers, sent[-1]
 
     monkeypatch.setattr(finite, "_send", send)
+    return sent
+
+
+def test_a_loss_that_is_not_finite_is_told_when_a_gpu_has_sent_it(sent: list[Sent]) -> None:
     views, features = views_and_features()
     aux = ReconAux(8)
     aux(views, features)
     aux(views, [features[0], features[1] * float("nan")])
-    arrived[:] = [True, False]
+    sent[0].arrived = True
     copied = copy.deepcopy(aux)
     aux(views, features)
-    arrived[:] = [True, True, False]
+    sent[1].arrived = True
     with pytest.raises(FloatingPointError, match=r"got nan in step 2; .* and nan to nan\. Look"):
         aux(views, features)
-    arrived[:] = [True] * 5
-    copied(views, features)
+    # nor is it told again, or in a copy
+    for model in (aux, copied):
+        model(views, features)
+        model.state_dict()
+
+
+def test_it_is_told_before_weights_are_saved(sent: list[Sent]) -> None:
+    views, features = views_and_features()
+    aux = ReconAux(8)
+    saved = aux.state_dict()
+    aux(views, features * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"got nan in step 1; "):
+        aux.state_dict()
+    # a step that was taken back is forgotten
+    aux(views, features * float("nan"))
+    aux.load_state_dict(saved)
+    aux(views, features)
+    aux.state_dict()
+    assert all(step.arrived for step in sent[-1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_is_not_waited_for() -> None:
+    views, features = (x.cuda() for x in views_and_features())
+    aux = ReconAux(8).cuda()
+    aux(views, features)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        aux(views, features)
+        aux(views, features * float("nan"))
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with pytest.raises(FloatingPointError, match=r"got nan in step 3; "):
+        aux(views, features)
 
 
 @pytest.mark.parametrize(

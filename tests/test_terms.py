@@ -289,15 +289,15 @@ def test_one_equivariant_channel_is_refused() -> None:
         ReconAux(8, equivariant_dim=1)
 
 
-def test_nothing_is_read_from_the_device_but_whether_the_loss_is_finite() -> None:
-    """Which a GPU is not waited for; counted here, where it needs none."""
+def test_nothing_is_read_from_the_device() -> None:
+    """But whether the loss is finite, which isn't waited for; counted here without a GPU."""
     aux, views = ReconAux(8), torch.rand(2, 4, 3, 32, 32)
     features = torch.rand(2, 4, 8, requires_grad=True)
     aux(views, features)
     with torch.profiler.profile() as profile:
         aux(views, features).loss.backward()
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert counts["aten::item"] == 1
+    assert "aten::item" not in counts
     assert "aten::lift_fresh" not in counts
 
 
