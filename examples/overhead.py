@@ -8,6 +8,7 @@ cost as the batch, the images, the feature or the number of crops grow, and draw
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import resource
@@ -146,9 +147,14 @@ class OwnLoop:
         loss.backward()
         self.optimizer.step()
 
-    def seconds(self, steps: int) -> list[float]:
-        """Train for some steps; how long each took."""
-        return [stopwatch(self.step, self.device) for _ in range(steps)]
+    def seconds(self, steps: int) -> float:
+        """How long a step takes, of some after those that don't count."""
+        for _ in range(WARM_UP):
+            self.step()
+        started = now(self.device)
+        for _ in range(steps):
+            self.step()
+        return (now(self.device) - started) / steps
 
 
 class LightningLoop(Callback):
@@ -160,14 +166,13 @@ class LightningLoop(Callback):
         self.device = trained_on(args)
         self.batch = case.views(self.device), torch.zeros(case.batch_size)
 
-    def seconds(self, steps: int) -> list[float]:
-        """Train for some steps; how long each took."""
-        self.taken: list[float] = []
-        batches: Any = [self.batch] * steps
+    def seconds(self, steps: int) -> float:
+        """How long a step takes, of some after those that don't count."""
+        batches: Any = [self.batch] * (WARM_UP + steps)
         Trainer(
             max_epochs=1,
             precision=self.args.precision,
-            accelerator=self.args.device,
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,
             logger=False,
             callbacks=[self],
@@ -175,15 +180,19 @@ class LightningLoop(Callback):
             enable_model_summary=False,
             enable_progress_bar=False,
         ).fit(self.model, DataLoader(batches, batch_size=None))
-        return self.taken
+        return (self.ended - self.started) / steps
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start the watch."""
-        self.started = now(self.device)
+    def on_train_batch_start(self, trainer: Any, model: Any, batch: Any, batch_idx: int) -> None:
+        """Start the watch when warm."""
+        if batch_idx == WARM_UP:
+            self.started = now(self.device)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Read the watch, after backward pass and optimizer."""
-        self.taken.append(now(self.device) - self.started)
+    def on_train_batch_end(
+        self, trainer: Any, model: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the watch after the last step."""
+        if batch_idx == trainer.num_training_batches - 1:
+            self.ended = now(self.device)
 
 
 def now(device: torch.device) -> float:
@@ -191,13 +200,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def stopwatch(call: Any, device: torch.device) -> float:
-    """How long a call takes, in seconds."""
-    started = now(device)
-    call()
-    return now(device) - started
 
 
 # --- what is measured ---
@@ -213,7 +215,7 @@ def step_time(case: Case, args: argparse.Namespace, loop: str) -> dict[str, floa
     for index in range(args.rounds + 1):
         # who goes first may matter
         order = (bare, attached) if index % 2 else (attached, bare)
-        taken = {arm: median(arm.seconds(WARM_UP + args.steps)[WARM_UP:]) for arm in order}
+        taken = {arm: arm.seconds(args.steps) for arm in order}
         rounds.append((taken[bare], taken[attached]))
     # the first one, in which checks are made and memory is taken, doesn't count
     rounds = rounds[1:]
@@ -228,34 +230,49 @@ def step_time(case: Case, args: argparse.Namespace, loop: str) -> dict[str, floa
 
 
 def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """FLOPs of a training step, attached over bare, counted with few images."""
+    """FLOPs of a training step, attached over bare."""
     counted = []
     for attached in (False, True):
-        arm = OwnLoop(replace(case, batch_size=4), args, attached=attached)
+        arm = OwnLoop(case, args, attached=attached)
         # the first step makes checks
         arm.step()
         with FlopCounterMode(display=False) as counter:
             arm.step()
         counted.append(counter.get_total_flops())
-    return {"GFLOPs per image": counted[0] / 4e9, "FLOPs": counted[1] / counted[0]}
+    return {
+        "GFLOPs per image": counted[0] / case.batch_size / 1e9,
+        "FLOPs": counted[1] / counted[0],
+    }
 
 
 def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Time of the encoder's inference after attaching over before, and whether it runs the same."""
+    device = trained_on(args)
     models = [case.build(attached=attached, in_lightning=False) for attached in (False, True)]
-    bare, attached = (model.backbone.to(trained_on(args)).eval() for model in models)
-    view = case.views(trained_on(args))[0]
-    ratios, kernels = [], []
-    with torch.no_grad():
-        for encoder in (bare, attached):
+    encoders = [model.backbone.to(device).eval() for model in models]
+    view = case.views(device)[0]
+    bf16 = args.precision == "bf16-mixed"
+
+    def seconds(encoder: nn.Module) -> float:
+        started = now(device)
+        for _ in range(args.steps):
             encoder(view)
-            with torch.profiler.profile() as profile:
-                encoder(view)
-            kernels.append([(event.key, event.count) for event in profile.key_averages()])
-        for _ in range(2 * args.rounds):
-            taken = [stopwatch(lambda: e(view), view.device) for e in (bare, attached)]  # noqa: B023
-            ratios.append(taken[1] / taken[0])
-    return {"inference": median(ratios), "same kernels": sorted(kernels[0]) == sorted(kernels[1])}
+        return now(device) - started
+
+    def operations(encoder: nn.Module) -> list[tuple[str, int]]:
+        with torch.profiler.profile() as profile:
+            encoder(view)
+        events = profile.key_averages()
+        return sorted((event.key, event.count) for event in events if "::" in event.key)
+
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        ratios = []
+        for index in range(2 * args.rounds + 1):
+            order = encoders if index % 2 else encoders[::-1]
+            taken = {encoder: seconds(encoder) for encoder in order}
+            ratios.append(taken[encoders[1]] / taken[encoders[0]])
+        bare, attached = (operations(encoder) for encoder in encoders)
+    return {"inference": median(ratios[1:]), "same operations": bare == attached}
 
 
 def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> float:
@@ -276,6 +293,9 @@ def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> floa
 def memory(case: Case, args: argparse.Namespace) -> dict[str, float]:
     """Peak memory, attached over bare, each in a process of its own."""
     peaks = []
+    # on a GPU, what this process holds the others lack
+    gc.collect()
+    torch.cuda.empty_cache()
     for attached in (False, True):
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             peaks.append(process.submit(peak_memory, case, args, attached=attached).result())
@@ -289,13 +309,14 @@ def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
     found = []
     for attached in (False, True):
         arm = OwnLoop(case, args, attached=attached)
-        arm.seconds(WARM_UP)
+        for _ in range(WARM_UP):
+            arm.step()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             arm.step()
             torch.cuda.set_sync_debug_mode("default")
-        found.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        found.append(sum("called a synchronizing" in str(warning.message) for warning in caught))
     return {"waits": found[1] - found[0]}
 
 
@@ -320,7 +341,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         "FLOPs": lambda found: f"{found['FLOPs']:.4f}",
         "memory": lambda found: f"{found['memory']:.3f}",
         "inference": lambda found: f"{found['inference']:.3f}",
-        "same kernels": lambda found: "yes" if found["same kernels"] else "NO",
+        "same operations": lambda found: "yes" if found["same operations"] else "NO",
         "waits added": lambda found: str(found["waits"]),
     }
     grid = markdown_table(["batch", *columns])
@@ -391,12 +412,12 @@ def main() -> None:
     add("--options", nargs="+", default=[""], help="of attach, as in 'target_size=16, weight=2'")
     add("--batch-size", type=int, help="256 on a GPU, 32 on a CPU if not given")
     add("--rounds", type=int, default=5, help="of steps, bare and attached in turn")
-    add("--steps", type=int, default=3, help="in each round, after two that don't count")
+    add("--steps", type=int, default=5, help="in each round, after two that don't count")
     add("--count-only", action="store_true", help="count FLOPs, measure no time")
     add("--grow", action="store_true", help="follow the cost of one case as it grows, instead")
     add("--small", action="store_true", help="the first point of each curve alone")
     add("--precision", choices=["32-true", "bf16-mixed"], help="the latter on a GPU")
-    add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto")
     add("--out", type=Path, default=Path("runs/overhead"))
     args = parser.parse_args()
     gpu = trained_on(args).type == "cuda"

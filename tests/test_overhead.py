@@ -18,7 +18,7 @@ def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
     (found,) = (run["results"] for run in runs)
     # what is added is there, and small
     assert 1 < found["FLOPs"] < 1.03
-    assert found["same kernels"]
+    assert found["same operations"]
     assert [time["bare ms"] > 0 for time in found["time"].values()] == [True, True]
     assert min(found["bare MiB"], found["inference"]) > 0
     assert "| ResNet-18, 32, BYOL |" in (tmp_path / "table.md").read_text()
