@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import CrossAttentionDecoder
+from .edges import Edges
 from .finite import FiniteCheck
 from .loss import LossKind, ReconstructionLoss, resize_view
 from .registration import Registration
 from .scale import PixelScale
 from .splitter import FeatureSplitter, channel_dim
 from .statistics import Statistics
+from .telling import Telling
+
+# next to the reconstruction
+_TERMS = ("registration", "statistics", "edges")
 
 Context = Literal["invariant", "equivariant", "both"]
 Reconstruct = Literal["alternate", "random", "both"]
@@ -31,10 +36,11 @@ class ReconAuxOutput:
 
     Attributes:
         loss: what to add to the method's loss: ``weight`` times ``unweighted_loss``.
-        unweighted_loss: the sum of the three terms, detached.
+        unweighted_loss: the sum of the four terms, detached.
         reconstruction_loss: the decoder's, detached.
         registration_loss: detached; 0 where ``registration=0``.
         statistics_loss: detached; 0 where ``statistics=0``.
+        edges_loss: detached; 0 where ``edges=0``.
         reconstruction: ``(V*B, C, target_size, target_size)`` in the views' own units, detached,
             V the number of views that were rebuilt; with ``normalize_patches=True`` the decoder
             speaks of normalised patches, and so does this.
@@ -47,6 +53,7 @@ class ReconAuxOutput:
     reconstruction_loss: Tensor
     registration_loss: Tensor
     statistics_loss: Tensor
+    edges_loss: Tensor
     reconstruction: Tensor
     target: Tensor
     rebuilt: tuple[int, ...]
@@ -63,7 +70,8 @@ class ReconAux(nn.Module):
         weight: what the sum of the terms is multiplied with; 0 at construction switches the
             task off: the decoder is frozen.
         registration: weight, among the terms, of moving one view onto the other; 0 leaves it out.
-        statistics: weight, among the terms, of telling each view's statistics; 0 leaves it out.
+        statistics: weight, among the terms, of telling each view's colours; 0 leaves it out.
+        edges: weight, among the terms, of telling each view's edges; 0 leaves it out.
         equivariant_dim: how many of the last channels are equivariant; half by default. 0 is no
             split: the method's loss and the decoder both see the whole feature.
         context: which part of the other view's feature the decoder sees:
@@ -81,7 +89,7 @@ class ReconAux(nn.Module):
         reconstruct: which view a call rebuilds: ``"alternate"`` (first, second, first, ...),
             ``"random"`` (drawn from ``seed``, not from the global random state) or ``"both"``.
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``;
-            registration and statistics are told from their average.
+            all but the reconstruction is told from their average.
         seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last
             given. The global random state is left as it is.
 
@@ -108,6 +116,7 @@ class ReconAux(nn.Module):
         weight: float = 1.0,
         registration: float = 4.0,
         statistics: float = 4.0,
+        edges: float = 16.0,
         equivariant_dim: int | None = None,
         context: Context = "invariant",
         target_size: int = 32,
@@ -131,6 +140,7 @@ class ReconAux(nn.Module):
             "weight": weight,
             "registration": registration,
             "statistics": statistics,
+            "edges": edges,
             "context": context,
             "target_size": target_size,
             "patch_size": patch_size,
@@ -149,7 +159,7 @@ class ReconAux(nn.Module):
         # in Python's own types, to be saved
         self._options = {name: _plain(name, value) for name, value in options.items()}
         del self._options["seed"]
-        for name in ("weight", "registration", "statistics"):
+        for name in ("weight", *_TERMS):
             value = self._options[name]
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"expected a finite {name} of 0 or more, got {value!r}")
@@ -187,7 +197,8 @@ class ReconAux(nn.Module):
                 spatial=spatial,
             )
             self.registration = Registration(own) if registration else None
-            self.statistics = Statistics(own, image_channels) if statistics else None
+            self.statistics = Telling(own, Statistics(image_channels)) if statistics else None
+            self.edges = Telling(own, Edges()) if edges else None
         self._frozen = weight == 0
         self.requires_grad_(not self._frozen)
         self._seed = seed
@@ -254,12 +265,12 @@ class ReconAux(nn.Module):
             white = self.pixel_scale.whiten(torch.cat(resized)).chunk(2)
             rebuilding = self.reconstruction_loss(decoded, torch.cat([white[i] for i in chosen]))
             pooled = [_pooled(part) for part in parts]
-            moving, telling = (
+            terms = [
                 rebuilding.new_zeros(()) if term is None else term(pooled, white)
-                for term in (self.registration, self.statistics)
-            )
-            factors = self._options["registration"], self._options["statistics"]
-            loss = rebuilding + factors[0] * moving + factors[1] * telling
+                for term in (self.registration, self.statistics, self.edges)
+            ]
+            factors = [self._options[name] for name in _TERMS]
+            loss = rebuilding + sum(f * term for f, term in zip(factors, terms, strict=True))
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
         self.refuse_not_finite(self._calls, loss, target, features)
         weighted: Tensor = self.weight * loss
@@ -267,8 +278,7 @@ class ReconAux(nn.Module):
             loss=weighted,
             unweighted_loss=loss.detach(),
             reconstruction_loss=rebuilding.detach(),
-            registration_loss=moving.detach(),
-            statistics_loss=telling.detach(),
+            **{f"{name}_loss": term.detach() for name, term in zip(_TERMS, terms, strict=True)},
             reconstruction=reconstruction,
             target=target,
             rebuilt=chosen,
@@ -375,7 +385,7 @@ class ReconAux(nn.Module):
         """Start anew from a bare model's checkpoint; name options that differ from the saved."""
         extra = state_dict.get(prefix + "_extra_state")
         # before there were these terms
-        former = {"registration": 0, "statistics": 0}
+        former = dict.fromkeys(_TERMS, 0)
         saved = {} if extra is None else {**former, **_decoded(extra)["options"]}
         differing = [key for key, value in saved.items() if self._options.get(key) != value]
         told = ", ".join(

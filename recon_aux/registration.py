@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .telling import Readout
+
 # sides of the images that are compared, in pixels: the coarse one pulls from afar
 _SIDES = (16, 8)
 
@@ -41,10 +43,7 @@ class Registration(nn.Module):
 
     def __init__(self, equivariant_dim: int) -> None:
         super().__init__()
-        # of features that have died, hardly a gradient
-        self.norm = nn.LayerNorm(equivariant_dim, eps=1e-3)
-        self.pose = nn.Linear(equivariant_dim, 6)
-        nn.init.zeros_(self.pose.bias)
+        self.pose = Readout(equivariant_dim, 6)
 
     def forward(self, equivariant: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
         """Compare each view with the other one, moved.
@@ -57,7 +56,7 @@ class Registration(nn.Module):
             Mean squared difference of the images, each of zero mean and unit variance, as a float32
             scalar: 0 where one is the other one moved, 2 where they have nothing in common.
         """
-        poses = [self.pose(self.norm(x.to(self.pose.weight.dtype))).float() for x in equivariant]
+        poses = [self.pose(part) for part in equivariant]
         affine = [_affine(pose) for pose in poses]
         mirrored = [_affine(_mirror(pose)) for pose in poses]
         inverse = [_inverse(pose) for pose in affine]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from recon_aux import ReconAux
+from recon_aux.edges import Edges
 from recon_aux.probe import transform
 from recon_aux.registration import Registration, _affine, _compose, _inverse, _sample
 from recon_aux.scale import color_axes
-from recon_aux.statistics import ImageStatistics, Statistics
+from recon_aux.statistics import Statistics
+from recon_aux.telling import Telling
 
 
 def smooth(count: int, seed: int = 0) -> Tensor:
@@ -26,10 +28,9 @@ def smooth(count: int, seed: int = 0) -> Tensor:
 
 def posed(registration: Registration, *poses: list[float]) -> tuple[Tensor, ...]:
     """Features of which the module reads these poses."""
-    registration.norm = torch.nn.Identity()  # type: ignore[assignment]
+    registration.pose.norm = torch.nn.Identity()  # type: ignore[assignment]
     with torch.no_grad():
-        registration.pose.weight.copy_(torch.eye(6))
-        registration.pose.bias.zero_()
+        registration.pose.linear.weight.copy_(torch.eye(6))
     wanted = torch.tensor(poses)
     return tuple((torch.atanh(wanted) / 0.3)[:, None].unbind(0))
 
@@ -133,7 +134,7 @@ def test_poses_are_learned_without_being_told() -> None:
 
 
 def _affine_shift(registration: Registration, feature: Tensor) -> Tensor:
-    return _affine(registration.pose(registration.norm(feature)))[1][:, 0]
+    return _affine(registration.pose(feature))[1][:, 0]
 
 
 def test_statistics_are_means_correlations_and_logarithms_of_energies() -> None:
@@ -141,7 +142,7 @@ def test_statistics_are_means_correlations_and_logarithms_of_energies() -> None:
     torch.manual_seed(0)
     deviations = torch.tensor([1.0, 2.0, 3.0])
     images = torch.randn(512, 3, 16, 16) * deviations[:, None, None]
-    statistics = ImageStatistics(3)
+    statistics = Statistics(3)
     told = statistics(images)
     assert told.shape == (512, 21)
     torch.testing.assert_close(told.mean(0), torch.zeros(21), atol=1e-2, rtol=0)
@@ -161,7 +162,7 @@ def test_correlations_tell_which_colours_go_together() -> None:
     independent, together = torch.randn(2, 8, 2, 16, 16)
     together[:, 1] = together[:, 0]
     together[:4, 1] *= -1
-    statistics = ImageStatistics(2)
+    statistics = Statistics(2)
     statistics(independent * torch.tensor([1.0, 2.0])[:, None, None])
     told = statistics(together) * statistics.spread + statistics.middle
     assert told[:4, 2].mean() * told[4:, 2].mean() < -0.5
@@ -182,7 +183,7 @@ def test_octaves_tell_sharp_from_blurred() -> None:
     fine = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 1.0
     coarse = (torch.arange(32)[:, None] // 4 + torch.arange(32) // 4) % 2 * 1.0
     boards = torch.stack([fine, coarse])[:, None]
-    statistics = ImageStatistics(1)
+    statistics = Statistics(1)
     energies = (statistics(boards) * statistics.spread + statistics.middle)[:, 2:]
     # mean, energy, octaves of 2, 4 and 8 pixels, the rest
     assert energies.shape == (2, 4)
@@ -190,11 +191,40 @@ def test_octaves_tell_sharp_from_blurred() -> None:
     assert energies[1].argmax() == 2
 
 
+def test_edges_are_told_by_direction_and_place() -> None:
+    dark_left = torch.zeros(1, 3, 32, 32)
+    dark_left[..., 18:] = 1.0
+    turns = [dark_left, dark_left.mT, dark_left.flip(-1), dark_left.mT.flip(-2)]
+    for turn, image in enumerate(turns):
+        steep = Edges().plain(image).exp().view(8, 8, 8) - 0.01
+        # brightness grows to the right, down, left, up: every second of eight directions
+        assert (steep > 1e-6).nonzero()[:, 0].unique().tolist() == [2 * turn]
+        # the cell's eight pixels at the edge, of sixteen, are as steep as can be
+        row, column = [(3, 4), (4, 3), (3, 3), (3, 3)][turn]
+        assert steep[2 * turn, row, column] == pytest.approx(0.5)
+        along = steep[2 * turn].sum(dim=turn % 2)
+        assert (along > 0).sum() == 1
+    # half-way between two directions, both have half
+    ramp = (torch.arange(32.0)[:, None] * math.tan(math.pi / 8) + torch.arange(32.0)) / 32
+    steep = Edges().plain(ramp.expand(1, 3, 32, 32)).exp().view(8, 8, 8)[:, 4, 4] - 0.01
+    torch.testing.assert_close(steep[0], steep[1])
+    assert steep[2:].max() < 1e-6
+
+
+def test_contrast_changes_all_edges_alike() -> None:
+    edges, images = Edges(), smooth(16)
+    once, twice = (edges.plain(images * by) for by in (100, 200))
+    steep = once > 0
+    assert steep.float().mean() > 0.2
+    gain = (twice - once)[steep]
+    torch.testing.assert_close(gain, torch.full_like(gain, math.log(2)), atol=0.02, rtol=0)
+
+
 def test_a_linear_feature_tells_all_statistics() -> None:
     torch.manual_seed(0)
     views = smooth(96) * torch.rand(96, 1, 1, 1) + torch.rand(96, 3, 1, 1)
-    features = torch.cat([ImageStatistics(3)(views), torch.randn(96, 3)], dim=1)
-    statistics = Statistics(24, 3)
+    features = torch.cat([Statistics(3)(views), torch.randn(96, 3)], dim=1)
+    statistics = Telling(24, Statistics(3))
     optimizer = torch.optim.Adam(statistics.parameters(), lr=1e-2)
     losses = []
     for _ in range(200):
@@ -216,18 +246,17 @@ def test_every_feature_and_number_of_channels(features: tuple[int, ...], channel
     output.loss.backward()
     assert 0 < output.registration_loss < 3
     assert 0 < output.statistics_loss < 5
+    assert 0 < output.edges_loss < 5
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in aux.parameters())
 
 
-@pytest.mark.parametrize(
-    ("options", "left"), [({"registration": 0}, "statistics"), ({"statistics": 0}, "registration")]
-)
-def test_a_term_without_weight_is_not_there(options: dict[str, Any], left: str) -> None:
+@pytest.mark.parametrize("gone", ["registration", "statistics", "edges"])
+def test_a_term_without_weight_is_not_there(gone: str) -> None:
+    options: dict[str, Any] = {gone: 0}
     aux = ReconAux(8, **options)
     output = aux(torch.rand(2, 4, 3, 8, 8), torch.rand(2, 4, 8))
-    gone = next(iter(options))
-    assert getattr(output, f"{gone}_loss") == 0
-    assert getattr(output, f"{left}_loss") > 0
+    for name in ("registration", "statistics", "edges"):
+        assert (getattr(output, f"{name}_loss") == 0) == (name == gone)
     assert not any(gone in name for name, _ in aux.named_parameters())
 
 
@@ -247,16 +276,17 @@ def test_a_small_first_batch_does_not_make_the_rest_extreme(count: int) -> None:
     aux(smooth(2 * count).view(2, count, 3, 32, 32), torch.rand(2, count, 8))
     output = aux((views, views), torch.rand(2, 64, 8))
     assert output.statistics_loss < 17
+    assert output.edges_loss < 17
 
 
 @pytest.mark.parametrize("shade", [0.0, 0.1, 1.0])
 def test_blank_views_set_no_units(shade: float) -> None:
     aux = ReconAux(8)
     views, features = torch.full((2, 4, 3, 32, 32), shade), torch.rand(2, 4, 8)
-    assert aux(views, features).unweighted_loss < 20
+    assert aux(views, features).unweighted_loss < 40
     assert not aux.pixel_scale.calibrated
-    assert not aux.statistics.target.calibrated
-    assert aux(smooth(8).view(2, 4, 3, 32, 32), features).unweighted_loss < 20
+    assert not aux.statistics.told.calibrated
+    assert aux(smooth(8).view(2, 4, 3, 32, 32), features).unweighted_loss < 60
 
 
 def test_dead_features_get_no_burst_of_gradient() -> None:
@@ -269,12 +299,14 @@ def test_dead_features_get_no_burst_of_gradient() -> None:
 
 
 def test_a_checkpoint_from_before_these_terms_is_named() -> None:
-    old = ReconAux(8, registration=0, statistics=0).state_dict()
+    none = {"registration": 0, "statistics": 0, "edges": 0}
+    old = ReconAux(8, **none).state_dict()
     options = json.loads(bytes(old["_extra_state"].tolist()))
-    del options["options"]["registration"], options["options"]["statistics"]
+    for name in none:
+        del options["options"][name]
     old["_extra_state"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
-    ReconAux(8, registration=0, statistics=0).load_state_dict(old)
-    with pytest.raises(RuntimeError, match=r"registration=0, not 4\.0, statistics=0, not 4\.0"):
+    ReconAux(8, **none).load_state_dict(old)
+    with pytest.raises(RuntimeError, match=r"=0, not 4\.0, statistics=0, not 4\.0, edges=0, not"):
         ReconAux(8).load_state_dict(old)
 
 

@@ -57,7 +57,8 @@ def test_gradients_accumulate_to_those_of_the_whole_batch() -> None:
     whole, parts = (attach(Siamese(), reconstruct="both") for _ in range(2))
     # units are those of the first batch
     parts.recon_aux.pixel_scale = whole.recon_aux.pixel_scale
-    parts.recon_aux.statistics.target = whole.recon_aux.statistics.target
+    parts.recon_aux.statistics.told = whole.recon_aux.statistics.told
+    parts.recon_aux.edges.told = whole.recon_aux.edges.told
     whole.training_step((views, labels), 0).backward()
     for rows in (slice(0, 4), slice(4, 8)):
         step = parts.training_step(([view[rows] for view in views], labels[rows]), 0)
