@@ -115,7 +115,7 @@ class ReconAux(nn.Module):
         *,
         weight: float = 1.0,
         registration: float = 4.0,
-        statistics: float = 4.0,
+        statistics: float = 8.0,
         edges: float = 16.0,
         equivariant_dim: int | None = None,
         context: Context = "invariant",

@@ -306,7 +306,7 @@ def test_a_checkpoint_from_before_these_terms_is_named() -> None:
         del options["options"][name]
     old["_extra_state"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
     ReconAux(8, **none).load_state_dict(old)
-    with pytest.raises(RuntimeError, match=r"=0, not 4\.0, statistics=0, not 4\.0, edges=0, not"):
+    with pytest.raises(RuntimeError, match=r"=0, not 4\.0, statistics=0, not 8\.0, edges=0, not"):
         ReconAux(8).load_state_dict(old)
 
 
