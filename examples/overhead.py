@@ -344,22 +344,25 @@ def table(runs: list[dict[str, Any]]) -> str:
         "same operations": lambda found: "yes" if found["same operations"] else "NO",
         "waits added": lambda found: str(found["waits"]),
     }
-    grid = markdown_table(["batch", *columns])
+    # what wasn't measured, for want of a GPU or with --count-only, isn't shown
+    shown = [name for name in columns if any(_cell(columns[name], run) for run in runs)]
+    grid = markdown_table(["batch", *shown])
     for run in runs:
         case = run["case"]
         name = ", ".join(filter(None, (case["model"], case["method"], case["options"])))
-        cells = []
-        for cell in columns.values():
-            try:
-                cells.append(cell(run["results"]))
-            except KeyError:
-                # not measured: --count-only, or no GPU
-                cells.append("")
+        cells = [_cell(columns[column], run) for column in shown]
         grid.add_row(name, str(case["batch_size"]), *cells)
     console = Console(width=200)
     with console.capture() as capture:
         console.print(grid)
     return capture.get()
+
+
+def _cell(column: Callable[[dict[str, Any]], str], run: dict[str, Any]) -> str:
+    try:
+        return column(run["results"])
+    except KeyError:
+        return ""
 
 
 def _ratio(time: dict[str, float]) -> str:
