@@ -3,16 +3,17 @@
 ``python examples/views3d/compare.py FOLDER`` trains every arm on a data set in 3DIEBench's layout,
 the official one or what render.py makes, measures it as Garrido, Najman and LeCun (2023, arXiv
 2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``: an
-interrupted run goes on where it was.
+interrupted run goes on where it was. ``--arms`` compares others, such as
+``"VICReg + recon_aux, edges=32"``, with any of attach's options.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 sys.path.append(str(Path(__file__).parent.parent))
-from common import small_resnet18
+from common import parse_options, small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from records import record, trained_on, with_spread
@@ -61,17 +62,23 @@ class Supervised(LightningModule):
     configure_optimizers = SimCLR.configure_optimizers
 
 
-Arm = Callable[[nn.Module, int, float], LightningModule]
+METHODS = {"VICReg": VICReg, "SimCLR": SimCLR, "SIE": SIE, "supervised": Supervised}
+ATTACHED = " + recon_aux"
+ARMS = ["VICReg", "SimCLR", "SIE", f"VICReg{ATTACHED}", f"SimCLR{ATTACHED}", "supervised"]
 
-ARMS: dict[str, Arm] = {
-    "VICReg": VICReg,
-    "SimCLR": SimCLR,
-    "SIE": SIE,
-    "VICReg + recon_aux": lambda *given: attach(VICReg(*given)),
-    "SimCLR + recon_aux": lambda *given: attach(SimCLR(*given)),
-    "supervised": Supervised,
-}
-SPLIT = {"SIE", "VICReg + recon_aux", "SimCLR + recon_aux"}
+
+def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
+    """Tell the method's name, and attach's options where it is attached."""
+    name, _, options = arm.partition(", ")
+    method = name.removesuffix(ATTACHED)
+    if method not in METHODS or (options and method == name):
+        raise SystemExit(f"--arms expects {ARMS}, with attach's options behind, got {arm!r}")
+    return method, None if method == name else parse_options(options)
+
+
+def is_split(arm: str) -> bool:
+    """Whether the feature has two parts."""
+    return arm == "SIE" or parse_arm(arm)[1] is not None
 
 
 # --- training ---
@@ -81,7 +88,10 @@ def train(arm: str, data: Objects, seed: int, args: argparse.Namespace) -> Light
     """Train one arm."""
     seed_everything(seed, verbose=False)
     encoder = small_resnet18(args.width, stride=2).to(memory_format=torch.channels_last)
-    model = ARMS[arm](encoder, 8 * args.width, args.lr)
+    method, options = parse_arm(arm)
+    model = METHODS[method](encoder, 8 * args.width, args.lr)
+    if options is not None:
+        attach(model, **options)
     sampler = RandomSampler(data, num_samples=args.steps * args.batch_size)
     loader = DataLoader(data, args.batch_size, sampler=sampler, num_workers=args.workers)
     trainer = Trainer(
@@ -200,7 +210,7 @@ def run(
     features = tuple(encode(model, objects, device) for objects in data)
     half = features[0].shape[2] // 2
     parts = {"whole": slice(None)}
-    if arm in SPLIT:
+    if is_split(arm):
         parts |= {"invariant": slice(0, half), "equivariant": slice(half, None)}
     results = {
         part: measure((features[0][..., cut], features[1][..., cut]), data, device)
@@ -229,8 +239,8 @@ def table(out: Path) -> str:
     """Put the arms that are done side by side: mean and standard deviation over seeds."""
     done = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     grid = markdown_table(["seeds", *COLUMNS.values()])
-    for arm in ARMS:
-        runs = [record["results"] for record in done if record["arm"] == arm]
+    for arm in dict.fromkeys([*ARMS, *(run["arm"] for run in done)]):
+        runs = [run["results"] for run in done if run["arm"] == arm]
         for part in runs[0] if runs else ():
             cells = []
             for key in COLUMNS:
@@ -252,7 +262,7 @@ def main() -> None:
     add("folder", type=Path, help="of the data set")
     add("--lists", type=Path, help="folder of the lists of objects, if it is another")
     add("--out", type=Path, default=Path("runs/views3d"))
-    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    add("--arms", nargs="+", default=ARMS, help="with attach's options behind, after a comma")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=5000)
     add("--batch-size", type=int, default=256)
@@ -269,9 +279,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     options = {key: getattr(args, key) for key in ("size", "lists", "views", "limit")}
     data: list[Objects] = []
+    for arm in args.arms:
+        parse_arm(arm)
     for seed in args.seeds:
         for arm in args.arms:
-            path = args.out / f"{arm.replace(' ', '')}-{seed}.json"
+            file = re.sub(r"[^\w.=]+", "-", arm)
+            path = args.out / f"{file}-{seed}.json"
             if path.exists():
                 continue
             data = data or [
