@@ -201,10 +201,12 @@ def views_and_features(batch: int = 4, dim: int = 8) -> tuple[Tensor, Tensor]:
 
 def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
     views, features = views_and_features()
-    output = ReconAux(8, weight=7.0, registration=2.0, statistics=3.0)(views, features)
-    parts = output.reconstruction_loss, output.registration_loss, output.statistics_loss
-    one, two, three = (part.item() for part in parts)
-    assert output.unweighted_loss.item() == pytest.approx(one + 2 * two + 3 * three)
+    aux = ReconAux(8, weight=7.0, registration=2.0, statistics=3.0, edges=5.0)
+    output = aux(views, features)
+    losses = output.registration_loss, output.statistics_loss, output.edges_loss
+    expected = output.reconstruction_loss + torch.tensor([2.0, 3.0, 5.0]) @ torch.stack(losses)
+    assert min(losses) > 0
+    assert output.unweighted_loss.item() == pytest.approx(expected.item())
     assert output.loss.item() == pytest.approx(7 * output.unweighted_loss.item())
     assert torch.equal(output.target, views[output.rebuilt[0]])
 
@@ -260,7 +262,8 @@ def test_the_rebuilt_view_gives_its_equivariant_part_and_the_other_its_context()
     views, features = views_and_features(dim=8)
     for context, kept in (("invariant", [0, 4]), ("equivariant", [4, 8]), ("both", [0, 8])):
         y0, y1 = (y.clone().requires_grad_() for y in features)
-        aux = ReconAux(8, context=context, registration=0, statistics=0)  # type: ignore[arg-type]
+        none = {"registration": 0, "statistics": 0, "edges": 0}
+        aux = ReconAux(8, context=context, **none)  # type: ignore[arg-type]
         aux(views, (y0, y1)).loss.backward()
         used = [[bool(column.any()) for column in y.grad.T] for y in (y0, y1)]  # type: ignore[union-attr]
         assert used[0] == [False] * 4 + [True] * 4
