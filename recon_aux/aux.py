@@ -70,8 +70,8 @@ class ReconAux(nn.Module):
         weight: what the sum of the terms is multiplied with; 0 at construction switches the
             task off: the decoder is frozen.
         registration: weight, among the terms, of moving one view onto the other; 0 leaves it out.
-        statistics: weight, among the terms, of telling each view's colours; 0 leaves it out.
-        edges: weight, among the terms, of telling each view's edges; 0 leaves it out.
+        statistics: weight, among the terms, of telling how a view's pixels vary; 0 leaves it out.
+        edges: weight, among the terms, of telling where a view's edges run; 0 leaves it out.
         equivariant_dim: how many of the last channels are equivariant; half by default. 0 is no
             split: the method's loss and the decoder both see the whole feature.
         context: which part of the other view's feature the decoder sees:
@@ -368,7 +368,6 @@ class ReconAux(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore which view comes next."""
-        self.refuse_not_finite = FiniteCheck()
         saved = _decoded(state)
         self._calls, self._seed, self.encoder = saved["calls"], saved["seed"], saved["encoder"]
 
@@ -383,6 +382,8 @@ class ReconAux(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Start anew from a bare model's checkpoint; name options that differ from the saved."""
+        # what is under way belongs to weights that are about to be gone
+        self.refuse_not_finite = FiniteCheck()
         extra = state_dict.get(prefix + "_extra_state")
         # before there were these terms
         former = dict.fromkeys(_TERMS, 0)

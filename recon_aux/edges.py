@@ -13,6 +13,8 @@ from .telling import Told
 # along each side of the image
 _CELLS = 8
 _DIRECTIONS = 8
+# of the images, which may be larger, in pixels
+_SIDE = 32
 # of steepness, below which it is noise
 _FLOOR = 0.01
 
@@ -32,17 +34,21 @@ class Edges(Told):
     """
 
     def __init__(self) -> None:
-        super().__init__(_CELLS**2 * _DIRECTIONS)
+        # a direction's cells share their units, which a small first batch can tell
+        super().__init__(_CELLS**2 * _DIRECTIONS, units=_DIRECTIONS)
 
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, 512)``: directions, rows, columns."""
-        gray = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-        x = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]
-        y = gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
-        turn = torch.atan2(y, x) * (_DIRECTIONS / (2 * math.pi))
-        bins = torch.arange(_DIRECTIONS, device=gray.device)[:, None, None]
-        away = (turn - bins).remainder(_DIRECTIONS)
+        if images.shape[-1] > _SIDE:
+            images = F.adaptive_avg_pool2d(images, _SIDE)
+        padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+        x = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+        y = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+        # of the channel where it is steepest
+        steepness, channel = torch.hypot(x, y).max(dim=1, keepdim=True)
+        turn = torch.atan2(y.gather(1, channel), x.gather(1, channel))
+        bins = torch.arange(_DIRECTIONS, device=images.device)[:, None, None]
+        away = (turn * (_DIRECTIONS / (2 * math.pi)) - bins).remainder(_DIRECTIONS)
         # between the two nearest, around the circle
         share = (1 - torch.minimum(away, _DIRECTIONS - away)).clamp(min=0)
-        steepness = F.adaptive_avg_pool2d(share * torch.hypot(x, y), _CELLS)
-        return (steepness + _FLOOR).log().flatten(1)
+        return (F.adaptive_avg_pool2d(share * steepness, _CELLS) + _FLOOR).log().flatten(1)

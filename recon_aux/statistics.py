@@ -32,15 +32,16 @@ class Statistics(Told):
     axes: Tensor
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels * (_OCTAVES + 3) + channels * (channels - 1) // 2)
+        count = channels * (_OCTAVES + 3) + channels * (channels - 1) // 2
+        super().__init__(count, units=count)
         self.register_buffer("axes", torch.eye(channels, dtype=torch.float32))
 
-    def is_fit(self, images: Tensor) -> bool:
-        """Find the axes of colour, where there are colours."""
+    def _measure(self, images: Tensor) -> bool:
         colors = color_axes(images)
-        if colors is not None:
-            self.axes.copy_(colors[2])
-        return colors is not None
+        if colors is None:
+            return False
+        self.axes.copy_(colors[2])
+        return super()._measure(images)
 
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, N)``: means, correlations, energies."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from .scale import Calibrated, color_axes, mean_over_processes
+from .scale import Calibrated, mean_over_processes
 
 
 class Readout(nn.Module):
@@ -42,44 +43,46 @@ class Told(Calibrated):
 
     Args:
         count: N, of numbers that describe an image.
+        units: of how many units; as many numbers, one after the other, share each.
     """
 
     middle: Tensor
     spread: Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, units: int) -> None:
         super().__init__()
         self.count = count
-        self.register_buffer("middle", torch.zeros(count, dtype=torch.float32))
-        self.register_buffer("spread", torch.ones(count, dtype=torch.float32))
+        self.register_buffer("middle", torch.zeros(units, 1, dtype=torch.float32))
+        self.register_buffer("spread", torch.ones(units, 1, dtype=torch.float32))
 
     @abstractmethod
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, N)``, both in float32, before units."""
 
-    def is_fit(self, images: Tensor) -> bool:
-        """Whether the first batch may set units; what else it sets is set here."""
-        return color_axes(images) is not None
-
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, N)``, both in float32; the first call sets the units.
 
-        Zeros as long as images are blank; what is far out is cut off at four times the spread.
+        Zeros as long as images are all alike; what is far out is cut off at four times the spread.
         """
         self._calibrate(images)
         if not self.calibrated:
-            return torch.zeros(len(images), self.count, device=images.device)
-        return ((self.plain(images) - self.middle) / self.spread).clamp(-4, 4)
+            return images.new_zeros(len(images), self.count)
+        return ((self._by_unit(images) - self.middle) / self.spread).clamp(-4, 4).flatten(1)
+
+    def _by_unit(self, images: Tensor) -> Tensor:
+        return rearrange(self.plain(images), "b (u n) -> b u n", u=len(self.middle))
 
     def _measure(self, images: Tensor) -> bool:
-        if not self.is_fit(images):
+        told = self._by_unit(images)
+        middle = mean_over_processes(told.mean(dim=(0, 2)), len(told))[:, None]
+        square = (told - middle).square().mean(dim=(0, 2))
+        spread = mean_over_processes(square, len(told)).sqrt()[:, None]
+        if not (torch.isfinite(spread).all() and spread.max() > 1e-3):
             return False
-        told = self.plain(images)
-        self.middle.copy_(mean_over_processes(told.mean(dim=0), len(told)))
-        square = (told - self.middle).square().mean(dim=0)
+        self.middle.copy_(middle)
         # what hardly varies in the first batch, which may be small, may yet
-        self.spread.copy_(mean_over_processes(square, len(told)).sqrt().clamp(min=0.3))
+        self.spread.copy_(spread.clamp(min=0.3))
         return True
 
 
@@ -110,7 +113,8 @@ class Telling(nn.Module):
             images: the views, each ``(B, C, H, W)`` in float32.
 
         Returns:
-            The mean squared error, a float32 scalar; 1 is what telling the mean gives.
+            The mean squared error, a float32 scalar; telling the mean gives about 1, if the first
+            batch was like the rest.
         """
         read = self.readout(torch.cat(list(equivariant)))
         return F.mse_loss(read, self.told(torch.cat(list(images))))

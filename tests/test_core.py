@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -422,8 +423,13 @@ def test_it_is_told_before_weights_are_saved(sent: list[Sent]) -> None:
     with pytest.raises(FloatingPointError, match=r"got nan in step 1; "):
         aux.state_dict()
     # a step that was taken back is forgotten
-    aux(views, features * float("nan"))
-    aux.load_state_dict(saved)
+    for state in (saved, {"recon_aux." + key: value for key, value in saved.items()}, {}):
+        model = torch.nn.ModuleDict({"recon_aux": aux}) if state is not saved else aux
+        aux(views, features * float("nan"))
+        with warnings.catch_warnings():
+            # of a bare model's
+            warnings.simplefilter("ignore")
+            model.load_state_dict(state)
     aux(views, features)
     aux.state_dict()
     assert all(step.arrived for step in sent[-1:])
@@ -434,10 +440,14 @@ def test_a_gpu_is_not_waited_for() -> None:
     views, features = (x.cuda() for x in views_and_features())
     aux = ReconAux(8).cuda()
     aux(views, features)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda.set_sync_debug_mode("error")
-        aux(views, features)
-        aux(views, features * float("nan"))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            aux(views, features)
+            aux(views, features * float("nan"))
+    finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     with pytest.raises(FloatingPointError, match=r"got nan in step 3; "):
