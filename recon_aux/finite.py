@@ -35,7 +35,7 @@ class FiniteCheck:
     """Refuses losses that aren't finite: on a CPU at once, on a GPU when the news has come.
 
     Reading a number from a GPU would stop the process until the GPU has done all that it was given.
-    The numbers are sent instead, and read in one of the next steps, or before a checkpoint is made.
+    The numbers are sent instead, and read in one of the next steps, or before a state_dict is made.
     """
 
     def __init__(self) -> None:
