@@ -28,5 +28,5 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     run_example("overhead.py", *SMALL, "--grow", "--small", "--out", tmp_path)
     curves = json.loads((tmp_path / "growth.json").read_text())["results"]
     assert len(curves) == 4
-    assert all(1 < flops < 1.2 for ((_, _, flops),) in curves.values())
+    assert all(1 < flops < 2 for ((_, _, flops),) in curves.values())
     assert (tmp_path / "growth.png").stat().st_size > 0
