@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
-from records import record, trained_on, with_spread
+from records import file_name, record, trained_on, with_spread
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -254,8 +253,7 @@ def main() -> None:
     for seed in args.seeds:
         for own in folders:
             for arm in arms:
-                file = re.sub(r"[^\w.=]+", "-", arm)
-                path = args.out / f"{own}-{file}-{seed}.json"
+                path = args.out / f"{own}-{file_name(arm, seed)}.json"
                 if path.exists():
                     continue
                 data = data or {

@@ -32,8 +32,7 @@ from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from pytorch_lightning import Callback, Trainer
-from records import record, trained_on
-from rich.console import Console
+from records import as_text, record, trained_on
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -352,10 +351,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         name = ", ".join(filter(None, (case["model"], case["method"], case["options"])))
         cells = [_cell(columns[column], run) for column in shown]
         grid.add_row(name, str(case["batch_size"]), *cells)
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(grid)
-    return capture.get()
+    return as_text(grid)
 
 
 def _cell(column: Callable[[dict[str, Any]], str], run: dict[str, Any]) -> str:
@@ -371,21 +367,17 @@ def _ratio(time: dict[str, float]) -> str:
 
 def grown(case: Case, *, small: bool) -> dict[str, list[tuple[int, Case]]]:
     """Let one thing grow at a time."""
-    sizes: dict[str, list[int]] = {
-        "images in a batch": [8, 16, 32, 64, 128],
-        "side of the images": [32, 64, 96, 128, 192],
-        "width of the feature": [64, 128, 256, 512],
-        "small crops": [0, 2, 4, 6, 8],
+    # the field that grows, what one of it stands for, and how far
+    growing: dict[str, tuple[str, int, list[int]]] = {
+        "images in a batch": ("batch_size", 1, [8, 16, 32, 64, 128]),
+        "side of the images": ("image_size", 1, [32, 64, 96, 128, 192]),
+        "width of the feature": ("width", 8, [64, 128, 256, 512]),
+        "small crops": ("crops", 1, [0, 2, 4, 6, 8]),
     }
-    fields = {"images in a batch": "batch_size", "side of the images": "image_size"}
-    fields |= {"width of the feature": "width", "small crops": "crops"}
-    cases = {}
-    for what, values in sizes.items():
-        field = fields[what]
-        given = [value // 8 if field == "width" else value for value in values]
-        pairs = [(v, replace(case, **{field: g})) for v, g in zip(values, given, strict=True)]
-        cases[what] = pairs[:1] if small else pairs
-    return cases
+    return {
+        what: [(v, replace(case, **{field: v // unit})) for v in (values[:1] if small else values)]
+        for what, (field, unit, values) in growing.items()
+    }
 
 
 def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:

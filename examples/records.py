@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 
 def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any) -> dict[str, Any]:
@@ -34,6 +37,19 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def file_name(arm: str, seed: int) -> str:
+    """Name the file of an arm's record, whatever options are behind the arm's name."""
+    return re.sub(r"[^\w.=]+", "-", arm) + f"-{seed}"
+
+
+def as_text(grid: Table) -> str:
+    """Write a table as it is printed, whatever the terminal's width."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(grid)
+    return capture.get()
 
 
 def trained_on(args: argparse.Namespace) -> torch.device:

@@ -255,13 +255,15 @@ def detach(model: Model) -> Model:
 
 
 def trained_encoder(model: nn.Module) -> nn.Module:
-    """Give the encoder that an attached model trains.
+    """Give the encoder that an attached model trains, to be handed out.
 
     Raises:
         ValueError: if nothing is attached.
+        FloatingPointError: if a GPU has not told until now that a loss was not finite.
     """
-    model = unwrap(model)
-    return _attachment(model).trained_encoder
+    attachment = _attachment(unwrap(model))
+    attachment.aux.refuse_not_finite.settle()
+    return attachment.trained_encoder
 
 
 def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -72,8 +72,6 @@ def export_backbone(
         <All keys matched successfully>
     """
     encoder = unwrap(trained_encoder(model))
-    # a GPU may not have told until now that a loss was not finite
-    unwrap(model).get_submodule("recon_aux").refuse_not_finite.settle()  # type: ignore[operator, union-attr]
     state = {
         key.replace("_orig_mod.", ""): _whole(value)
         for key, value in encoder.state_dict().items()

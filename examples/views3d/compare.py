@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from data import Objects, normalize, targets
 from pytorch_lightning import LightningModule, Trainer, seed_everything
-from rich.console import Console
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
@@ -34,7 +32,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from common import parse_options, small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
-from records import record, trained_on, with_spread
+from records import as_text, file_name, record, trained_on, with_spread
 from sie import SIE
 
 from recon_aux.integrations.lightly import attach
@@ -74,11 +72,6 @@ def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
     if method not in METHODS or (options and method == name):
         raise SystemExit(f"--arms expects {ARMS}, with attach's options behind, got {arm!r}")
     return method, None if method == name else parse_options(options)
-
-
-def is_split(arm: str) -> bool:
-    """Whether the feature has two parts."""
-    return arm == "SIE" or parse_arm(arm)[1] is not None
 
 
 # --- training ---
@@ -199,6 +192,14 @@ def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
     return {"MRR": (1 / rank).mean().item(), **hits}
 
 
+def invariant_dim(model: LightningModule) -> int | None:
+    """Give the width of the invariant part, where the feature has two."""
+    if isinstance(model, SIE):
+        return model.half
+    aux = getattr(model, "recon_aux", None)
+    return aux.splitter.invariant_dim if aux and aux.splitter.equivariant_dim else None
+
+
 def run(
     arm: str, seed: int, data: tuple[Objects, Objects], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -208,10 +209,10 @@ def run(
     seconds = time.perf_counter() - started
     device = trained_on(args)
     features = tuple(encode(model, objects, device) for objects in data)
-    half = features[0].shape[2] // 2
     parts = {"whole": slice(None)}
-    if is_split(arm):
-        parts |= {"invariant": slice(0, half), "equivariant": slice(half, None)}
+    cut = invariant_dim(model)
+    if cut is not None:
+        parts |= {"invariant": slice(0, cut), "equivariant": slice(cut, None)}
     results = {
         part: measure((features[0][..., cut], features[1][..., cut]), data, device)
         for part, cut in parts.items()
@@ -247,10 +248,7 @@ def table(out: Path) -> str:
                 values = [run[part][key] for run in runs if key in run[part]]
                 cells.append(with_spread(values, 1 if key == "accuracy" else 3))
             grid.add_row(f"{arm}, {part}", str(len(runs)), *cells)
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(grid)
-    return capture.get()
+    return as_text(grid)
 
 
 def main() -> None:
@@ -283,8 +281,7 @@ def main() -> None:
         parse_arm(arm)
     for seed in args.seeds:
         for arm in args.arms:
-            file = re.sub(r"[^\w.=]+", "-", arm)
-            path = args.out / f"{file}-{seed}.json"
+            path = args.out / f"{file_name(arm, seed)}.json"
             if path.exists():
                 continue
             data = data or [
