@@ -262,9 +262,10 @@ class ReconAux(nn.Module):
             own, other = own.to(like.dtype), other.to(like.dtype)
         decoded = self.decoder(own, other)
         with torch.autocast(target.device.type, enabled=False):
-            white = self.pixel_scale.whiten(torch.cat(resized)).chunk(2)
-            rebuilding = self.reconstruction_loss(decoded, torch.cat([white[i] for i in chosen]))
-            pooled = [_pooled(part) for part in parts]
+            white = self.pixel_scale.whiten(torch.cat(resized))
+            wanted = torch.cat([white.chunk(2)[i] for i in chosen])
+            rebuilding = self.reconstruction_loss(decoded, wanted)
+            pooled = torch.cat([_pooled(part) for part in parts])
             terms = [
                 rebuilding.new_zeros(()) if term is None else term(pooled, white)
                 for term in (self.registration, self.statistics, self.edges)

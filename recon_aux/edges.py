@@ -47,8 +47,12 @@ class Edges(Told):
         # of the channel where it is steepest
         steepness, channel = torch.hypot(x, y).max(dim=1, keepdim=True)
         turn = torch.atan2(y.gather(1, channel), x.gather(1, channel))
-        bins = torch.arange(_DIRECTIONS, device=images.device)[:, None, None]
-        away = (turn * (_DIRECTIONS / (2 * math.pi)) - bins).remainder(_DIRECTIONS)
-        # between the two nearest, around the circle
-        share = (1 - torch.minimum(away, _DIRECTIONS - away)).clamp(min=0)
-        return (F.adaptive_avg_pool2d(share * steepness, _CELLS) + _FLOOR).log().flatten(1)
+        # a place that is no number would end the process on a GPU
+        turn = (turn * (_DIRECTIONS / (2 * math.pi))).nan_to_num()
+        # between the two nearest directions, around the circle
+        share = turn - turn.floor()
+        near = turn.floor().long() % _DIRECTIONS
+        steep = images.new_zeros(len(images), _DIRECTIONS, *images.shape[2:])
+        steep.scatter_(1, near, (1 - share) * steepness)
+        steep.scatter_(1, (near + 1) % _DIRECTIONS, share * steepness)
+        return (F.adaptive_avg_pool2d(steep, _CELLS) + _FLOOR).log().flatten(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -36,7 +35,7 @@ class Registration(nn.Module):
         equivariant_dim: E, channels of the equivariant part.
 
     Example:
-        >>> features, images = torch.rand(2, 4, 128), torch.rand(2, 4, 3, 32, 32)
+        >>> features, images = torch.rand(8, 128), torch.rand(8, 3, 32, 32)
         >>> Registration(128)(features, images).shape
         torch.Size([])
     """
@@ -45,18 +44,18 @@ class Registration(nn.Module):
         super().__init__()
         self.pose = Readout(equivariant_dim, 6)
 
-    def forward(self, equivariant: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    def forward(self, equivariant: Tensor, images: Tensor) -> Tensor:
         """Compare each view with the other one, moved.
 
         Args:
-            equivariant: of both views, each ``(B, E)``.
-            images: both views, each ``(B, C, H, W)`` in float32.
+            equivariant: of the first views, then of the others, ``(2*B, E)``.
+            images: the views in the same order, ``(2*B, C, H, W)`` in float32.
 
         Returns:
             Mean squared difference of the images, each of zero mean and unit variance, as a float32
             scalar: 0 where one is the other one moved, 2 where they have nothing in common.
         """
-        poses = [self.pose(part) for part in equivariant]
+        poses = self.pose(equivariant).chunk(2)
         affine = [_affine(pose) for pose in poses]
         mirrored = [_affine(_mirror(pose)) for pose in poses]
         inverse = [_inverse(pose) for pose in affine]
@@ -68,7 +67,7 @@ class Registration(nn.Module):
         matrix, shift = (torch.cat(parts) for parts in zip(*moves, strict=True))
         likeness = matrix.new_zeros(len(matrix))
         for side in _SIDES:
-            small = [_standardized(F.adaptive_avg_pool2d(view, side)) for view in images]
+            small = _standardized(F.adaptive_avg_pool2d(images, side)).chunk(2)
             sources = torch.cat([small[1], small[1].flip(-1), small[0], small[0].flip(-1)])
             targets = torch.cat([small[0], small[0], small[1], small[1]])
             moved = _standardized(_sample(sources, matrix, shift))

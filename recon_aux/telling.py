@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +94,7 @@ class Telling(nn.Module):
 
     Example:
         >>> from recon_aux.edges import Edges
-        >>> features, images = torch.rand(2, 4, 128), torch.rand(2, 4, 3, 32, 32)
+        >>> features, images = torch.rand(4, 128), torch.rand(4, 3, 32, 32)
         >>> Telling(128, Edges())(features, images).shape
         torch.Size([])
     """
@@ -105,16 +104,15 @@ class Telling(nn.Module):
         self.told = told
         self.readout = Readout(equivariant_dim, told.count)
 
-    def forward(self, equivariant: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    def forward(self, equivariant: Tensor, images: Tensor) -> Tensor:
         """Compare what is told with what is.
 
         Args:
-            equivariant: of the views, each ``(B, E)``.
-            images: the views, each ``(B, C, H, W)`` in float32.
+            equivariant: of the views, ``(B, E)``.
+            images: the views, ``(B, C, H, W)`` in float32.
 
         Returns:
             The mean squared error, a float32 scalar; telling the mean gives about 1, if the first
             batch was like the rest.
         """
-        read = self.readout(torch.cat(list(equivariant)))
-        return F.mse_loss(read, self.told(torch.cat(list(images))))
+        return F.mse_loss(self.readout(equivariant), self.told(images))
