@@ -1,6 +1,7 @@
 """`nox` checks style and types, runs every test, builds the package and imports what it built.
 
-Two environments: PyPI's solo-learn, of 2021, wants another Lightning than everything else.
+Two environments, the second on top of the first: PyPI's solo-learn, of 2021, wants another
+Lightning than everything else.
 """
 
 import shutil
@@ -55,7 +56,18 @@ def package(session: nox.Session) -> None:
 @nox.session
 def solo_learn(session: nox.Session) -> None:
     """The solo-learn adapter on the version that PyPI has."""
+    share_torch(session)
     session.install("-e", ".", *SOLO_LEARN_NEEDS)
     # its pins, of torch 1.9 among others, can't be met
     session.install("--no-deps", "solo-learn==1.0.2")
     session.run("pytest", "-rs", "tests/test_solo_learn.py", *session.posargs)
+
+
+def share_torch(session: nox.Session) -> None:
+    """Look for packages in the tests' environment, too, if there is one: torch takes gigabytes."""
+    own = Path(session.virtualenv.location).resolve()
+    shared = own.parent / "tests"
+    for packages in own.glob("lib/python*/site-packages"):
+        others = shared / packages.relative_to(own)
+        if others.is_dir():
+            (packages / "shared.pth").write_text(f"{others}\n")
