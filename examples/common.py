@@ -7,6 +7,7 @@ import ast
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -348,23 +349,24 @@ class Study:
             torch.manual_seed(self.args.seed)
             samples = [(image, torch.tensor(0)) for image in images]
             views, _ = TwoViews(flip=False)(samples)
-        views = [view.to(self.device) for view in views]
-        output = aux(views, [encoder(view) for view in views])
-        first = output.rebuilt[0]
-        rows = {
-            "view": views[first],
-            "other view": views[1 - first],
-            "reconstruction": output.reconstruction[: len(images)],
-        }
-        figure, axes = plt.subplots(3, len(images), figsize=(len(images) * 1.1, 3.5))
-        for (label, pictures), line in zip(rows.items(), axes, strict=True):
-            for picture, axis in zip(pictures.cpu(), line, strict=True):
-                axis.imshow((picture * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0))
-                axis.set(xticks=[], yticks=[])
-            line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=12)
-        figure.tight_layout(pad=0.3)
-        figure.savefig(self.out / "reconstructions.png", dpi=100)
-        plt.close(figure)
+        view, other = (view.to(self.device) for view in views)
+        rebuilt = aux.rebuild(encoder(view), encoder(other))
+        rows = {"view": view, "other view": other, "reconstruction": rebuilt}
+        save_pictures(list(rows.values()), list(rows), self.out / "reconstructions.png")
+
+
+def save_pictures(rows: Sequence[Sequence[Tensor]], labels: Sequence[str], path: Path) -> None:
+    """Save rows of images as the encoders see them, each row with what it shows."""
+    shape = len(rows), len(rows[0])
+    figure, axes = plt.subplots(*shape, figsize=(shape[1] * 1.1, shape[0] * 1.15), squeeze=False)
+    for label, pictures, line in zip(labels, rows, axes, strict=True):
+        for picture, axis in zip(pictures, line, strict=True):
+            axis.imshow((picture.float().cpu() * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0))
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=12)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def _parse(description: str | None) -> argparse.Namespace:

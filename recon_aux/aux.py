@@ -257,10 +257,7 @@ class ReconAux(nn.Module):
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
         resized = [resize_view(view, self.target_size) for view in views]
         target = torch.cat([resized[i] for i in chosen])
-        if not torch.is_autocast_enabled(own.device.type):
-            like = self.decoder.queries
-            own, other = own.to(like.dtype), other.to(like.dtype)
-        decoded = self.decoder(own, other)
+        decoded = self._decode(own, other)
         with torch.autocast(target.device.type, enabled=False):
             white = self.pixel_scale.whiten(torch.cat(resized))
             wanted = torch.cat([white.chunk(2)[i] for i in chosen])
@@ -284,6 +281,40 @@ class ReconAux(nn.Module):
             target=target,
             rebuilt=chosen,
         )
+
+    @torch.no_grad()
+    def rebuild(self, feature: Tensor, other: Tensor) -> Tensor:
+        """Draw the view that a feature is of, in the context of another view, or of another image.
+
+        Args:
+            feature: of the view to draw, whose equivariant part is taken; as in :meth:`forward`.
+            other: of as many other views; the part that ``context=`` names is taken.
+
+        Returns:
+            ``(B, C, target_size, target_size)`` in the views' own units; with
+            ``normalize_patches=True`` the decoder speaks of normalised patches, and so does this.
+
+        Raises:
+            ValueError: if a shape isn't as above.
+
+        Example:
+            >>> aux = ReconAux(feature_dim=512)
+            >>> aux.rebuild(torch.rand(4, 512), torch.rand(4, 512)).shape
+            torch.Size([4, 3, 32, 32])
+        """
+        if len(feature) != len(other):
+            raise ValueError(
+                f"expected as many other features as features, got {len(other)} for {len(feature)}"
+            )
+        own, context = self._part("equivariant", feature), self._part(self.context, other)
+        return self.pixel_scale.restore(self._decode(own, context).float())
+
+    def _decode(self, own: Tensor, other: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(own.device.type):
+            like = self.decoder.queries
+            own, other = own.to(like.dtype), other.to(like.dtype)
+        decoded: Tensor = self.decoder(own, other)
+        return decoded
 
     def _part(self, name: Context, feature: Tensor) -> Tensor:
         invariant: Tensor

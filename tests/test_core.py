@@ -271,6 +271,21 @@ def test_the_rebuilt_view_gives_its_equivariant_part_and_the_other_its_context()
         assert used[1] == [kept[0] <= i < kept[1] for i in range(8)]
 
 
+@pytest.mark.parametrize("context", ["invariant", "equivariant", "both"])
+def test_a_view_is_drawn_as_training_rebuilds_it_and_in_any_context(context: Any) -> None:
+    views, (y0, y1) = views_and_features(dim=8)
+    aux = ReconAux(8, context=context)
+    output = aux(views, (y0, y1))
+    assert output.rebuilt == (0,)
+    state = {name: value.clone() for name, value in aux.state_dict().items()}
+    drawn = aux.rebuild(y0, y1)
+    torch.testing.assert_close(drawn, output.reconstruction)
+    assert not torch.allclose(aux.rebuild(y0, y1 + torch.randn_like(y1)), drawn)
+    assert all(torch.equal(value, aux.state_dict()[name]) for name, value in state.items())
+    with pytest.raises(ValueError, match="as many other features"):
+        aux.rebuild(y0, y1[:1])
+
+
 def test_without_a_split_the_decoder_sees_the_whole_feature() -> None:
     views, features = views_and_features()
     y0 = features[0].requires_grad_()

@@ -3,8 +3,9 @@
 ``python examples/views3d/compare.py FOLDER`` trains every arm on a data set in 3DIEBench's layout,
 the official one or what render.py makes, measures it as Garrido, Najman and LeCun (2023, arXiv
 2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``: an
-interrupted run goes on where it was. ``--arms`` compares others, such as
-``"VICReg + recon_aux, edges=32"``, with any of attach's options.
+interrupted run goes on where it was; next to it a picture of what an attached one rebuilds.
+``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with any of attach's
+options.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from records import as_text, file_name, record, trained_on, with_spread
 from sie import SIE
+from steering import draw
 
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import markdown_table
@@ -217,6 +219,8 @@ def run(
         part: measure((features[0][..., cut], features[1][..., cut]), data, device)
         for part, cut in parts.items()
     }
+    if hasattr(model, "recon_aux"):
+        draw(model, data[1], args.out / f"{file_name(arm, seed)}.png", device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
     return record(args, seconds, results, arm=arm, seed=seed)

@@ -1,0 +1,46 @@
+"""Draw what the parts of a feature hold: one object's equivariant parts, another's context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import save_pictures
+from data import Objects, normalize
+
+# of an object, next to each other
+_VIEWS = 9
+
+
+@torch.no_grad()
+def draw(model: Any, data: Objects, path: Path, device: torch.device) -> None:
+    """Save a picture: an object's views, and each rebuilt in three contexts.
+
+    That is from its equivariant part, as it is, and from the invariant part of a view in the first
+    column: another view of the object, then of two objects of other classes.
+
+    Args:
+        model: trained, with ``backbone`` and ``recon_aux``.
+        data: objects that it hasn't seen.
+        path: of the PNG file.
+        device: where the model is.
+    """
+    encoder, aux = model.backbone.eval(), model.recon_aux.to(device).eval()
+    classes = [int((data.labels == label).nonzero()[0]) for label in data.labels.unique()]
+    shown = min(data.views - 1, _VIEWS)
+    rows, labels = [], []
+    for turning in (classes[0], classes[len(classes) // 2]):
+        views = torch.stack([data.image(turning, view) for view in range(shown + 1)])
+        views = normalize(views).to(device)
+        others = [row for row in (classes[1], classes[-1]) if row != turning]
+        contexts = [views[-1]]
+        contexts += [normalize(data.image(row, 0)).to(device) for row in others]
+        features = encoder(views[:-1])
+        rows.append([torch.zeros_like(views[0]), *views[:-1]])
+        labels.append("context, and views")
+        for context, label in zip(contexts, ["rebuilt", *["steered"] * len(others)], strict=True):
+            other = encoder(context[None]).expand_as(features)
+            rows.append([context, *aux.rebuild(features, other)])
+            labels.append(label)
+    save_pictures(rows, labels, path)
