@@ -35,8 +35,7 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
-from records import file_name, record, trained_on, with_spread
-from rich.console import Console
+from records import as_text, file_name, record, trained_on, with_spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -55,6 +54,10 @@ from recon_aux.probe import (
 
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 CEILING = "ceiling"
+UNTRAINED = "untrained"
+
+
+ARMS = [UNTRAINED, *(m + kind for m in METHODS for kind in ("", ", attached")), CEILING]
 
 
 class Ceiling(LightningModule):
@@ -91,19 +94,22 @@ def told(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
 def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
     """Tell the method's name, and attach's options where it is attached."""
     name, attached, options = (*arm.split(", ", 2), "", "")[:3]
-    if name not in (*METHODS, CEILING) or attached not in ("", "attached"):
-        known = [*METHODS, *(f"{method}, attached" for method in METHODS), CEILING]
-        raise SystemExit(f"--arms expects {known}, with attach's options behind, got {arm!r}")
+    if arm not in (UNTRAINED, CEILING) and (
+        name not in METHODS or attached not in ("", "attached")
+    ):
+        raise SystemExit(f"--arms expects {ARMS}, with attach's options behind, got {arm!r}")
     return name, parse_options(options) if attached else None
 
 
 def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> Any:
-    """Train one arm, or go on with it."""
+    """Train one arm, or go on with it, or not at all."""
     name, options = parse_arm(arm)
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
     width = width_of(encoder, args.image_size)
-    model = (Ceiling if name == CEILING else METHODS[name])(encoder, width, args.lr)
+    model = (Ceiling if name == CEILING else METHODS.get(name, SimCLR))(encoder, width, args.lr)
+    if name == UNTRAINED:
+        return model
     if options is not None:
         attach(model, **options)
     loader = DataLoader(
@@ -191,34 +197,60 @@ def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: An
 def tables(out: Path) -> str:
     """What is done, mean and standard deviation over seeds, data set by data set."""
     done = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    console = Console(width=200)
-    with console.capture() as capture:
-        for own in dict.fromkeys(run["data"] for run in done):
-            runs = [run for run in done if run["data"] == own]
-            console.print(f"{own}: accuracies, and R² with all transformations combined")
-            console.print(_table(runs, "combined"))
-            console.print(f"{own}: R² with each transformation alone")
-            console.print(_table(runs, "alone"))
-    return capture.get()
+    text = []
+    for own in dict.fromkeys(run["data"] for run in done):
+        runs = [run for run in done if run["data"] == own]
+        text += [f"{own}: accuracies, and R² with all transformations combined"]
+        text += [as_text(_table(runs, "combined"))]
+        text += [f"{own}: R² with each transformation alone", as_text(_table(runs, "alone"))]
+    return "\n".join(text)
 
 
 def _table(runs: list[dict[str, Any]], kind: str) -> Any:
     combined = kind == "combined"
     shown = ["linear", "knn", "1 % of labels", "10 % of labels", "transfer"] if combined else []
-    titles = ["linear %", "k-NN %", "1 % labels", "10 %", "transfer", "mean R²"] if combined else []
+    titles = ["linear %", "k-NN %", "1 % labels", "10 %", "transfer"] if combined else []
+    titles += ["mean R²", "of the gap"] if combined else []
     grid = markdown_table(["seeds", *titles, *(COMBINED if combined else TRANSFORMATIONS)])
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        results = [run["results"] for run in runs if run["arm"] == arm]
+    for arm in sorted({run["arm"] for run in runs}, key=_order):
+        results = _of(runs, arm)
         for part in results[0]:
             values: list[list[float]] = [
                 [r[part][key] for r in results if key in r[part]] for key in shown
             ]
             r2 = [list(r[part][kind].values()) for r in results]
             cells = [with_spread(column, 1) for column in values]
-            cells += [with_spread([float(np.mean(row)) for row in r2], 3)] if combined else []
+            if combined:
+                cells += [with_spread(_means(r2), 3), _closed(runs, arm, _means(r2))]
             cells += [f"{np.mean(column):.2f}" for column in zip(*r2, strict=True)]
             grid.add_row(f"{arm}, {part}", str(len(results)), *cells)
     return grid
+
+
+def _order(arm: str) -> tuple[int, str]:
+    """Methods as they are listed, each bare first, the ceiling last."""
+    return [UNTRAINED, *METHODS, CEILING].index(parse_arm(arm)[0]), arm
+
+
+def _of(runs: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    return [run["results"] for run in runs if run["arm"] == arm]
+
+
+def _means(r2: list[list[float]]) -> list[float]:
+    return [float(np.mean(row)) for row in r2]
+
+
+def _closed(runs: list[dict[str, Any]], arm: str, means: list[float]) -> str:
+    """How much of what the bare method lacks to the ceiling is had, in percent."""
+    name, attached = parse_arm(arm)
+    bare, ceiling = (
+        _means([list(result["whole"]["combined"].values()) for result in _of(runs, known)])
+        for known in (name, CEILING)
+    )
+    if attached is None or not bare or not ceiling:
+        return ""
+    gain, gap = (np.mean(found) - np.mean(bare) for found in (means, ceiling))
+    return f"{100 * gain / gap:.0f} %"
 
 
 def main() -> None:
@@ -230,7 +262,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="NAME=FOLDER with train/ and test/ (or val/)")
-    add("--arms", nargs="+", help="by default each method, bare and attached, and the ceiling")
+    add("--arms", nargs="+", default=ARMS, help="with attach's options behind, after a comma")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", type=Path, default=Path("runs/natural"))
     add("--backbone", default="tiny-resnet18", help="as the other examples'")
@@ -247,12 +279,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     folders = dict(part.split("=", 1) for part in args.data)
     data: dict[str, tuple[Split, Split]] = {}
-    arms = args.arms or [f"{m}{kind}" for m in METHODS for kind in ("", ", attached")] + [CEILING]
-    for arm in arms:
+    for arm in args.arms:
         parse_arm(arm)
     for seed in args.seeds:
         for own in folders:
-            for arm in arms:
+            for arm in args.arms:
                 path = args.out / f"{own}-{file_name(arm, seed)}.json"
                 if path.exists():
                     continue
@@ -267,7 +298,8 @@ def main() -> None:
                 results = measure(model, own, data, args)
                 which = {"data": own, "arm": arm, "seed": seed}
                 path.write_text(json.dumps(record(args, seconds, results, **which), indent=1))
-                shutil.rmtree(path.with_suffix(""))
+                if path.with_suffix("").exists():
+                    shutil.rmtree(path.with_suffix(""))
     text = tables(args.out)
     print(text)
     (args.out / "table.md").write_text(text)

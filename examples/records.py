@@ -46,7 +46,7 @@ def file_name(arm: str, seed: int) -> str:
 
 def as_text(grid: Table) -> str:
     """Write a table as it is printed, whatever the terminal's width."""
-    console = Console(width=200)
+    console = Console(width=300)
     with console.capture() as capture:
         console.print(grid)
     return capture.get()

@@ -27,21 +27,46 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     options: list[Any] = ["--out", out, "--seeds", "0", "--epochs", "1", "--batch-size", "8"]
     options += ["--pairs", "16", "--image-size", "16", "--device", "cpu"]
     data = [f"{name}={folder}" for name, folder in folders.items()]
+    ends = ["untrained", "ceiling"]
     arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
     run_example("natural_images.py", "--data", *data, *options, "--arms", *arms)
     first = (out / "some-SimCLR-attached-0.json").read_text()
-    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms, "ceiling")
+    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
     assert (out / "some-SimCLR-attached-0.json").read_text() == first
     runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
     done = {(run["data"], run["arm"]) for run in runs}
-    assert done == {(n, a) for n in folders for a in (*arms, "ceiling")}
+    assert done == {(n, a) for n in folders for a in (*arms, *ends)}
     whole = json.loads(first)["results"]["whole"]
     assert {"linear", "knn", "1 % of labels", "10 % of labels", "transfer"} <= whole.keys()
     assert set(whole["alone"]) == set(TRANSFORMATIONS)
     assert {"commit", "command", "machine", "seconds", "torch"} <= json.loads(first).keys()
     table = (out / "table.md").read_text()
     assert table.count("| SimCLR, attached, equivariant") == 4
-    assert table.count("| ceiling, whole") == 4
+    assert all(table.count(f"| {arm}, whole") == 4 for arm in ends)
+
+
+def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: Path) -> None:
+    def keep(arm: str, seed: int, r2: float) -> None:
+        part = {"linear": 50.0, "knn": 40.0, "alone": dict.fromkeys(TRANSFORMATIONS, r2)}
+        results = {"whole": part | {"combined": dict.fromkeys(COMBINED, r2)}}
+        run = {"data": "some", "arm": arm, "seed": seed, "results": results}
+        (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(run))
+
+    for seed, shift in ((0, -0.01), (1, 0.01)):
+        keep("SimCLR", seed, 0.2 + shift)
+        keep("SimCLR, attached", seed, 0.5 + shift)
+    keep("BYOL, attached", 0, 0.5)
+    keep("ceiling", 0, 0.6)
+    rows = [line.split("|") for line in natural_images.tables(tmp_path).splitlines() if "|" in line]
+    title = [cell.strip() for cell in rows[0]].index("of the gap")
+    found = {row[1].strip(): row[title].strip() for row in rows[2:6]}
+    assert found == {
+        "SimCLR, whole": "",
+        "SimCLR, attached, whole": "75 %",
+        "BYOL, attached, whole": "",
+        "ceiling, whole": "",
+    }
+    assert list(found) == [row[1].strip() for row in rows[2:6]]
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(
