@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # what balances each method's loss with ours, from the same losses in lightly;
 # BYOL's is four times lightly's: two views are summed, and their distance is squared
-_WEIGHTS = {"SimCLR": 1.0, "VICReg": 4.0, "BYOL": 0.8}
+_WEIGHTS = {"SimCLR": 1.0, "VICReg": 1.0, "BYOL": 0.8}
 
 _HEADS = {"projector", "momentum_projector", "head", "momentum_head"}
 
