@@ -60,7 +60,7 @@ def solo_learn(session: nox.Session) -> None:
     session.install("-e", ".", *SOLO_LEARN_NEEDS)
     # its pins, of torch 1.9 among others, can't be met
     session.install("--no-deps", "solo-learn==1.0.2")
-    session.run("pytest", "-rs", "tests/test_solo_learn.py", *session.posargs)
+    session.run("python", "-m", "pytest", "-rs", "tests/test_solo_learn.py", *session.posargs)
 
 
 def share_torch(session: nox.Session) -> None:
