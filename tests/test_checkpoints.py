@@ -200,7 +200,10 @@ def test_numbers_of_numpys_are_saved_as_pythons(tmp_path: Path) -> None:
 
 
 def test_options_that_may_change_are_told_and_the_rest_is_loaded() -> None:
-    model, other = attach(Siamese(), weight=3.0, seed=1), attach(Siamese(), loss="l1", seed=2)
+    model, other = (
+        attach(Siamese(), weight=3.0, seed=1),
+        attach(Siamese(), weight=0.5, loss="l1", seed=2),
+    )
     with pytest.warns(UserWarning, match=r"other options: weight=3.0, not 0.5, loss='mse', not"):
         other.load_state_dict(model.state_dict())
     assert all(torch.equal(x, decoder_of(model)[name]) for name, x in decoder_of(other).items())
