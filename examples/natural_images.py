@@ -35,7 +35,7 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
-from records import as_text, file_name, record, trained_on, with_spread
+from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -55,8 +55,6 @@ from recon_aux.probe import (
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 CEILING = "ceiling"
 UNTRAINED = "untrained"
-
-
 ARMS = [UNTRAINED, *(m + kind for m in METHODS for kind in ("", ", attached")), CEILING]
 
 
@@ -196,7 +194,7 @@ def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: An
 
 def tables(out: Path) -> str:
     """What is done, mean and standard deviation over seeds, data set by data set."""
-    done = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    done = kept(out)
     text = []
     for own in dict.fromkeys(run["data"] for run in done):
         runs = [run for run in done if run["data"] == own]
@@ -213,7 +211,7 @@ def _table(runs: list[dict[str, Any]], kind: str) -> Any:
     titles += ["mean R²", "of the gap"] if combined else []
     grid = markdown_table(["seeds", *titles, *(COMBINED if combined else TRANSFORMATIONS)])
     for arm in sorted({run["arm"] for run in runs}, key=_order):
-        results = _of(runs, arm)
+        results = results_of(runs, arm)
         for part in results[0]:
             values: list[list[float]] = [
                 [r[part][key] for r in results if key in r[part]] for key in shown
@@ -232,10 +230,6 @@ def _order(arm: str) -> tuple[int, str]:
     return [UNTRAINED, *METHODS, CEILING].index(parse_arm(arm)[0]), arm
 
 
-def _of(runs: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    return [run["results"] for run in runs if run["arm"] == arm]
-
-
 def _means(r2: list[list[float]]) -> list[float]:
     return [float(np.mean(row)) for row in r2]
 
@@ -244,7 +238,7 @@ def _closed(runs: list[dict[str, Any]], arm: str, means: list[float]) -> str:
     """How much of what the bare method lacks to the ceiling is had, in percent."""
     name, attached = parse_arm(arm)
     bare, ceiling = (
-        _means([list(result["whole"]["combined"].values()) for result in _of(runs, known)])
+        _means([list(result["whole"]["combined"].values()) for result in results_of(runs, known)])
         for known in (name, CEILING)
     )
     if attached is None or not bare or not ceiling:

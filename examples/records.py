@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import re
 import subprocess
@@ -42,6 +43,16 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
 def file_name(arm: str, seed: int) -> str:
     """Name the file of an arm's record, whatever options are behind the arm's name."""
     return re.sub(r"[^\w.=]+", "-", arm) + f"-{seed}"
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """Read all records of a folder."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+
+
+def results_of(runs: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """Give an arm's results, one for each seed."""
+    return [run["results"] for run in runs if run["arm"] == arm]
 
 
 def as_text(grid: Table) -> str:

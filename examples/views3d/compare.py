@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from common import parse_options, small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
-from records import as_text, file_name, record, trained_on, with_spread
+from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
 from sie import SIE
 from steering import draw
 
@@ -242,10 +242,10 @@ COLUMNS = {
 
 def table(out: Path) -> str:
     """Put the arms that are done side by side: mean and standard deviation over seeds."""
-    done = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    done = kept(out)
     grid = markdown_table(["seeds", *COLUMNS.values()])
     for arm in dict.fromkeys([*ARMS, *(run["arm"] for run in done)]):
-        runs = [run["results"] for run in done if run["arm"] == arm]
+        runs = results_of(done, arm)
         for part in runs[0] if runs else ():
             cells = []
             for key in COLUMNS:
