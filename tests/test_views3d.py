@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from training import run_example
 
@@ -96,11 +97,16 @@ def test_no_object_looks_the_same_after_a_turn(name: str) -> None:
 def test_sies_predictor_is_linear_in_the_change_and_in_the_embedding() -> None:
     predictor = HyperPredictor(8)
     x, change = torch.randn(4, 8), torch.randn(4, 4)
-    expected = torch.stack(
-        [(predictor.hypernetwork.weight @ c).view(8, 8) @ y for y, c in zip(x, change, strict=True)]
-    )
+    hypernetwork = predictor.products.weight.view(8, 4, 8)
+    expected = torch.einsum("ikj, bk, bj -> bi", hypernetwork, change, x)
     torch.testing.assert_close(predictor(x, change), expected)
     torch.testing.assert_close(predictor(2 * x, 3 * change), 6 * expected)
+
+
+def test_sies_predictor_begins_at_its_embeddings_scale() -> None:
+    torch.manual_seed(0)
+    x, change = torch.randn(512, 256), F.normalize(torch.randn(512, 4))
+    assert HyperPredictor(256)(x, change).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_sies_variance_and_covariance_in_closed_form() -> None:
@@ -116,11 +122,11 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
 ) -> None:
     options = ["--out", tmp_path, "--seeds", "0", "--steps", "2", "--batch-size", "8"]
     options += ["--width", "8", "--size", "32", "--views", "4", "--device", "cpu"]
-    arms = ["VICReg", "SIE", "VICReg + recon_aux, edges=1", "supervised"]
+    arms = ["VICReg", "SIE, dim=16", "VICReg + recon_aux, edges=1", "supervised"]
     run_example("views3d/compare.py", folder, *options, "--arms", *arms[:2])
-    first = (tmp_path / "SIE-0.json").read_text()
+    first = (tmp_path / "SIE-dim=16-0.json").read_text()
     run_example("views3d/compare.py", folder, *options, "--arms", *arms)
-    assert (tmp_path / "SIE-0.json").read_text() == first
+    assert (tmp_path / "SIE-dim=16-0.json").read_text() == first
     table = (tmp_path / "table.md").read_text()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if "|" in line][2:]
     parts = ["whole", "invariant", "equivariant"]

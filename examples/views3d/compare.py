@@ -5,7 +5,7 @@ the official one or what render.py makes, measures it as Garrido, Najman and LeC
 2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``: an
 interrupted run goes on where it was; next to it a picture of what an attached one rebuilds.
 ``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with any of attach's
-options.
+options, or ``"SIE, dim=512"``, with any of the method's own.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ ATTACHED = " + recon_aux"
 ARMS = ["VICReg", "SimCLR", "SIE", f"VICReg{ATTACHED}", f"SimCLR{ATTACHED}", "supervised"]
 
 
-def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
-    """Tell the method's name, and attach's options where it is attached."""
+def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
+    """Tell the method's name, whether it is attached, and attach's or else its own options."""
     name, _, options = arm.partition(", ")
     method = name.removesuffix(ATTACHED)
-    if method not in METHODS or (options and method == name):
-        raise SystemExit(f"--arms expects {ARMS}, with attach's options behind, got {arm!r}")
-    return method, None if method == name else parse_options(options)
+    if method not in METHODS:
+        raise SystemExit(f"--arms expects {ARMS}, with options behind, got {arm!r}")
+    return method, method != name, parse_options(options)
 
 
 # --- training ---
@@ -83,9 +83,10 @@ def train(arm: str, data: Objects, seed: int, args: argparse.Namespace) -> Light
     """Train one arm."""
     seed_everything(seed, verbose=False)
     encoder = small_resnet18(args.width, stride=2).to(memory_format=torch.channels_last)
-    method, options = parse_arm(arm)
-    model = METHODS[method](encoder, 8 * args.width, args.lr)
-    if options is not None:
+    method, attached, options = parse_arm(arm)
+    own = {} if attached else options
+    model = METHODS[method](encoder, 8 * args.width, **{"lr": args.lr, **own})
+    if attached:
         attach(model, **options)
     sampler = RandomSampler(data, num_samples=args.steps * args.batch_size)
     loader = DataLoader(data, args.batch_size, sampler=sampler, num_workers=args.workers)
@@ -264,7 +265,7 @@ def main() -> None:
     add("folder", type=Path, help="of the data set")
     add("--lists", type=Path, help="folder of the lists of objects, if it is another")
     add("--out", type=Path, default=Path("runs/views3d"))
-    add("--arms", nargs="+", default=ARMS, help="with attach's options behind, after a comma")
+    add("--arms", nargs="+", default=ARMS, help="with options behind, after a comma")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=5000)
     add("--batch-size", type=int, default=256)

@@ -23,18 +23,21 @@ class HyperPredictor(nn.Module):
     """Predicts the second view's equivariant embedding from the first's and what changed.
 
     A linear map whose matrix a linear hypernetwork makes from the relative rotation, so that the
-    change can't be ignored.
+    change can't be ignored: linear in both, thus a linear map of their products.
     """
 
     def __init__(self, dim: int, told: int = 4) -> None:
         super().__init__()
-        self.dim = dim
-        self.hypernetwork = nn.Linear(told, dim * dim, bias=False)
+        self.products = nn.Linear(told * dim, dim, bias=False)
+        # a unit quaternion's matrix then keeps the embedding's scale, from which it would else
+        # begin at several times that
+        nn.init.normal_(self.products.weight, std=dim**-0.5)
 
     def forward(self, embedding: Tensor, change: Tensor) -> Tensor:
         """``(B, dim)``, ``(B, told)`` -> ``(B, dim)``."""
-        matrices = rearrange(self.hypernetwork(change), "b (i j) -> b i j", j=self.dim)
-        return einsum(matrices, embedding, "b i j, b j -> b i")
+        products = einsum(change, embedding, "b k, b j -> b k j")
+        predicted: Tensor = self.products(rearrange(products, "b k j -> b (k j)"))
+        return predicted
 
 
 class SIE(LightningModule):
@@ -46,6 +49,7 @@ class SIE(LightningModule):
         width: channels of the feature; the last half is equivariant.
         lr: AdamW's highest learning rate.
         dim: channels of the embeddings.
+        layers: of the heads.
         invariance: weight of the invariant parts' distance.
         equivariance: weight of the predictions' distance.
         variance: weight of the variance terms, that of the predictor's output among them.
@@ -58,7 +62,8 @@ class SIE(LightningModule):
         width: int,
         lr: float,
         *,
-        dim: int = 512,
+        dim: int = 1024,
+        layers: int = 2,
         invariance: float = 10.0,
         equivariance: float = 4.5,
         variance: float = 10.0,
@@ -68,9 +73,9 @@ class SIE(LightningModule):
         self.backbone = encoder
         self.half = width // 2
         self.heads = nn.ModuleList(
-            VICRegProjectionHead(self.half, dim, dim // 2, num_layers=3) for _ in range(2)
+            VICRegProjectionHead(self.half, dim, dim, num_layers=layers) for _ in range(2)
         )
-        self.predictor = HyperPredictor(dim // 2)
+        self.predictor = HyperPredictor(dim)
         self.lr = lr
         self.weights = (invariance, equivariance, variance, covariance)
 
