@@ -29,9 +29,10 @@ class HyperPredictor(nn.Module):
     def __init__(self, dim: int, told: int = 4) -> None:
         super().__init__()
         self.products = nn.Linear(told * dim, dim, bias=False)
-        # a unit quaternion's matrix then keeps the embedding's scale, from which it would else
-        # begin at several times that
-        nn.init.normal_(self.products.weight, std=dim**-0.5)
+        # as if nothing turned, which the quaternion's last number says; torch's own first weights
+        # predict several times the embedding's size
+        nn.init.zeros_(self.products.weight)
+        nn.init.eye_(self.products.weight[:, -dim:])
 
     def forward(self, embedding: Tensor, change: Tensor) -> Tensor:
         """``(B, dim)``, ``(B, told)`` -> ``(B, dim)``."""
@@ -53,7 +54,8 @@ class SIE(LightningModule):
         invariance: weight of the invariant parts' distance.
         equivariance: weight of the predictions' distance.
         variance: weight of the variance terms, that of the predictor's output among them.
-        covariance: weight of the covariance terms.
+        covariance: weight of the covariance terms; the paper's is 1, for batches eight times as
+            large as the README's, in which covariances are that much less noisy.
     """
 
     def __init__(
@@ -62,12 +64,12 @@ class SIE(LightningModule):
         width: int,
         lr: float,
         *,
-        dim: int = 1024,
+        dim: int = 512,
         layers: int = 2,
         invariance: float = 10.0,
         equivariance: float = 4.5,
         variance: float = 10.0,
-        covariance: float = 1.0,
+        covariance: float = 0.1,
     ) -> None:
         super().__init__()
         self.backbone = encoder
