@@ -3,9 +3,9 @@
 ``python examples/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method bare and
 attached, and a ceiling: the same encoder, supervised to tell the transformation. Each is measured
 by the probe, with few labels, and, frozen, on the other data set. What is done is kept as JSON in
-``--out``, what was interrupted goes on from its last epoch; the tables are made of what is there.
-``--arms`` compares others, such as ``"SimCLR, attached, context='both', weight=1"``, with any of
-attach's options. Options may stand in a file, ``@FILE``, one a line.
+``--out``, what was interrupted goes on from its last epoch; the tables and a picture are made of
+what is there. ``--arms`` compares others, such as ``"SimCLR, attached, context='both'"``, with any
+of attach's options. Options may stand in a file, ``@FILE``, one a line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bars import draw
 from common import (
     Split,
     TwoViews,
@@ -297,6 +298,7 @@ def main() -> None:
     text = tables(args.out)
     print(text)
     (args.out / "table.md").write_text(text)
+    draw(kept(args.out), list(METHODS), UNTRAINED, CEILING, args.out / "table.png")
     print(f"saved in {args.out}")
 
 

@@ -1,0 +1,58 @@
+"""Draw what attaching buys: methods bare and attached, next to each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+from records import results_of
+
+KINDS = {"bare": "", "attached": ", attached"}
+
+
+def draw(
+    runs: list[dict[str, Any]], methods: list[str], untrained: str, ceiling: str, path: Path
+) -> None:
+    """Save a picture: accuracy and mean R² of whole features, one row for each data set.
+
+    Args:
+        runs: records of all arms and seeds.
+        methods: whose bare and attached arms are bars, with the standard deviation over seeds.
+        untrained: the arm that is a line below.
+        ceiling: the arm that is a line above, of R² alone, for which it is trained.
+        path: of the image file.
+    """
+    names = list(dict.fromkeys(run["data"] for run in runs))
+    figure, axes = plt.subplots(len(names), 2, figsize=(9, 2.6 * len(names)), squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        here = [run for run in runs if run["data"] == name]
+        for axis, what in zip(row, _MEASURES, strict=True):
+            for shift, (kind, behind) in zip((-0.2, 0.2), KINDS.items(), strict=True):
+                found = {x: _values(here, m + behind, what) for x, m in enumerate(methods)}
+                found = {x + shift: values for x, values in found.items() if values}
+                heights = [mean(values) for values in found.values()]
+                spread = [stdev(values) if len(values) > 1 else 0 for values in found.values()]
+                axis.bar(list(found), heights, 0.38, yerr=spread, capsize=3, label=kind)
+            for style, arm in (("k:", untrained), *([("k--", ceiling)] if what == "R²" else [])):
+                values = _values(here, arm, what)
+                if values:
+                    axis.plot([-0.5, len(methods) - 0.5], [mean(values)] * 2, style, label=arm)
+            axis.set_xticks(range(len(methods)), methods)
+            axis.set_title(f"{name}: {_MEASURES[what]}")
+    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+_MEASURES = {"linear": "linear accuracy, %", "R²": "mean R²"}
+
+
+def _values(runs: list[dict[str, Any]], arm: str, what: str) -> list[float]:
+    """One value of the whole feature for each seed."""
+    wholes = [result["whole"] for result in results_of(runs, arm)]
+    if what == "R²":
+        return [mean(whole["combined"].values()) for whole in wholes]
+    return [whole[what] for whole in wholes]
