@@ -33,7 +33,8 @@ def draw(
                 found = {x: _values(here, m + behind, what) for x, m in enumerate(methods)}
                 found = {x + shift: values for x, values in found.items() if values}
                 heights = [mean(values) for values in found.values()]
-                spread = [stdev(values) if len(values) > 1 else 0 for values in found.values()]
+                # no bar of error where there is nothing to tell it from
+                spread = [stdev(v) if len(v) > 1 else float("nan") for v in found.values()]
                 axis.bar(list(found), heights, 0.38, yerr=spread, capsize=3, label=kind)
             for style, arm in (("k:", untrained), *([("k--", ceiling)] if what == "R²" else [])):
                 values = _values(here, arm, what)

@@ -424,13 +424,14 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     if args.grow:
         curves: dict[str, list[tuple[int, float, float]]] = {}
+        started = time.perf_counter()
         base = Case("tiny ResNet-18, 32", batch_size=batch_size)
         for what, cases in grown(base, small=args.small).items():
             curves[what] = [
                 (value, step_time(case, args, "own loop")["ratio"], flops(case, args)["FLOPs"])
                 for value, case in track(cases, what)
             ]
-            told = record(args, 0, curves)
+            told = record(args, time.perf_counter() - started, curves)
             (args.out / "growth.json").write_text(json.dumps(told, indent=1))
         draw(curves, args.out / "growth.png")
         print(f"saved growth.json and growth.png in {args.out}")

@@ -49,7 +49,9 @@ def two_views(
     for call in others:
         if call.image.shape == first.image.shape:
             image, feature = _in_batch_order(call, given, count)
-            if image is not first.image and not torch.equal(image, first.image):
+            # two of the batch's own are told apart without a look at their values
+            own = _is_of(given, image) and _is_of(given, first.image)
+            if image is not first.image and (own or not torch.equal(image, first.image)):
                 return (first.image, image), (first.output, feature.detach())
     raise RuntimeError(
         "expected two views, one in each call of the encoder or concatenated in one, or one of "
@@ -104,11 +106,10 @@ def _batch_sizes(given: Any) -> set[int]:
 
 def _in_batch_order(call: EncoderCall, given: Any, count: int | None) -> Pair:
     """Undo a shuffle of the images that a momentum encoder took, as MoCo's."""
-    known = [x for x in _images(given) if x.shape == call.image.shape]
     # looking at values waits for the device, so identity first
-    if count == 1 or any(x is call.image for x in known):
+    if count == 1 or _is_of(given, call.image):
         return call.image, call.output
-    for view in known:
+    for view in (x for x in _images(given) if x.shape == call.image.shape):
         order = _rows_in(view, call.image)
         if order is not None:
             return view, call.output[order]
@@ -133,6 +134,10 @@ def _images(given: Any) -> list[Tensor]:
     tensors = list(_tensors(given))
     stacked = [part for x in tensors if x.ndim == 5 for dim in (0, 1) for part in x.unbind(dim)]
     return [x for x in tensors if x.ndim == 4] + stacked
+
+
+def _is_of(given: Any, image: Tensor) -> bool:
+    return any(x is image for x in _tensors(given))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

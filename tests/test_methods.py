@@ -153,6 +153,18 @@ def test_the_momentum_encoders_feature_is_put_in_the_views_order() -> None:
     torch.testing.assert_close(features[1], expected)
 
 
+@every_method
+def test_a_later_step_compares_no_values(method: type[Method]) -> None:
+    """Which would wait for a GPU, but where a momentum encoder's images aren't the batch's."""
+    model = built(method)
+    for step in range(2):
+        model.training_step(model.batch(), step)
+    with torch.profiler.profile() as profile:
+        model.training_step(model.batch(), 2)
+    compared = any(event.key == "aten::equal" for event in profile.key_averages())
+    assert compared == (method is ShuffledMomentum)
+
+
 def test_a_shuffle_is_undone_where_views_have_the_same_sums() -> None:
     model = built(ShuffledMomentum)
     seen = rebuilt_from(model)
