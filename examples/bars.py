@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from records import results_of
 
-KINDS = {"bare": "", "attached": ", attached"}
+_KINDS = {"bare": "", "attached": ", attached"}
+_MEASURES = {"linear": "linear accuracy, %", "R²": "mean R²"}
 
 
 def draw(
@@ -29,18 +30,12 @@ def draw(
     for row, name in zip(axes, names, strict=True):
         here = [run for run in runs if run["data"] == name]
         for axis, what in zip(row, _MEASURES, strict=True):
-            for shift, (kind, behind) in zip((-0.2, 0.2), KINDS.items(), strict=True):
-                found = {x: _values(here, m + behind, what) for x, m in enumerate(methods)}
-                found = {x + shift: values for x, values in found.items() if values}
-                heights = [mean(values) for values in found.values()]
-                # no bar of error where there is nothing to tell it from
-                spread = [stdev(v) if len(v) > 1 else float("nan") for v in found.values()]
-                axis.bar(list(found), heights, 0.38, yerr=spread, capsize=3, label=kind)
-            for style, arm in (("k:", untrained), *([("k--", ceiling)] if what == "R²" else [])):
-                values = _values(here, arm, what)
+            _draw_bars(axis, here, methods, what)
+            lines = {untrained: "k:", ceiling: "k--"} if what == "R²" else {untrained: "k:"}
+            for arm, style in lines.items():
+                values = of_wholes(here, arm, what)
                 if values:
                     axis.plot([-0.5, len(methods) - 0.5], [mean(values)] * 2, style, label=arm)
-            axis.set_xticks(range(len(methods)), methods)
             axis.set_title(f"{name}: {_MEASURES[what]}")
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
@@ -48,11 +43,20 @@ def draw(
     plt.close(figure)
 
 
-_MEASURES = {"linear": "linear accuracy, %", "R²": "mean R²"}
+def _draw_bars(axis: Any, runs: list[dict[str, Any]], methods: list[str], what: str) -> None:
+    """Draw one data set's bars of one measure."""
+    for shift, (kind, behind) in zip((-0.2, 0.2), _KINDS.items(), strict=True):
+        found = [of_wholes(runs, method + behind, what) for method in methods]
+        places = [x + shift for x, values in enumerate(found) if values]
+        heights = [mean(values) for values in found if values]
+        # no bar of error where there is nothing to tell it from
+        spread = [stdev(v) if len(v) > 1 else float("nan") for v in found if v]
+        axis.bar(places, heights, 0.38, yerr=spread, capsize=3, label=kind)
+    axis.set_xticks(range(len(methods)), methods)
 
 
-def _values(runs: list[dict[str, Any]], arm: str, what: str) -> list[float]:
-    """One value of the whole feature for each seed."""
+def of_wholes(runs: list[dict[str, Any]], arm: str, what: str) -> list[float]:
+    """Give an arm's accuracy or mean R², of the whole feature, one for each seed."""
     wholes = [result["whole"] for result in results_of(runs, arm)]
     if what == "R²":
         return [mean(whole["combined"].values()) for whole in wholes]

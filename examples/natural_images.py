@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bars import draw
+from bars import draw, of_wholes
 from common import (
     Split,
     TwoViews,
@@ -193,9 +193,8 @@ def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: An
     return results
 
 
-def tables(out: Path) -> str:
+def tables(done: list[dict[str, Any]]) -> str:
     """What is done, mean and standard deviation over seeds, data set by data set."""
-    done = kept(out)
     text = []
     for own in dict.fromkeys(run["data"] for run in done):
         runs = [run for run in done if run["data"] == own]
@@ -220,7 +219,8 @@ def _table(runs: list[dict[str, Any]], kind: str) -> Any:
             r2 = [list(r[part][kind].values()) for r in results]
             cells = [with_spread(column, 1) for column in values]
             if combined:
-                cells += [with_spread(_means(r2), 3), _closed(runs, arm, _means(r2))]
+                means = [float(np.mean(row)) for row in r2]
+                cells += [with_spread(means, 3), _closed(runs, arm, means)]
             cells += [f"{np.mean(column):.2f}" for column in zip(*r2, strict=True)]
             grid.add_row(f"{arm}, {part}", str(len(results)), *cells)
     return grid
@@ -231,17 +231,10 @@ def _order(arm: str) -> tuple[int, str]:
     return [UNTRAINED, *METHODS, CEILING].index(parse_arm(arm)[0]), arm
 
 
-def _means(r2: list[list[float]]) -> list[float]:
-    return [float(np.mean(row)) for row in r2]
-
-
 def _closed(runs: list[dict[str, Any]], arm: str, means: list[float]) -> str:
     """How much of what the bare method lacks to the ceiling is had, in percent."""
     name, attached = parse_arm(arm)
-    bare, ceiling = (
-        _means([list(result["whole"]["combined"].values()) for result in results_of(runs, known)])
-        for known in (name, CEILING)
-    )
+    bare, ceiling = (of_wholes(runs, known, "R²") for known in (name, CEILING))
     if attached is None or not bare or not ceiling:
         return ""
     gain, gap = (np.mean(found) - np.mean(bare) for found in (means, ceiling))
@@ -295,10 +288,11 @@ def main() -> None:
                 path.write_text(json.dumps(record(args, seconds, results, **which), indent=1))
                 if path.with_suffix("").exists():
                     shutil.rmtree(path.with_suffix(""))
-    text = tables(args.out)
+    done = kept(args.out)
+    text = tables(done)
     print(text)
     (args.out / "table.md").write_text(text)
-    draw(kept(args.out), list(METHODS), UNTRAINED, CEILING, args.out / "table.png")
+    draw(done, list(METHODS), UNTRAINED, CEILING, args.out / "table.png")
     print(f"saved in {args.out}")
 
 
