@@ -26,7 +26,7 @@ from .telling import Telling
 # next to the reconstruction
 _TERMS = ("registration", "statistics", "edges")
 
-Context = Literal["invariant", "equivariant", "both"]
+Context = Literal["invariant", "equivariant", "both", "none"]
 Reconstruct = Literal["alternate", "random", "both"]
 
 
@@ -74,8 +74,8 @@ class ReconAux(nn.Module):
         edges: weight, among the terms, of telling where a view's edges run; 0 leaves it out.
         equivariant_dim: how many of the last channels are equivariant; half by default. 0 is no
             split: the method's loss and the decoder both see the whole feature.
-        context: which part of the other view's feature the decoder sees:
-            ``"invariant"``, ``"equivariant"`` or ``"both"``.
+        context: which part of the other view's feature the decoder sees: ``"invariant"``,
+            ``"equivariant"``, ``"both"``, or ``"none"``, which makes it an autoencoder of one view.
         target_size: height and width of the reconstruction, in pixels.
         patch_size: side of the patch that each of the decoder's queries becomes, in pixels.
         image_channels: channels of the views.
@@ -186,7 +186,7 @@ class ReconAux(nn.Module):
         with _seeded(seed):
             self.decoder = CrossAttentionDecoder(
                 own,
-                self._width(context),
+                0 if context == "none" else self._width(context),
                 target_size=target_size,
                 patch_size=patch_size,
                 image_channels=image_channels,
@@ -254,7 +254,7 @@ class ReconAux(nn.Module):
         chosen = self._choose(features)
         parts = [self._part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
-        other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
+        other = self._context(torch.cat([features[1 - i] for i in chosen]))
         resized = [resize_view(view, self.target_size) for view in views]
         target = torch.cat([resized[i] for i in chosen])
         decoded = self._decode(own, other)
@@ -288,7 +288,7 @@ class ReconAux(nn.Module):
 
         Args:
             feature: of the view to draw, whose equivariant part is taken; as in :meth:`forward`.
-            other: of as many other views; the part that ``context=`` names is taken.
+            other: of as many other views; the part that ``context=`` names is taken, if any.
 
         Returns:
             ``(B, C, target_size, target_size)`` in the views' own units; with
@@ -306,15 +306,18 @@ class ReconAux(nn.Module):
             raise ValueError(
                 f"expected as many other features as features, got {len(other)} for {len(feature)}"
             )
-        own, context = self._part("equivariant", feature), self._part(self.context, other)
-        return self.pixel_scale.restore(self._decode(own, context).float())
+        decoded = self._decode(self._part("equivariant", feature), self._context(other))
+        return self.pixel_scale.restore(decoded.float())
 
-    def _decode(self, own: Tensor, other: Tensor) -> Tensor:
+    def _decode(self, own: Tensor, other: Tensor | None) -> Tensor:
         if not torch.is_autocast_enabled(own.device.type):
             like = self.decoder.queries
-            own, other = own.to(like.dtype), other.to(like.dtype)
+            own, other = own.to(like.dtype), None if other is None else other.to(like.dtype)
         decoded: Tensor = self.decoder(own, other)
         return decoded
+
+    def _context(self, feature: Tensor) -> Tensor | None:
+        return None if self.context == "none" else self._part(self.context, feature)
 
     def _part(self, name: Context, feature: Tensor) -> Tensor:
         invariant: Tensor

@@ -88,7 +88,7 @@ class CrossAttentionDecoder(nn.Module):
 
     Args:
         equivariant_dim: channels of the feature of the view to rebuild.
-        context_dim: channels of what comes from the other view.
+        context_dim: channels of what comes from the other view; 0 is nothing.
         target_size: height and width of the image, in pixels.
         patch_size: side of the patch that one query becomes, in pixels.
         image_channels: C.
@@ -145,7 +145,9 @@ class CrossAttentionDecoder(nn.Module):
         self.patch_size = patch_size
         self.queries = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)
         self.equivariant_tokens = Tokenizer(equivariant_dim, dim, tokens, spatial=spatial)
-        self.context_tokens = Tokenizer(context_dim, dim, tokens, spatial=spatial)
+        self.context_tokens = (
+            Tokenizer(context_dim, dim, tokens, spatial=spatial) if context_dim else None
+        )
         # tells the two kinds of token apart
         self.source = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.blocks = nn.ModuleList(CrossAttentionBlock(dim, heads) for _ in range(depth))
@@ -153,22 +155,25 @@ class CrossAttentionDecoder(nn.Module):
             nn.LayerNorm(dim), nn.Linear(dim, image_channels * patch_size**2)
         )
 
-    def forward(self, equivariant: Tensor, context: Tensor) -> Tensor:
+    def forward(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
         """Decode.
 
         Args:
             equivariant: from the view to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
-            context: from the other view, likewise.
+            context: from the other view, likewise; none if ``context_dim`` is 0.
 
         Returns:
             The image ``(B, C, target_size, target_size)``.
 
         Raises:
-            ValueError: if a feature's rank isn't what ``spatial`` says.
+            ValueError: if a feature's rank isn't what ``spatial`` says, or context is missing.
         """
-        own = self.equivariant_tokens(equivariant) + self.source[0]
-        other = self.context_tokens(context) + self.source[1]
-        tokens = torch.cat([own, other], dim=1)
+        tokens = self.equivariant_tokens(equivariant) + self.source[0]
+        if self.context_tokens is not None:
+            if context is None:
+                raise ValueError("expected context from the other view, as context_dim says")
+            other = self.context_tokens(context) + self.source[1]
+            tokens = torch.cat([tokens, other], dim=1)
         # the same for every image, so they are projected once
         queries = self.queries[None]
         for block in self.blocks:

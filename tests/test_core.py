@@ -261,12 +261,14 @@ def test_the_choice_of_view_goes_on_from_a_checkpoint(reconstruct: Any) -> None:
 
 def test_the_rebuilt_view_gives_its_equivariant_part_and_the_other_its_context() -> None:
     views, features = views_and_features(dim=8)
-    for context, kept in (("invariant", [0, 4]), ("equivariant", [4, 8]), ("both", [0, 8])):
+    kinds = {"invariant": [0, 4], "equivariant": [4, 8], "both": [0, 8], "none": [0, 0]}
+    for context, kept in kinds.items():
         y0, y1 = (y.clone().requires_grad_() for y in features)
         none = {"registration": 0, "statistics": 0, "edges": 0}
         aux = ReconAux(8, context=context, **none)  # type: ignore[arg-type]
         aux(views, (y0, y1)).loss.backward()
-        used = [[bool(column.any()) for column in y.grad.T] for y in (y0, y1)]  # type: ignore[union-attr]
+        grads = [torch.zeros_like(y) if y.grad is None else y.grad for y in (y0, y1)]
+        used = [[bool(column.any()) for column in grad.T] for grad in grads]
         assert used[0] == [False] * 4 + [True] * 4
         assert used[1] == [kept[0] <= i < kept[1] for i in range(8)]
 
@@ -284,6 +286,14 @@ def test_a_view_is_drawn_as_training_rebuilds_it_and_in_any_context(context: Any
     assert all(torch.equal(value, aux.state_dict()[name]) for name, value in state.items())
     with pytest.raises(ValueError, match="as many other features"):
         aux.rebuild(y0, y1[:1])
+
+
+def test_without_context_a_view_is_drawn_alike_next_to_any_other() -> None:
+    views, (y0, y1) = views_and_features(dim=8)
+    aux = ReconAux(8, context="none")
+    drawn = aux(views, (y0, y1)).reconstruction
+    torch.testing.assert_close(aux.rebuild(y0, torch.randn_like(y1)), drawn)
+    assert len(list(aux.decoder.parameters())) < len(list(ReconAux(8).decoder.parameters()))
 
 
 def test_without_a_split_the_decoder_sees_the_whole_feature() -> None:

@@ -26,7 +26,7 @@ OURS = (ValueError, TypeError, RuntimeError, FloatingPointError)
 GOOD: dict[str, list[Any]] = {
     "weight": [0, 0.5, 1, 3.0],
     "equivariant_dim": [None, 0, 1, 4, 7],
-    "context": ["invariant", "equivariant", "both"],
+    "context": ["invariant", "equivariant", "both", "none"],
     "target_size": [8, 16],
     "patch_size": [4, 8],
     "decoder_dim": [8, 16],
@@ -43,7 +43,7 @@ GOOD: dict[str, list[Any]] = {
 BAD: dict[str, list[Any]] = {
     "weight": [-1, math.inf, math.nan, "1", None],
     "equivariant_dim": [-1, 8, 9],
-    "context": ["none"],
+    "context": ["all"],
     "target_size": [0, 1, 12],
     "patch_size": [0, 5],
     "decoder_dim": [0, 3],
