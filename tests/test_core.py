@@ -296,6 +296,11 @@ def test_without_context_a_view_is_drawn_alike_next_to_any_other() -> None:
     assert len(list(aux.decoder.parameters())) < len(list(ReconAux(8).decoder.parameters()))
 
 
+def test_a_decoder_that_expects_context_says_so() -> None:
+    with pytest.raises(ValueError, match="expected context from the other view"):
+        CrossAttentionDecoder(8, 8)(torch.rand(2, 8))
+
+
 def test_without_a_split_the_decoder_sees_the_whole_feature() -> None:
     views, features = views_and_features()
     y0 = features[0].requires_grad_()
