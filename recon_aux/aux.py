@@ -186,7 +186,7 @@ class ReconAux(nn.Module):
         with _seeded(seed):
             self.decoder = CrossAttentionDecoder(
                 own,
-                0 if context == "none" else self._width(context),
+                self._width(context),
                 target_size=target_size,
                 patch_size=patch_size,
                 image_channels=image_channels,
@@ -254,7 +254,7 @@ class ReconAux(nn.Module):
         chosen = self._choose(features)
         parts = [self._part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
-        other = self._context(torch.cat([features[1 - i] for i in chosen]))
+        other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
         resized = [resize_view(view, self.target_size) for view in views]
         target = torch.cat([resized[i] for i in chosen])
         decoded = self._decode(own, other)
@@ -306,30 +306,29 @@ class ReconAux(nn.Module):
             raise ValueError(
                 f"expected as many other features as features, got {len(other)} for {len(feature)}"
             )
-        decoded = self._decode(self._part("equivariant", feature), self._context(other))
-        return self.pixel_scale.restore(decoded.float())
+        own, context = self._part("equivariant", feature), self._part(self.context, other)
+        return self.pixel_scale.restore(self._decode(own, context).float())
 
-    def _decode(self, own: Tensor, other: Tensor | None) -> Tensor:
+    def _decode(self, own: Tensor, other: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(own.device.type):
             like = self.decoder.queries
-            own, other = own.to(like.dtype), None if other is None else other.to(like.dtype)
+            own, other = own.to(like.dtype), other.to(like.dtype)
         decoded: Tensor = self.decoder(own, other)
         return decoded
-
-    def _context(self, feature: Tensor) -> Tensor | None:
-        return None if self.context == "none" else self._part(self.context, feature)
 
     def _part(self, name: Context, feature: Tensor) -> Tensor:
         invariant: Tensor
         equivariant: Tensor
         invariant, equivariant = self.splitter(feature)
+        if name == "none":
+            return feature.narrow(channel_dim(feature, self.splitter.feature_dim), 0, 0)
         if name == "both" or self.splitter.equivariant_dim == 0:
             return feature
         return invariant if name == "invariant" else equivariant
 
     def _width(self, name: Context) -> int:
         width = self._part(name, torch.empty(1, self.splitter.feature_dim)).shape[1]
-        if width == 0:
+        if width == 0 and name != "none":
             raise ValueError(
                 f"expected context= to name a part with channels, got {name!r}, which has none "
                 f"where equivariant_dim={self.splitter.equivariant_dim} is the whole feature"

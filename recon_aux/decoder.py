@@ -160,7 +160,7 @@ class CrossAttentionDecoder(nn.Module):
 
         Args:
             equivariant: from the view to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
-            context: from the other view, likewise; none if ``context_dim`` is 0.
+            context: from the other view, likewise; not looked at if ``context_dim`` is 0.
 
         Returns:
             The image ``(B, C, target_size, target_size)``.
