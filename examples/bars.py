@@ -59,5 +59,10 @@ def of_wholes(runs: list[dict[str, Any]], arm: str, what: str) -> list[float]:
     """Give an arm's accuracy or mean R², of the whole feature, one for each seed."""
     wholes = [result["whole"] for result in results_of(runs, arm)]
     if what == "R²":
-        return [mean(whole["combined"].values()) for whole in wholes]
+        return [mean_r2(whole) for whole in wholes]
     return [whole[what] for whole in wholes]
+
+
+def mean_r2(part: dict[str, Any], kind: str = "combined") -> float:
+    """Of a part of a feature, over the parameters, applied all at once or each ``"alone"``."""
+    return mean(part[kind].values())

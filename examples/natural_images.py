@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bars import draw, of_wholes
+from bars import draw, mean_r2, of_wholes
 from common import (
     Split,
     TwoViews,
@@ -198,32 +198,66 @@ def tables(done: list[dict[str, Any]]) -> str:
     text = []
     for own in dict.fromkeys(run["data"] for run in done):
         runs = [run for run in done if run["data"] == own]
-        text += [f"{own}: accuracies, and R² with all transformations combined"]
-        text += [as_text(_table(runs, "combined"))]
-        text += [f"{own}: R² with each transformation alone", as_text(_table(runs, "alone"))]
+        arms = sorted({run["arm"] for run in runs}, key=_order)
+        shipped = [arm for arm in arms if arm in ARMS]
+        others = [arm for arm in arms if arm not in ARMS]
+        text += [f"{own}: the whole feature, R² with all transformations combined"]
+        text += [as_text(_wholes(runs, shipped))]
+        if others:
+            text += [f"{own}: the same with other options", as_text(_wholes(runs, others))]
+        text += [f"{own}: its parts", as_text(_parts(runs, arms, "combined", ["linear", "knn"]))]
+        text += [f"{own}: R² with each transformation alone", as_text(_parts(runs, arms, "alone"))]
     return "\n".join(text)
 
 
-def _table(runs: list[dict[str, Any]], kind: str) -> Any:
-    combined = kind == "combined"
-    shown = ["linear", "knn", "1 % of labels", "10 % of labels", "transfer"] if combined else []
-    titles = ["linear %", "k-NN %", "1 % labels", "10 %", "transfer"] if combined else []
-    titles += ["mean R²", "of the gap"] if combined else []
-    grid = markdown_table(["seeds", *titles, *(COMBINED if combined else TRANSFORMATIONS)])
-    for arm in sorted({run["arm"] for run in runs}, key=_order):
+TITLES = {
+    "linear": "linear %",
+    "knn": "k-NN %",
+    "1 % of labels": "1 % labels",
+    "10 % of labels": "10 %",
+    "transfer": "transfer",
+}
+
+
+def _wholes(runs: list[dict[str, Any]], arms: list[str]) -> Any:
+    """All that is measured of whole features, and how much of it the equivariant part has."""
+    grid = markdown_table(
+        ["seeds", *TITLES.values(), "mean R²", "of the gap", "equivariant alone", *COMBINED]
+    )
+    for arm in arms:
+        results = results_of(runs, arm)
+        wholes = [result["whole"] for result in results]
+        equivariant = [mean_r2(r["equivariant"]) for r in results if "equivariant" in r]
+        grid.add_row(
+            arm,
+            str(len(results)),
+            *(with_spread([w[key] for w in wholes if key in w], 1) for key in TITLES),
+            with_spread([mean_r2(whole) for whole in wholes], 3),
+            _closed(runs, arm),
+            with_spread(equivariant, 3),
+            *_means(wholes, "combined"),
+        )
+    return grid
+
+
+def _parts(runs: list[dict[str, Any]], arms: list[str], kind: str, keys: Any = ()) -> Any:
+    """Accuracies and R² of each part of the feature."""
+    parameters = COMBINED if kind == "combined" else TRANSFORMATIONS
+    grid = markdown_table(["seeds", *(TITLES[key] for key in keys), "mean R²", *parameters])
+    for arm in arms:
         results = results_of(runs, arm)
         for part in results[0]:
-            values: list[list[float]] = [
-                [r[part][key] for r in results if key in r[part]] for key in shown
-            ]
-            r2 = [list(r[part][kind].values()) for r in results]
-            cells = [with_spread(column, 1) for column in values]
-            if combined:
-                means = [float(np.mean(row)) for row in r2]
-                cells += [with_spread(means, 3), _closed(runs, arm, means)]
-            cells += [f"{np.mean(column):.2f}" for column in zip(*r2, strict=True)]
-            grid.add_row(f"{arm}, {part}", str(len(results)), *cells)
+            found = [result[part] for result in results]
+            cells = [with_spread([values[key] for values in found], 1) for key in keys]
+            cells += [with_spread([mean_r2(values, kind) for values in found], 3)]
+            grid.add_row(f"{arm}, {part}", str(len(results)), *cells, *_means(found, kind))
     return grid
+
+
+def _means(found: list[dict[str, Any]], kind: str) -> list[str]:
+    """Each parameter's R², the mean over seeds."""
+    rows = [values[kind].values() for values in found]
+    return [f"{np.mean(column):.2f}" for column in zip(*rows, strict=True)]
 
 
 def _order(arm: str) -> tuple[int, str]:
@@ -231,13 +265,13 @@ def _order(arm: str) -> tuple[int, str]:
     return [UNTRAINED, *METHODS, CEILING].index(parse_arm(arm)[0]), arm
 
 
-def _closed(runs: list[dict[str, Any]], arm: str, means: list[float]) -> str:
+def _closed(runs: list[dict[str, Any]], arm: str) -> str:
     """How much of what the bare method lacks to the ceiling is had, in percent."""
     name, attached = parse_arm(arm)
-    bare, ceiling = (of_wholes(runs, known, "R²") for known in (name, CEILING))
+    bare, ours, ceiling = (of_wholes(runs, known, "R²") for known in (name, arm, CEILING))
     if attached is None or not bare or not ceiling:
         return ""
-    gain, gap = (np.mean(found) - np.mean(bare) for found in (means, ceiling))
+    gain, gap = (np.mean(found) - np.mean(bare) for found in (ours, ceiling))
     return f"{100 * gain / gap:.0f} %"
 
 

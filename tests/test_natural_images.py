@@ -50,6 +50,8 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     def keep(arm: str, seed: int, r2: float) -> None:
         part = {"linear": 50.0, "knn": 40.0, "alone": dict.fromkeys(TRANSFORMATIONS, r2)}
         results = {"whole": part | {"combined": dict.fromkeys(COMBINED, r2)}}
+        if "attached" in arm:
+            results["equivariant"] = part | {"combined": dict.fromkeys(COMBINED, r2 - 0.1)}
         run = {"data": "some", "arm": arm, "seed": seed, "results": results}
         (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(run))
 
@@ -58,17 +60,19 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
         keep("SimCLR, attached", seed, 0.5 + shift)
     keep("BYOL, attached", 0, 0.5)
     keep("ceiling", 0, 0.6)
+    keep("SimCLR, attached, weight=3", 0, 0.4)
     text = natural_images.tables(natural_images.kept(tmp_path))
-    rows = [line.split("|") for line in text.splitlines() if "|" in line]
-    title = [cell.strip() for cell in rows[0]].index("of the gap")
-    found = {row[1].strip(): row[title].strip() for row in rows[2:6]}
-    assert found == {
-        "SimCLR, whole": "",
-        "SimCLR, attached, whole": "75 %",
-        "BYOL, attached, whole": "",
-        "ceiling, whole": "",
-    }
-    assert list(found) == [row[1].strip() for row in rows[2:6]]
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    gap, alone = rows[0].index("of the gap"), rows[0].index("equivariant alone")
+    assert [(row[1], row[gap], row[alone]) for row in rows[2:6]] == [
+        ("SimCLR", "", ""),
+        ("SimCLR, attached", "75 %", "0.400 ± 0.014"),
+        ("BYOL, attached", "", "0.400"),
+        ("ceiling", "", ""),
+    ]
+    # other options have a table of their own, next to the same bare method
+    assert rows[6] == rows[0]
+    assert (rows[8][1], rows[8][gap]) == ("SimCLR, attached, weight=3", "50 %")
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(
