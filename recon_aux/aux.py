@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from . import saved
+from .checks import check_views
 from .decoder import CrossAttentionDecoder
 from .edges import Edges
 from .finite import FiniteCheck
@@ -22,9 +23,6 @@ from .scale import PixelScale
 from .splitter import FeatureSplitter, channel_dim
 from .statistics import Statistics
 from .telling import Telling
-
-# next to the reconstruction
-_TERMS = ("registration", "statistics", "edges")
 
 Context = Literal["invariant", "equivariant", "both", "none"]
 Reconstruct = Literal["alternate", "random", "both"]
@@ -157,9 +155,9 @@ class ReconAux(nn.Module):
             "seed": seed,
         }
         # in Python's own types, to be saved
-        self._options = {name: _plain(name, value) for name, value in options.items()}
+        self._options = {name: saved.plain(name, value) for name, value in options.items()}
         del self._options["seed"]
-        for name in ("weight", *_TERMS):
+        for name in ("weight", *saved.TERMS):
             value = self._options[name]
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"expected a finite {name} of 0 or more, got {value!r}")
@@ -249,7 +247,14 @@ class ReconAux(nn.Module):
                 call; in float16, where a loss scaler skips such steps, if it is so in twenty in a
                 row, or if the views aren't.
         """
-        self._check(views, features)
+        check_views(
+            views,
+            features,
+            image_channels=self.image_channels,
+            feature_dim=self.splitter.feature_dim,
+            alike=self.reconstruct == "both",
+            device=self.decoder.queries.device,
+        )
         self._calls += 1
         chosen = self._choose(features)
         parts = [self._part("equivariant", feature) for feature in features]
@@ -267,7 +272,7 @@ class ReconAux(nn.Module):
                 rebuilding.new_zeros(()) if term is None else term(pooled, white)
                 for term in (self.registration, self.statistics, self.edges)
             ]
-            factors = [self._options[name] for name in _TERMS]
+            factors = [self._options[name] for name in saved.TERMS]
             loss = rebuilding + sum(f * term for f, term in zip(factors, terms, strict=True))
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
         self.refuse_not_finite(self._calls, loss, target, features)
@@ -276,7 +281,9 @@ class ReconAux(nn.Module):
             loss=weighted,
             unweighted_loss=loss.detach(),
             reconstruction_loss=rebuilding.detach(),
-            **{f"{name}_loss": term.detach() for name, term in zip(_TERMS, terms, strict=True)},
+            **{
+                f"{name}_loss": term.detach() for name, term in zip(saved.TERMS, terms, strict=True)
+            },
             reconstruction=reconstruction,
             target=target,
             rebuilt=chosen,
@@ -346,43 +353,6 @@ class ReconAux(nn.Module):
             return (Random(f"{self._seed} {self._calls}").randrange(2),)
         return ((self._calls - 1) % 2,)
 
-    def _check(self, views: Sequence[Tensor], features: Sequence[Tensor]) -> None:
-        if len(views) != 2 or len(features) != 2:
-            raise ValueError(
-                f"expected two views and their two features, got {len(views)} and {len(features)}"
-            )
-        given = (*views, *features)
-        shapes = [tuple(x.shape) for x in given]
-        if any(len(s) != 4 or s[1] != self.image_channels or 0 in s[2:] for s in shapes[:2]):
-            raise ValueError(
-                f"expected views (B, {self.image_channels}, H, W), got {shapes[0]} and {shapes[1]};"
-                " image_channels= tells how many channels they have"
-            )
-        for feature in features:
-            channel_dim(feature, self.splitter.feature_dim)
-            if 0 in feature.shape[1:]:
-                raise ValueError(f"expected features with positions, got {tuple(feature.shape)}")
-        ranks = {x.ndim for x in features}
-        if len(ranks) > 1 or (self.reconstruct == "both" and len(set(shapes[2:])) > 1):
-            raise ValueError(f"expected features of one shape, got {shapes[2]} and {shapes[3]}")
-        if any(x.is_complex() for x in views) or not all(x.is_floating_point() for x in features):
-            raise TypeError(
-                "expected real views and features of a floating-point type, got "
-                f"{[str(x.dtype) for x in given]}"
-            )
-        devices = {str(x.device) for x in (*given, self.decoder.queries)}
-        if len(devices) > 1:
-            raise ValueError(
-                "expected views, features and the decoder on one device, got "
-                f"{[str(x.device) for x in given]} and {self.decoder.queries.device}"
-            )
-        batches = [len(x) for x in given]
-        if len(set(batches)) != 1 or batches[0] == 0:
-            raise ValueError(
-                "expected two views of the same images and their features, got batches of "
-                f"{batches[0]} and {batches[1]} views, {batches[2]} and {batches[3]} features"
-            )
-
     def get_extra_state(self) -> Tensor:
         """Save the options and which view comes next: a resumed run goes on as it would have.
 
@@ -398,12 +368,12 @@ class ReconAux(nn.Module):
             "encoder": self.encoder,
             "options": self._options,
         }
-        return torch.tensor(list(json.dumps(state).ljust(1024).encode()), dtype=torch.uint8)
+        return saved.pack(state)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore which view comes next."""
-        saved = _decoded(state)
-        self._calls, self._seed, self.encoder = saved["calls"], saved["seed"], saved["encoder"]
+        found = saved.unpack(state)
+        self._calls, self._seed, self.encoder = found["calls"], found["seed"], found["encoder"]
 
     def _load_from_state_dict(
         self,
@@ -419,17 +389,8 @@ class ReconAux(nn.Module):
         # what is under way belongs to weights that are about to be gone
         self.refuse_not_finite = FiniteCheck()
         extra = state_dict.get(prefix + "_extra_state")
-        # before there were these terms
-        former = dict.fromkeys(_TERMS, 0)
-        saved = {} if extra is None else {**former, **_decoded(extra)["options"]}
-        differing = [key for key, value in saved.items() if self._options.get(key) != value]
-        told = ", ".join(
-            f"{key}={saved[key]!r}, not {self._options.get(key)!r}" for key in differing
-        )
         is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
-        # a term that is there may get another weight
-        changed = {key for key in former if saved.get(key) and self._options[key]}
-        is_other = not set(differing) <= _MAY_DIFFER | changed
+        told, is_other = saved.differences(extra, self._options)
         if is_bare:
             warnings.warn(
                 "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it "
@@ -457,27 +418,6 @@ class ReconAux(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in the module's printout."""
         return f"weight={self.weight}, context={self.context!r}, reconstruct={self.reconstruct!r}"
-
-
-# what a decoder may be trained on with, whatever it was saved with
-_MAY_DIFFER = {"weight", "reconstruct", "loss", "structure"}
-
-
-_WHOLE = {"feature_dim", "equivariant_dim", "target_size", "patch_size", "image_channels", "seed"}
-_WHOLE |= {"decoder_dim", "decoder_depth", "decoder_heads", "decoder_tokens"}
-
-
-def _plain(name: str, value: Any) -> Any:
-    """Make a number of Python's from one of numpy's, and a whole one where that is expected."""
-    value = value.item() if hasattr(value, "item") else value
-    if name in _WHOLE and value is not None and not isinstance(value, int):
-        raise TypeError(f"expected {name}= as a whole number, got {value!r}")
-    return value
-
-
-def _decoded(state: Tensor) -> dict[str, Any]:
-    decoded: dict[str, Any] = json.loads(bytes(state.to(torch.uint8).tolist()))
-    return decoded
 
 
 def _pooled(feature: Tensor) -> Tensor:
