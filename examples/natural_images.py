@@ -232,7 +232,7 @@ def _wholes(runs: list[dict[str, Any]], arms: list[str]) -> Any:
             arm,
             str(len(results)),
             *(with_spread([w[key] for w in wholes if key in w], 1) for key in TITLES),
-            with_spread([mean_r2(whole) for whole in wholes], 3),
+            with_spread(of_wholes(runs, arm, "R²"), 3),
             _closed(runs, arm),
             with_spread(equivariant, 3),
             *_means(wholes, "combined"),
