@@ -11,9 +11,6 @@ of attach's options. Options may stand in a file, ``@FILE``, one a line.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,9 @@ from common import (
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
-from pytorch_lightning import LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning import LightningModule, seed_everything
 from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
+from resuming import fit, keep
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -100,15 +97,15 @@ def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
     return name, parse_options(options) if attached else None
 
 
-def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> Any:
-    """Train one arm, or go on with it, or not at all."""
+def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> tuple[Any, float]:
+    """Train one arm, or go on with it, or not at all; and say how long it took, in seconds."""
     name, options = parse_arm(arm)
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
     width = width_of(encoder, args.image_size)
     model = (Ceiling if name == CEILING else METHODS.get(name, SimCLR))(encoder, width, args.lr)
     if name == UNTRAINED:
-        return model
+        return model, 0.0
     if options is not None:
         attach(model, **options)
     loader = DataLoader(
@@ -119,19 +116,7 @@ def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> Any:
         num_workers=args.workers,
         collate_fn=told if name == CEILING else TwoViews(flip=True),
     )
-    # of each epoch's last step, from which Lightning goes on exactly
-    saved = ModelCheckpoint(path, save_last=True, every_n_train_steps=len(loader))
-    last = path / "last.ckpt"
-    Trainer(
-        max_epochs=args.epochs,
-        precision=args.precision,
-        accelerator=args.device,
-        devices=1,
-        logger=False,
-        callbacks=[saved],
-        enable_model_summary=False,
-    ).fit(model, loader, ckpt_path=str(last) if last.exists() else None)
-    return model
+    return model, fit(model, loader, path, args, max_epochs=args.epochs)
 
 
 @torch.no_grad()
@@ -314,14 +299,10 @@ def main() -> None:
                     for known, folder in folders.items()
                 }
                 print(f"{own}: {arm}, seed {seed}")
-                started = time.perf_counter()
-                model = train(arm, data[own][0], seed, path.with_suffix(""), args)
-                seconds = time.perf_counter() - started
+                model, seconds = train(arm, data[own][0], seed, path, args)
                 results = measure(model, own, data, args)
                 which = {"data": own, "arm": arm, "seed": seed}
-                path.write_text(json.dumps(record(args, seconds, results, **which), indent=1))
-                if path.with_suffix("").exists():
-                    shutil.rmtree(path.with_suffix(""))
+                keep(path, record(args, seconds, results, **which))
     done = kept(args.out)
     text = tables(done)
     print(text)

@@ -6,6 +6,7 @@ import json
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
-from training import run_example
+from training import fail_once, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "views3d"))
+import compare
 from data import Objects, targets
 from objects import OBJECTS, make
+from resuming import keep
 from sie import HyperPredictor, covariance_loss, variance_loss
 
 
@@ -134,3 +137,32 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     assert sorted(rows) == sorted(["VICReg, whole", *split, "supervised, whole"])
     assert [path.name for path in tmp_path.glob("*.png")] == ["VICReg-recon_aux-edges=1-0.png"]
     assert {"MRR", "H@1"} <= json.loads(first)["results"]["whole"].keys()
+
+
+def test_an_interrupted_arm_goes_on_from_its_last_tenth(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the supervised arm's lazy layers are read back, too; 21 steps end in the middle of a tenth
+    args = SimpleNamespace(
+        steps=21,
+        batch_size=8,
+        width=8,
+        lr=1e-3,
+        workers=0,
+        precision="32-true",
+        device="cpu",
+    )
+    data = Objects(folder, "train", size=32, views=4)
+    begun = fail_once(monkeypatch, compare.Supervised, at=6)
+    path = tmp_path / "supervised.json"
+    with pytest.raises(OSError, match="the power went"):
+        compare.train("supervised", data, 0, path, args)
+    last = tmp_path / "supervised" / "last.ckpt"
+    saved = torch.load(last)
+    saved["callbacks"]["Timer"]["time_elapsed"]["train"] += 1000
+    torch.save(saved, last)
+    _, seconds = compare.train("supervised", data, 0, path, args)
+    assert begun == [*range(6), *range(4, 21)]
+    assert seconds > 1000
+    keep(path, {"arm": "supervised"})
+    assert [left.name for left in tmp_path.iterdir()] == ["supervised.json"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning
 import torch
 from lightly.loss import NegativeCosineSimilarity
@@ -113,6 +114,21 @@ def fit(model: Any, package: Any = pytorch_lightning, **options: Any) -> Any:
     trained = trainer(package, **options)
     trained.fit(model, DataLoader(Views(), batch_size=4))
     return trained
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, method: Any, at: int) -> list[int]:
+    """Let a method's so-manyth training step fail; list the steps that are begun."""
+    step = method.training_step
+    begun: list[int] = []
+
+    def training_step(model: Any, batch: Any, index: int) -> Any:
+        begun.append(model.trainer.global_step)
+        if len(begun) == at:
+            raise OSError("the power went")
+        return step(model, batch, index)
+
+    monkeypatch.setattr(method, "training_step", training_step)
+    return begun
 
 
 def decoder_of(model: Any) -> dict[str, Tensor]:

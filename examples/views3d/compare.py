@@ -2,8 +2,9 @@
 
 ``python examples/views3d/compare.py FOLDER`` trains every arm on a data set in 3DIEBench's layout,
 the official one or what render.py makes, measures it as Garrido, Najman and LeCun (2023, arXiv
-2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``: an
-interrupted run goes on where it was; next to it a picture of what an attached one rebuilds.
+2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``,
+what was interrupted goes on from its last tenth; next to it a picture of what an attached one
+rebuilds.
 ``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with any of attach's
 options, or ``"SIE, dim=512"``, with any of the method's own.
 """
@@ -11,9 +12,7 @@ options, or ``"SIE, dim=512"``, with any of the method's own.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import Objects, normalize, targets
-from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning import LightningModule, seed_everything
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
@@ -34,6 +33,7 @@ from common import parse_options, small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
+from resuming import fit, keep
 from sie import SIE
 from steering import draw
 
@@ -79,8 +79,10 @@ def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
 # --- training ---
 
 
-def train(arm: str, data: Objects, seed: int, args: argparse.Namespace) -> LightningModule:
-    """Train one arm."""
+def train(
+    arm: str, data: Objects, seed: int, path: Path, args: argparse.Namespace
+) -> tuple[LightningModule, float]:
+    """Train one arm, or go on with it; and say how long it took, in seconds."""
     seed_everything(seed, verbose=False)
     encoder = small_resnet18(args.width, stride=2).to(memory_format=torch.channels_last)
     method, attached, options = parse_arm(arm)
@@ -88,19 +90,10 @@ def train(arm: str, data: Objects, seed: int, args: argparse.Namespace) -> Light
     model = METHODS[method](encoder, 8 * args.width, **{"lr": args.lr, **own})
     if attached:
         attach(model, **options)
-    sampler = RandomSampler(data, num_samples=args.steps * args.batch_size)
+    # an epoch, after which there is a checkpoint, is a tenth of the way
+    sampler = RandomSampler(data, num_samples=max(1, args.steps // 10) * args.batch_size)
     loader = DataLoader(data, args.batch_size, sampler=sampler, num_workers=args.workers)
-    trainer = Trainer(
-        max_epochs=1,
-        precision=args.precision,
-        accelerator=args.device,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, loader)
-    return model
+    return model, fit(model, loader, path, args, max_steps=args.steps)
 
 
 # --- measuring ---
@@ -204,12 +197,10 @@ def invariant_dim(model: LightningModule) -> int | None:
 
 
 def run(
-    arm: str, seed: int, data: tuple[Objects, Objects], args: argparse.Namespace
+    arm: str, seed: int, data: tuple[Objects, Objects], path: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Train and measure one arm."""
-    started = time.perf_counter()
-    model = train(arm, data[0], seed, args)
-    seconds = time.perf_counter() - started
+    model, seconds = train(arm, data[0], seed, path, args)
     device = trained_on(args)
     features = tuple(encode(model, objects, device) for objects in data)
     parts = {"whole": slice(None)}
@@ -221,7 +212,7 @@ def run(
         for part, cut in parts.items()
     }
     if hasattr(model, "recon_aux"):
-        draw(model, data[1], args.out / f"{file_name(arm, seed)}.png", device)
+        draw(model, data[1], path.with_suffix(".png"), device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
     return record(args, seconds, results, arm=arm, seed=seed)
@@ -294,7 +285,7 @@ def main() -> None:
                 for split in ("train", "val")
             ]
             print(f"{arm}, seed {seed}")
-            path.write_text(json.dumps(run(arm, seed, (data[0], data[1]), args), indent=1))
+            keep(path, run(arm, seed, (data[0], data[1]), path, args))
             print(table(args.out))
     (args.out / "table.md").write_text(table(args.out))
     print(f"saved in {args.out}")
