@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
@@ -26,18 +27,23 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
         results: plain numbers.
         which: of the runs this is.
     """
-    gpu = trained_on(args).type == "cuda"
+    device = trained_on(args).type
     return {
         **which,
         "results": results,
         "seconds": round(seconds),
-        "options": {key: str(value) for key, value in vars(args).items()},
+        "options": options_of(args),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "machine": torch.cuda.get_device_name() if gpu else _processor(),
+        "commit": _COMMIT,
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def options_of(args: argparse.Namespace) -> dict[str, str]:
+    """Write a command line's options as text."""
+    return {name: str(value) for name, value in vars(args).items()}
 
 
 def file_name(arm: str, seed: int) -> str:
@@ -65,8 +71,10 @@ def as_text(grid: Table) -> str:
 
 def trained_on(args: argparse.Namespace) -> torch.device:
     """Say which device Lightning's ``--device`` means."""
-    gpu = torch.cuda.is_available() and args.device in ("auto", "gpu")
-    return torch.device("cuda" if gpu else "cpu")
+    device: torch.device = Trainer(
+        accelerator=args.device, devices=1, logger=False, enable_checkpointing=False
+    ).strategy.root_device
+    return device
 
 
 def with_spread(values: list[float], digits: int) -> str:
@@ -93,3 +101,7 @@ def _commit() -> str:
         for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
     ]
     return found[0].strip() + "+" * bool(found[1]) if found[0] else "unknown"
+
+
+# before hours of training, in which the checkout may change
+_COMMIT = _commit()

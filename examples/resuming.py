@@ -8,9 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from records import options_of
 from torch.utils.data import DataLoader
+
+# which runs there are, and what computes them: runs that differ in these alone are comparable
+_FREE = {"arms", "seeds", "out", "data", "folder", "lists"}
+_FREE |= {"workers", "no_cache", "device", "precision"}
 
 
 def fit(
@@ -31,28 +37,84 @@ def fit(
 
     Returns:
         How long training took, with what was before an interruption, in seconds.
+
+    Raises:
+        SystemExit: if it was with other options before the interruption.
     """
     folder = _checkpoints(path)
-    # of each epoch's last step, from which Lightning goes on exactly
-    saved = ModelCheckpoint(folder, save_last=True, every_n_train_steps=len(loader))
+    options, last = folder / "options.json", folder / "last.ckpt"
+    if options.exists():
+        _refuse_others(json.loads(options.read_text()), args, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    options.write_text(json.dumps(options_of(args)))
     timer = Timer()
-    last = folder / "last.ckpt"
     Trainer(
         precision=args.precision,
         accelerator=args.device,
         devices=1,
         logger=False,
-        callbacks=[saved, timer],
+        callbacks=[
+            # of each epoch's last step: before the next epoch's order is drawn
+            ModelCheckpoint(
+                folder,
+                save_last=True,
+                save_top_k=0,
+                every_n_train_steps=len(loader),
+                enable_version_counter=False,
+            ),
+            timer,
+            _RandomState(),
+        ],
         enable_model_summary=False,
         **budget,
     ).fit(model, loader, ckpt_path=str(last) if last.exists() else None)
     return timer.time_elapsed("train")
 
 
+def is_done(path: Path, args: argparse.Namespace) -> bool:
+    """Say whether a run's record is there.
+
+    Raises:
+        SystemExit: if it was made with other options.
+    """
+    if not path.exists():
+        return False
+    _refuse_others(json.loads(path.read_text())["options"], args, path)
+    shutil.rmtree(_checkpoints(path), ignore_errors=True)
+    return True
+
+
 def keep(path: Path, record: dict[str, Any]) -> None:
     """Write the record of a run that is done; its checkpoints go."""
-    path.write_text(json.dumps(record, indent=1))
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1))
+    # at once, so that there is never half of it
+    new.replace(path)
     shutil.rmtree(_checkpoints(path), ignore_errors=True)
+
+
+class _RandomState(Callback):
+    """Keeps torch's random state on the CPU, which orders and augments the images."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        torch.set_rng_state(state_dict["torch"])
+
+
+def _refuse_others(was: dict[str, str], args: argparse.Namespace, path: Path) -> None:
+    differ = [
+        f"--{name.replace('_', '-')} {was[name]}, not {value}"
+        for name, value in options_of(args).items()
+        # an option may be younger than the record
+        if name not in _FREE and was.get(name, value) != value
+    ]
+    if differ:
+        raise SystemExit(
+            f"expected the options that {path} was made with: {', '.join(differ)}; "
+            "--out names another folder"
+        )
 
 
 def _checkpoints(path: Path) -> Path:

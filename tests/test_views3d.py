@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,8 +142,8 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
 def test_an_interrupted_arm_goes_on_from_its_last_tenth(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the supervised arm's lazy layers are read back, too; 21 steps end in the middle of a tenth
-    args = SimpleNamespace(
+    # which ends in the middle of a tenth
+    args = argparse.Namespace(
         steps=21,
         batch_size=8,
         width=8,

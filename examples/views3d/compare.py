@@ -3,10 +3,9 @@
 ``python examples/views3d/compare.py FOLDER`` trains every arm on a data set in 3DIEBench's layout,
 the official one or what render.py makes, measures it as Garrido, Najman and LeCun (2023, arXiv
 2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``,
-what was interrupted goes on from its last tenth; next to it a picture of what an attached one
-rebuilds.
-``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with any of attach's
-options, or ``"SIE, dim=512"``, with any of the method's own.
+next to it a picture of what an attached one rebuilds; one that was interrupted goes on from its
+last tenth. ``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with any of
+attach's options, or ``"SIE, dim=512"``, with any of the method's own.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from common import parse_options, small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
-from resuming import fit, keep
+from resuming import fit, is_done, keep
 from sie import SIE
 from steering import draw
 
@@ -47,8 +46,10 @@ class Supervised(LightningModule):
     def __init__(self, encoder: nn.Module, width: int, lr: float) -> None:
         super().__init__()
         self.backbone = encoder
-        self.classify = nn.LazyLinear(64)
-        self.regress = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.LazyLinear(6))
+        # 3DIEBench has 55 classes
+        self.classify = nn.Linear(width, 64)
+        layers = [nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 6)]
+        self.regress = nn.Sequential(*layers)
         self.lr = lr
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -183,7 +184,8 @@ def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
     predicted = model.predictor(embedded[rows, first], change)
     distance = (embedded[rows] - predicted[:, None]).square().sum(-1)
     distance[np.arange(len(rows)), first] = torch.inf
-    rank = (distance < distance.gather(1, torch.from_numpy(second)[:, None])).sum(1) + 1
+    # of equals the last, or an embedding that is always the same would be right
+    rank = (distance <= distance.gather(1, torch.from_numpy(second)[:, None])).sum(1)
     hits = {f"H@{k}": (rank <= k).float().mean().item() for k in (1, 5)}
     return {"MRR": (1 / rank).mean().item(), **hits}
 
@@ -278,7 +280,7 @@ def main() -> None:
     for seed in args.seeds:
         for arm in args.arms:
             path = args.out / f"{file_name(arm, seed)}.json"
-            if path.exists():
+            if is_done(path, args):
                 continue
             data = data or [
                 Objects(args.folder, split, cached=not args.no_cache, **options)
