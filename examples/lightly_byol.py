@@ -16,7 +16,7 @@ from recon_aux.integrations.lightly import attach
 class BYOL(LightningModule):
     """As lightly's documentation writes it."""
 
-    def __init__(self, backbone, feature_dim, lr):
+    def __init__(self, backbone, feature_dim, lr, momentum=0.99):
         super().__init__()
         self.backbone = backbone
         self.projection_head = BYOLProjectionHead(feature_dim, 1024, 256)
@@ -27,6 +27,7 @@ class BYOL(LightningModule):
         deactivate_requires_grad(self.projection_head_momentum)
         self.criterion = NegativeCosineSimilarity()
         self.lr = lr
+        self.momentum = momentum
 
     def forward(self, x):
         h = self.backbone(x).flatten(start_dim=1)
@@ -39,7 +40,7 @@ class BYOL(LightningModule):
 
     def training_step(self, batch, batch_idx):
         steps = self.trainer.estimated_stepping_batches
-        momentum = cosine_schedule(self.trainer.global_step, steps, 0.99, 1)
+        momentum = cosine_schedule(self.trainer.global_step, steps, self.momentum, 1)
         update_momentum(self.backbone, self.backbone_momentum, m=momentum)
         update_momentum(self.projection_head, self.projection_head_momentum, m=momentum)
         (x0, x1), _ = batch

@@ -5,7 +5,8 @@ attached, and a ceiling: the same encoder, supervised to tell the transformation
 by the probe, with few labels, and, frozen, on the other data set. What is done is kept as JSON in
 ``--out``, what was interrupted goes on from its last epoch; the tables and a picture are made of
 what is there. ``--arms`` compares others, such as ``"SimCLR, attached, context='both'"``, with any
-of attach's options. Options may stand in a file, ``@FILE``, one a line.
+of attach's options, or ``"BYOL, momentum=0.9"``, with any of the method's own. Options may stand in
+a file, ``@FILE``, one a line.
 """
 
 from __future__ import annotations
@@ -106,26 +107,28 @@ class SimCLRViews:
         return views, torch.stack([label for _, label in samples])
 
 
-def parse_arm(arm: str) -> tuple[str, dict[str, Any] | None]:
-    """Tell the method's name, and attach's options where it is attached."""
-    name, attached, options = (*arm.split(", ", 2), "", "")[:3]
-    if arm not in (UNTRAINED, CEILING) and (
-        name not in METHODS or attached not in ("", "attached")
-    ):
-        raise SystemExit(f"--arms expects {ARMS}, with attach's options behind, got {arm!r}")
-    return name, parse_options(options) if attached else None
+def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
+    """Tell the method's name, whether it is attached, and attach's or else its own options."""
+    name, _, options = arm.partition(", ")
+    attached = options.split(", ")[0] == "attached"
+    if attached:
+        options = options.removeprefix("attached").removeprefix(", ")
+    if arm not in (UNTRAINED, CEILING) and name not in METHODS:
+        raise SystemExit(f"--arms expects {ARMS}, with options behind, got {arm!r}")
+    return name, attached, parse_options(options)
 
 
 def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> tuple[Any, float]:
     """Train one arm, or go on with it, or not at all; and say how long it took, in seconds."""
-    name, options = parse_arm(arm)
+    name, attached, options = parse_arm(arm)
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
     width = width_of(encoder, args.image_size)
-    model = (Ceiling if name == CEILING else METHODS.get(name, SimCLR))(encoder, width, args.lr)
+    method = Ceiling if name == CEILING else METHODS.get(name, SimCLR)
+    model = method(encoder, width, **{"lr": args.lr} | ({} if attached else options))
     if name == UNTRAINED:
         return model, 0.0
-    if options is not None:
+    if attached:
         attach(model, **options)
     views = SimCLRViews(args.image_size) if args.views == "lightly" else TwoViews(flip=True)
     loader = DataLoader(
@@ -272,8 +275,8 @@ def _order(arm: str) -> tuple[int, str]:
 
 def _closed(runs: list[dict[str, Any]], arm: str) -> str:
     """How much of what the bare method lacks to the ceiling is had, over the seeds of all three."""
-    name, attached = parse_arm(arm)
-    if attached is None:
+    name, attached, _ = parse_arm(arm)
+    if not attached:
         return ""
     arms = (name, arm, CEILING)
     seeds = set.intersection(*({run["seed"] for run in runs if run["arm"] == a} for a in arms))
@@ -294,7 +297,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="NAME=FOLDER with train/ and test/ (or val/)")
-    add("--arms", nargs="+", default=ARMS, help="with attach's options behind, after a comma")
+    add("--arms", nargs="+", default=ARMS, help="with options behind, after a comma")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", type=Path, default=Path("runs/natural"))
     add("--backbone", default="tiny-resnet18", help="as the other examples'")

@@ -117,6 +117,14 @@ def test_what_was_made_with_other_options_is_refused(tmp_path: Path) -> None:
         is_done(path, argparse.Namespace(epochs=100, lr=2e-3, precision="32-true"))
 
 
+def test_options_are_attachs_or_else_the_methods_own() -> None:
+    assert natural_images.parse_arm("BYOL") == ("BYOL", False, {})
+    assert natural_images.parse_arm("BYOL, attached") == ("BYOL", True, {})
+    assert natural_images.parse_arm("BYOL, momentum=0.9") == ("BYOL", False, {"momentum": 0.9})
+    attached = natural_images.parse_arm("BYOL, attached, context='both', weight=1")
+    assert attached == ("BYOL", True, {"context": "both", "weight": 1})
+
+
 @pytest.mark.parametrize("options", ["attached", "0.3", "context=both", "weight="])
 def test_options_that_are_none_are_refused(options: str) -> None:
     with pytest.raises(SystemExit, match="expected options as name=value"):
