@@ -120,6 +120,38 @@ def test_sies_variance_and_covariance_in_closed_form() -> None:
     assert variance_loss(10 * x).item() == 0
 
 
+class Turn(nn.Module):
+    """Predicts the second view's orientation, a matrix, from the first's and what changed."""
+
+    def forward(self, embedding: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        turned = Rotation.from_matrix(embedding.unflatten(1, (3, 3)).numpy())
+        turned = turned * Rotation.from_quat(change.numpy())
+        return torch.from_numpy(turned.as_matrix()).float().flatten(1)
+
+
+def test_right_predictions_are_retrieved_and_collapsed_ones_are_not(folder: Path) -> None:
+    data = Objects(folder, "val", size=32, views=4, cached=False)
+    model = compare.SIE(nn.Identity(), 10, 1e-3)
+    model.heads[1], model.predictor = nn.Identity(), Turn()
+    turned = Rotation.from_euler("xyz", data.latents[..., :3].reshape(-1, 3)).as_matrix()
+    features = torch.from_numpy(turned).float().view(len(data), 4, 9)
+    features = torch.cat([torch.zeros(len(data), 4, 5), features], dim=-1)
+    assert compare.retrieve(model, features, data) == {"MRR": 1, "H@1": 1, "H@5": 1}
+    same = features[:1, :1].expand_as(features)
+    model.predictor = HyperPredictor(9)
+    assert compare.retrieve(model, same, data)["H@1"] == 0
+
+
+def test_what_changed_is_read_from_features_that_hold_it(folder: Path) -> None:
+    splits = [Objects(folder, name, size=32, views=4, cached=False) for name in ("train", "val")]
+    data = splits[0], splits[1]
+    first, second = (torch.from_numpy(objects.latents).float() for objects in data)
+    device = torch.device("cpu")
+    assert compare.measure((first, second), data, device)["color linear"] > 0.99
+    mixed = second.flatten(0, 1)[torch.randperm(second[..., 0].numel())].view_as(second)
+    assert compare.measure((first, mixed), data, device)["color linear"] < 0.5
+
+
 def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     folder: Path, tmp_path: Path
 ) -> None:
