@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import sys
 import time
@@ -215,17 +214,6 @@ def width_of(encoder: nn.Module, image_size: int) -> int:
         width = encoder.eval()(blank).flatten(1).shape[1]
     encoder.train()
     return int(width)
-
-
-def parse_options(options: str) -> dict[str, Any]:
-    """Read attach's options as they are written in a call."""
-    try:
-        call = ast.parse(f"attach({options})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError
-        return {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise SystemExit(f"expected options as name=value, ..., got {options!r}") from error
 
 
 # --- one study: bare and attached, with the same seed, data and budget ---

@@ -26,13 +26,13 @@ from common import (
     flip_half,
     load,
     normalize,
-    parse_options,
     width_of,
 )
 from lightly.transforms import SimCLRTransform
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
+from options import parse_options
 from pytorch_lightning import LightningModule, seed_everything
 from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
 from resuming import fit, is_done, keep

@@ -26,11 +26,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import build_encoder, parse_options, small_resnet18, width_of
+from common import build_encoder, small_resnet18, width_of
 from lightly.models.utils import update_momentum
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
+from options import parse_options
 from pytorch_lightning import Callback, Trainer
 from records import as_text, record, trained_on
 from rich.progress import track

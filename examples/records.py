@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from options import options_of
 from pytorch_lightning import Trainer
 from rich.console import Console
 from rich.table import Table
@@ -39,11 +40,6 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def options_of(args: argparse.Namespace) -> dict[str, str]:
-    """Write a command line's options as text."""
-    return {name: str(value) for name, value in vars(args).items()}
 
 
 def file_name(arm: str, seed: int) -> str:

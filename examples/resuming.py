@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import go_on, refuse_others
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
-from records import options_of
 from torch.utils.data import DataLoader
-
-# which runs there are, and what computes them: runs that differ in these alone are comparable
-_FREE = {"arms", "seeds", "out", "data", "folder", "lists"}
-_FREE |= {"workers", "no_cache", "device", "precision"}
 
 
 def fit(
@@ -41,12 +37,9 @@ def fit(
     Raises:
         SystemExit: if it was with other options before the interruption.
     """
-    folder = _checkpoints(path)
-    options, last = folder / "options.json", folder / "last.ckpt"
-    if options.exists():
-        _refuse_others(json.loads(options.read_text()), args, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    options.write_text(json.dumps(options_of(args)))
+    go_on(_folder(path), args)
+    checkpoints = _folder(path) / "checkpoints"
+    last = checkpoints / "last.ckpt"
     timer = Timer()
     Trainer(
         precision=args.precision,
@@ -56,7 +49,7 @@ def fit(
         callbacks=[
             # of each epoch's last step: before the next epoch's order is drawn
             ModelCheckpoint(
-                folder,
+                checkpoints,
                 save_last=True,
                 save_top_k=0,
                 every_n_train_steps=len(loader),
@@ -79,8 +72,8 @@ def is_done(path: Path, args: argparse.Namespace) -> bool:
     """
     if not path.exists():
         return False
-    _refuse_others(json.loads(path.read_text())["options"], args, path)
-    shutil.rmtree(_checkpoints(path), ignore_errors=True)
+    refuse_others(json.loads(path.read_text())["options"], args, path)
+    shutil.rmtree(_folder(path), ignore_errors=True)
     return True
 
 
@@ -90,7 +83,7 @@ def keep(path: Path, record: dict[str, Any]) -> None:
     new.write_text(json.dumps(record, indent=1))
     # at once, so that there is never half of it
     new.replace(path)
-    shutil.rmtree(_checkpoints(path), ignore_errors=True)
+    shutil.rmtree(_folder(path), ignore_errors=True)
 
 
 class _RandomState(Callback):
@@ -103,19 +96,5 @@ class _RandomState(Callback):
         torch.set_rng_state(state_dict["torch"])
 
 
-def _refuse_others(was: dict[str, str], args: argparse.Namespace, path: Path) -> None:
-    differ = [
-        f"--{name.replace('_', '-')} {was[name]}, not {value}"
-        for name, value in options_of(args).items()
-        # an option may be younger than the record
-        if name not in _FREE and was.get(name, value) != value
-    ]
-    if differ:
-        raise SystemExit(
-            f"expected the options that {path} was made with: {', '.join(differ)}; "
-            "--out names another folder"
-        )
-
-
-def _checkpoints(path: Path) -> Path:
+def _folder(path: Path) -> Path:
     return path.with_suffix("")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from common import build_encoder
-from records import options_of
+from options import options_of
 from resuming import is_done, keep
 from test_examples import pictures
 from training import fail_once, run_example
@@ -113,7 +113,7 @@ def test_what_was_made_with_other_options_is_refused(tmp_path: Path) -> None:
     assert not is_done(path, was)
     keep(path, {"options": options_of(was)})
     assert is_done(path, argparse.Namespace(epochs=8, lr=2e-3, precision="bf16-mixed", new=1))
-    with pytest.raises(SystemExit, match=r"--epochs 8, not 100; --out names another folder"):
+    with pytest.raises(SystemExit, match=r"--epochs 8, not 100; other options need another folder"):
         is_done(path, argparse.Namespace(epochs=100, lr=2e-3, precision="32-true"))
 
 

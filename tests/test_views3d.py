@@ -19,6 +19,7 @@ from training import fail_once, run_example
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "views3d"))
 import compare
+import render
 from data import Objects, targets
 from objects import OBJECTS, make
 from resuming import keep
@@ -59,6 +60,14 @@ def test_views_are_the_same_again_and_differ_from_each_other(folder: Path, tmp_p
     assert all((a - b).abs().mean() > 1 for a, b in pairwise(views))
     # the object stands out from the floor, in the middle
     assert (views[:, :, 12:20, 12:20].std((2, 3)).mean(1) > 1).float().mean() > 0.9
+
+
+def test_a_folder_of_other_objects_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["render.py", str(folder), "--objects", "2", "--size", "64"])
+    with pytest.raises(SystemExit, match=r"--views 4, not 50, --size 32, not 64, --val 0.5, not"):
+        render.main()
 
 
 def test_a_pairs_target_is_what_changed(folder: Path) -> None:
@@ -189,7 +198,7 @@ def test_an_interrupted_arm_goes_on_from_its_last_tenth(
     path = tmp_path / "supervised.json"
     with pytest.raises(OSError, match="the power went"):
         compare.train("supervised", data, 0, path, args)
-    last = tmp_path / "supervised" / "last.ckpt"
+    last = tmp_path / "supervised" / "checkpoints" / "last.ckpt"
     saved = torch.load(last)
     saved["callbacks"]["Timer"]["time_elapsed"]["train"] += 1000
     torch.save(saved, last)

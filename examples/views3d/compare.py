@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 sys.path.append(str(Path(__file__).parent.parent))
-from common import parse_options, small_resnet18
+from common import small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
+from options import parse_options
 from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
 from resuming import fit, is_done, keep
 from sie import SIE

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +23,9 @@ from objects import OBJECTS, make
 from PIL import Image
 from rich.progress import track
 from scipy.spatial.transform import Rotation
+
+sys.path.append(str(Path(__file__).parent.parent))
+from options import go_on
 
 LOW = np.array([-np.pi / 2] * 3 + [0, 0, 0, 0])
 HIGH = np.array([np.pi / 2] * 3 + [1, np.pi / 4, 2 * np.pi, 1])
@@ -142,6 +146,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--workers", type=int, help="processes; as many as there are cores if not given")
     args = parser.parse_args()
+    go_on(args.folder, args)
     render(args.folder, args)
     sheet = contact_sheet(args.folder, args.size)
     print(f"rendered {len(OBJECTS) * args.objects} objects; look at {sheet}")
