@@ -36,9 +36,6 @@ from options import parse_options
 from pytorch_lightning import LightningModule, seed_everything
 from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
 from resuming import fit, is_done, keep
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
@@ -48,6 +45,7 @@ from recon_aux.probe import (
     COMBINED,
     TRANSFORMATIONS,
     draw_parameters,
+    linear_classifier,
     markdown_table,
     probe,
     transform,
@@ -153,8 +151,7 @@ def accuracy(
     features: list[np.ndarray], labels: list[np.ndarray], rows: Any = slice(None)
 ) -> float:
     """Of logistic regression on some train rows, in percent of the test rows."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-    model.fit(features[0][rows], labels[0][rows])
+    model = linear_classifier().fit(features[0][rows], labels[0][rows])
     return 100 * float(model.score(features[1], labels[1]))
 
 

@@ -330,22 +330,27 @@ def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
 
 def _ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     targets = [torch.stack(list(p.values()), dim=1).numpy() for p in parameters]
-    model = _standardized(RidgeCV(alphas=np.logspace(-1, 5, 7)))
-    model.fit(x[0], targets[0])
+    model = linear_regression().fit(x[0], targets[0])
     predicted = model.predict(x[1]).reshape(targets[1].shape)
     scores = r2_score(targets[1], predicted, multioutput="raw_values")
     return dict(zip(parameters[0], scores.tolist(), strict=True))
 
 
 def _accuracies(x: Sequence[Any], labels: Sequence[Any]) -> tuple[float, float]:
-    linear = _standardized(LogisticRegression(C=0.01, max_iter=500))
+    linear = linear_classifier()
     knn = KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
     scores = [100 * model.fit(x[0], labels[0]).score(x[1], labels[1]) for model in (linear, knn)]
     return scores[0], scores[1]
 
 
-def _standardized(model: Any) -> Any:
-    return make_pipeline(StandardScaler(), model)
+def linear_classifier() -> Any:
+    """Make what tells classes from features: logistic regression, as scikit-learn's estimator."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+
+
+def linear_regression() -> Any:
+    """Make what reads numbers off features: ridge regression, its strength cross-validated."""
+    return make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-1, 5, 7)))
 
 
 @contextmanager

@@ -20,10 +20,7 @@ import torch
 import torch.nn.functional as F
 from data import Objects, normalize, targets
 from pytorch_lightning import LightningModule, seed_everything
-from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -38,7 +35,7 @@ from sie import SIE
 from steering import draw
 
 from recon_aux.integrations.lightly import attach
-from recon_aux.probe import markdown_table
+from recon_aux.probe import linear_classifier, linear_regression, markdown_table
 
 
 class Supervised(LightningModule):
@@ -128,17 +125,14 @@ def measure(
     flat = [x.flatten(0, 1).numpy() for x in features]
     labels = [objects.labels.repeat_interleave(objects.views).numpy() for objects in data]
     some = np.random.default_rng(0).permutation(len(flat[0]))[:20000]
-    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-    result = {
-        "accuracy": 100 * linear.fit(flat[0][some], labels[0][some]).score(flat[1], labels[1])
-    }
+    linear = linear_classifier().fit(flat[0][some], labels[0][some])
+    result = {"accuracy": 100 * linear.score(flat[1], labels[1])}
     inputs, wanted = [], []
     for x, objects, each in zip(features, data, (60, 30), strict=True):
         rows, first, second = pairs(objects, each, seed=0)
         inputs.append(torch.cat([x[rows, first], x[rows, second]], dim=1))
         wanted.append(targets(objects.latents[rows, first], objects.latents[rows, second]))
-    ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-1, 5, 7)))
-    ridge.fit(inputs[0].numpy(), wanted[0].numpy())
+    ridge = linear_regression().fit(inputs[0].numpy(), wanted[0].numpy())
     for name, predicted in (
         ("linear", ridge.predict(inputs[1].numpy())),
         ("mlp", _mlp(inputs, wanted[0], device)),
