@@ -1,10 +1,13 @@
-"""Train with Lightning; after an interruption, go on from where the last checkpoint was."""
+"""Train with Lightning; after an interruption, go on from where the last checkpoint was.
+
+A run that is done keeps its last checkpoint, so that one whose record is deleted is only measured
+again.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +76,15 @@ def is_done(path: Path, args: argparse.Namespace) -> bool:
     if not path.exists():
         return False
     refuse_others(json.loads(path.read_text())["options"], args, path)
-    shutil.rmtree(_folder(path), ignore_errors=True)
     return True
 
 
 def keep(path: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run that is done; its checkpoints go."""
+    """Write the record of a run that is done."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(record, indent=1))
     # at once, so that there is never half of it
     new.replace(path)
-    shutil.rmtree(_folder(path), ignore_errors=True)
 
 
 class _RandomState(Callback):

@@ -242,8 +242,9 @@ def probe(
     """Measure what an encoder's features know of classes and of transformations.
 
     Each transformation is applied to ``pairs`` images with known random parameters, and ridge
-    regression (its strength chosen by leave-one-out on the train split) predicts the parameters
-    from the features of the original and of the transformed image, concatenated.
+    regression (its strength chosen by leave-one-out on the train split, for each parameter)
+    predicts the parameters from the features of the original and of the transformed image,
+    concatenated.
 
     Args:
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``;
@@ -349,8 +350,10 @@ def linear_classifier() -> Any:
 
 
 def linear_regression() -> Any:
-    """Make what reads numbers off features: ridge regression, its strength cross-validated."""
-    return make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-1, 5, 7)))
+    """Make what reads numbers off features: ridge regression, its strength by leave-one-out."""
+    # for each number, or those of the largest units, in degrees perhaps, would choose for all
+    ridge = RidgeCV(alphas=np.logspace(-1, 5, 7), alpha_per_target=True)
+    return make_pipeline(StandardScaler(), ridge)
 
 
 @contextmanager

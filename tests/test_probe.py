@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from recon_aux.probe import (
@@ -13,6 +15,7 @@ from recon_aux.probe import (
     TRANSFORMATIONS,
     ProbeResult,
     draw_parameters,
+    linear_regression,
     probe,
     render,
     transform,
@@ -111,6 +114,20 @@ def test_maps_and_tokens_are_split_along_their_channels(tokens: bool) -> None:
     result = probe(feature, split(100, 0), split(60, 1), equivariant_dim=3)
     assert result.parts["invariant"].mean_combined < 0.05
     assert result.parts["equivariant"].alone["brightness"] > 0.5
+
+
+def test_a_number_is_read_as_well_next_to_one_of_larger_units() -> None:
+    # in degrees, say, and not to be told; the other stands in a faint direction of the features
+    random = np.random.default_rng(0)
+    told, untold = random.uniform(0.6, 1.4, 1000), random.uniform(-30, 30, 1000)
+    hidden = random.normal(size=(1000, 20)) * np.linspace(3, 0.05, 20)
+    hidden[:, -1] += 0.3 * told
+    x = hidden @ random.normal(size=(20, 64)) + random.normal(0, 0.02, (1000, 64))
+    alone = linear_regression().fit(x[:500], told[:500]).predict(x[500:])
+    numbers = np.stack([untold, told], axis=1)
+    both = linear_regression().fit(x[:500], numbers[:500]).predict(x[500:])
+    assert r2_score(told[500:], alone) > 0.5
+    np.testing.assert_allclose(both[:, 1], alone, rtol=1e-6)
 
 
 def test_labels_are_found_by_both_classifiers() -> None:
