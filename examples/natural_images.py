@@ -34,8 +34,8 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from options import parse_options
 from pytorch_lightning import LightningModule, seed_everything
-from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
-from resuming import fit, is_done, keep
+from records import as_text, file_name, kept, record, results_of, with_spread
+from resuming import fit, is_done, keep, trained_on
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
@@ -335,7 +335,7 @@ def main() -> None:
                 model, seconds = train(arm, data[own][0], seed, path, args)
                 results = measure(model, own, data, args)
                 which = {"data": own, "arm": arm, "seed": seed}
-                keep(path, record(args, seconds, results, **which))
+                keep(path, record(args, trained_on(args), seconds, results, **which))
     done = kept(args.out)
     text = tables(done)
     print(text)

@@ -33,7 +33,8 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from options import parse_options
 from pytorch_lightning import Callback, Trainer
-from records import as_text, record, trained_on
+from records import as_text, record
+from resuming import trained_on
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -172,7 +173,7 @@ class LightningLoop(Callback):
         Trainer(
             max_epochs=1,
             precision=self.args.precision,
-            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            accelerator=self.device.type,
             devices=1,
             logger=False,
             callbacks=[self],
@@ -416,13 +417,14 @@ def main() -> None:
     add("--device", choices=["auto", "cpu", "gpu"], default="auto")
     add("--out", type=Path, default=Path("runs/overhead"))
     args = parser.parse_args()
-    gpu = trained_on(args).type == "cuda"
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    device = trained_on(args)
+    gpu = device.type == "cuda"
     args.precision = args.precision or ("bf16-mixed" if gpu else "32-true")
     batch_size = args.batch_size or (256 if gpu else 32)
     models = args.models or (list(MODELS) if gpu or args.count_only else ON_A_CPU)
     args.out.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     if args.grow:
         curves: dict[str, list[tuple[int, float, float]]] = {}
         started = time.perf_counter()
@@ -432,7 +434,7 @@ def main() -> None:
                 (value, step_time(case, args, "own loop")["ratio"], flops(case, args)["FLOPs"])
                 for value, case in track(cases, what)
             ]
-            told = record(args, time.perf_counter() - started, curves)
+            told = record(args, device, time.perf_counter() - started, curves)
             (args.out / "growth.json").write_text(json.dumps(told, indent=1))
         draw(curves, args.out / "growth.png")
         print(f"saved growth.json and growth.png in {args.out}")
@@ -443,7 +445,7 @@ def main() -> None:
     for case in track(cases, "measuring"):
         started = time.perf_counter()
         found = measure(case, args)
-        runs.append(record(args, time.perf_counter() - started, found, case=vars(case)))
+        runs.append(record(args, device, time.perf_counter() - started, found, case=vars(case)))
         (args.out / "overhead.json").write_text(json.dumps(runs, indent=1))
     text = table(runs)
     print(text)

@@ -14,21 +14,22 @@ from typing import Any
 
 import torch
 from options import options_of
-from pytorch_lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
 
-def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any) -> dict[str, Any]:
+def record(
+    args: argparse.Namespace, device: torch.device, seconds: float, results: Any, **which: Any
+) -> dict[str, Any]:
     """Make a run's record, ready for JSON: what it was, what it gave, and how, when and where.
 
     Args:
         args: the command line's options.
+        device: what it was trained on.
         seconds: how long training took.
         results: plain numbers.
         which: of the runs this is.
     """
-    device = trained_on(args).type
     return {
         **which,
         "results": results,
@@ -36,7 +37,7 @@ def record(args: argparse.Namespace, seconds: float, results: Any, **which: Any)
         "options": options_of(args),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _COMMIT,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -63,14 +64,6 @@ def as_text(grid: Table) -> str:
     with console.capture() as capture:
         console.print(grid)
     return capture.get()
-
-
-def trained_on(args: argparse.Namespace) -> torch.device:
-    """Say which device Lightning's ``--device`` means."""
-    device: torch.device = Trainer(
-        accelerator=args.device, devices=1, logger=False, enable_checkpointing=False
-    ).strategy.root_device
-    return device
 
 
 def with_spread(values: list[float], digits: int) -> str:

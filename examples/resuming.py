@@ -67,6 +67,14 @@ def fit(
     return timer.time_elapsed("train")
 
 
+def trained_on(args: argparse.Namespace) -> torch.device:
+    """Say which device Lightning's ``--device`` means."""
+    device: torch.device = Trainer(
+        accelerator=args.device, devices=1, logger=False, enable_checkpointing=False
+    ).strategy.root_device
+    return device
+
+
 def is_done(path: Path, args: argparse.Namespace) -> bool:
     """Say whether a run's record is there.
 

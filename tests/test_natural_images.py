@@ -102,6 +102,8 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
         natural_images.train(arm, data, 0, path, args)
     model, _ = natural_images.train(arm, data, 0, path, args)
     assert begun == [0, 1, 2, 3, 4, 3, 4, 5]
+    # the decoder has been through both epochs
+    assert model.recon_aux._calls == 6
     # as if nothing had happened
     expected = dict(whole.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())

@@ -29,8 +29,8 @@ from common import small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from options import parse_options
-from records import as_text, file_name, kept, record, results_of, trained_on, with_spread
-from resuming import fit, is_done, keep
+from records import as_text, file_name, kept, record, results_of, with_spread
+from resuming import fit, is_done, keep, trained_on
 from sie import SIE
 from steering import draw
 
@@ -212,7 +212,7 @@ def run(
         draw(model, data[1], path.with_suffix(".png"), device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
-    return record(args, seconds, results, arm=arm, seed=seed)
+    return record(args, device, seconds, results, arm=arm, seed=seed)
 
 
 # --- the table ---
