@@ -83,7 +83,12 @@ def enroll(
         hooked.register_load_state_dict_pre_hook(_FillIn(ours))
         if settings.lr is not None:
             likes = _likes(optimizer.param_groups, ours, encoders)
-            hooked.register_step_pre_hook(_InProportion(settings.lr, likes))
+            # now, before a checkpoint brings rates that a schedule has come far with
+            ratios = {
+                own: _ratio(settings.lr, optimizer.param_groups[like])
+                for own, like in likes.items()
+            }
+            hooked.register_step_pre_hook(_InProportion(likes, ratios))
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
@@ -144,14 +149,7 @@ def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Seque
                 "configure_optimizers make a group of self.recon_aux.parameters()"
             )
     like, groups = optimizer.param_groups[index], len(optimizer.param_groups)
-    ratio = 1.0
-    if settings.lr is not None:
-        if not (base := _base(like)):
-            raise ValueError(
-                f"expected the encoder's learning rate above 0 where decoder_lr= is given, "
-                f"got {base}"
-            )
-        ratio = settings.lr / base
+    ratio = 1.0 if settings.lr is None else _ratio(settings.lr, like)
     rates = {key: like[key] * ratio for key in _RATES if key in like}
     decay = {"weight_decay": settings.weight_decay} if settings.weight_decay is not None else {}
     names = [group.get("name") for group in optimizer.param_groups]
@@ -170,6 +168,15 @@ def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Seque
 def _base(group: Group) -> float:
     """Give the learning rate that a schedule starts from or rises to."""
     return float(next(group[key] for key in ("max_lr", "initial_lr", "lr") if key in group))
+
+
+def _ratio(lr: float, like: Group) -> float:
+    """Give the proportion of the decoder's learning rate to the encoder's."""
+    if not (base := _base(like)):
+        raise ValueError(
+            f"expected the encoder's learning rate above 0 where decoder_lr= is given, got {base}"
+        )
+    return lr / base
 
 
 def _with_hooks(optimizer: Any) -> Any:
@@ -200,17 +207,15 @@ def _likes(
 class _InProportion:
     """Keeps the decoder's learning rate in proportion to the encoder's, whatever the schedule."""
 
-    def __init__(self, lr: float, likes: dict[int, int]) -> None:
-        self.lr = lr
+    def __init__(self, likes: dict[int, int], ratios: dict[int, float]) -> None:
         self.likes = likes
-        self.bases: dict[int, float] = {}
+        self.ratios = ratios
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Set it before a step."""
         for own, like in self.likes.items():
-            group = optimizer.param_groups[like]
-            base = self.bases.setdefault(own, _base(group))
-            optimizer.param_groups[own]["lr"] = group["lr"] * (self.lr / base)
+            rate = optimizer.param_groups[like]["lr"]
+            optimizer.param_groups[own]["lr"] = rate * self.ratios[own]
 
 
 class _FillIn:

@@ -100,7 +100,9 @@ def groups_of(optimizer: Any, module: nn.Module) -> list[dict[str, Any]]:
     return [g for g in optimizer.param_groups if any(id(p) in own for p in g["params"])]
 
 
-def rates_in_training(model: Any, steps: int = 8) -> list[tuple[float, float]]:
+def rates_in_training(
+    model: Any, steps: int = 8, ckpt_path: Path | None = None, saved: Path | None = None
+) -> list[tuple[float, float]]:
     """The encoder's learning rate and the decoder's, at each step of the optimizer."""
     rates = []
 
@@ -111,7 +113,9 @@ def rates_in_training(model: Any, steps: int = 8) -> list[tuple[float, float]]:
         rates.append((encoder, decoder))
 
     model.on_before_optimizer_step = on_before_optimizer_step
-    fit(model, max_steps=steps)
+    trained = fit(model, ckpt_path=ckpt_path, max_steps=steps)
+    if saved is not None:
+        trained.save_checkpoint(saved)
     return rates
 
 
@@ -199,6 +203,31 @@ def test_of_layers_with_rates_of_their_own_the_decoder_joins_the_last() -> None:
     model = attach(Siamese(nn.Sequential(*alike, nn.AdaptiveAvgPool2d(1)), configure=configure))
     rates = {group["lr"] for group in groups_of(model.configure_optimizers(), model.recon_aux)}
     assert rates == {1.0}
+
+
+def test_a_learning_rate_of_its_own_stays_in_proportion_on_resuming(tmp_path: Path) -> None:
+    def plateau(model: Any) -> Any:
+        made = SGD(model.parameters(), lr=0.1)
+        schedule = schedules.ReduceLROnPlateau(made, patience=0, threshold=1e9)
+        return {"optimizer": made, "lr_scheduler": schedule, "monitor": "recon_aux/loss"}
+
+    options = {"configure": plateau}
+    for ckpt_path, steps in ((None, 8), (tmp_path / "model.ckpt", 16)):
+        model = attach(Siamese(**options), decoder_lr=0.2)
+        rates = rates_in_training(model, steps, ckpt_path, tmp_path / "model.ckpt")
+        assert [decoder for _, decoder in rates] == pytest.approx([2 * own for own, _ in rates])
+    assert rates[-1][0] < 0.01
+
+
+def test_a_learning_rate_of_its_own_follows_one_that_is_set_by_hand() -> None:
+    model = attach(Siamese(), decoder_lr=0.1)
+
+    def warm_up(batch: Any, batch_idx: int) -> None:
+        model.optimizers().param_groups[0]["lr"] = 0.05 * batch_idx / 4
+
+    model.on_train_batch_start = warm_up
+    rates = rates_in_training(model, 4)
+    assert rates == [pytest.approx((0.05 * step / 4, 0.1 * step / 4)) for step in range(4)]
 
 
 def test_a_learning_rate_of_zero_leaves_the_decoder_as_it_is() -> None:

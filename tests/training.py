@@ -109,10 +109,12 @@ def trainer(package: Any = pytorch_lightning, **options: Any) -> Any:
     return package.Trainer(**{**quiet, **options})
 
 
-def fit(model: Any, package: Any = pytorch_lightning, **options: Any) -> Any:
+def fit(
+    model: Any, package: Any = pytorch_lightning, *, ckpt_path: Path | None = None, **options: Any
+) -> Any:
     """Train for a few steps, of four pairs of views each."""
     trained = trainer(package, **options)
-    trained.fit(model, DataLoader(Views(), batch_size=4))
+    trained.fit(model, DataLoader(Views(), batch_size=4), ckpt_path=ckpt_path)
     return trained
 
 
