@@ -216,7 +216,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected the method's loss as a tensor, got {type(loss).__name__}")
-    attachment = _attachment(unwrap(model))
+    attachment = _attachment(model)
     if not attachment.in_a_loop:
         raise TypeError(
             f"expected a model without training_step, got {type(model).__name__}, whose "
@@ -236,20 +236,24 @@ def detach(model: Model) -> Model:
         model: one that ``attach`` returned.
 
     Returns:
-        The same model; its encoder and heads keep what they learned.
+        The same model; its encoder and heads keep what they learned. The heads see all channels
+        from here on, those of the equivariant part by weights that are as they were at the start.
 
     Raises:
         ValueError: if nothing is attached.
         FloatingPointError: if a GPU has not told until now that a loss was not finite; it is
             detached nevertheless.
     """
-    given, check = _attachment(model).heads, _attachment(model).aux.refuse_not_finite
-    # a copied module may have brought a door along, behind ours
-    while opened := doors(model, *given):
+    attachment, inner = _attachment(model), unwrap(model)
+    opened = attachment.doors
+    while opened:
         for door in opened:
             door.close()
-    delattr(model, _ATTACHMENT)
-    del model.recon_aux
+        # a copied module may have brought one along, behind ours; what others hold may stay, closed
+        opened = [door for door in doors(inner, *attachment.heads) if door.guard is not None]
+    check = attachment.aux.refuse_not_finite
+    delattr(inner, _ATTACHMENT)
+    del inner.recon_aux
     check.settle()
     return model
 
@@ -261,7 +265,7 @@ def trained_encoder(model: nn.Module) -> nn.Module:
         ValueError: if nothing is attached.
         FloatingPointError: if a GPU has not told until now that a loss was not finite.
     """
-    attachment = _attachment(unwrap(model))
+    attachment = _attachment(model)
     attachment.aux.refuse_not_finite.settle()
     return attachment.trained_encoder
 
@@ -284,10 +288,11 @@ def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def is_attached(model: nn.Module) -> bool:
     """Whether ``attach`` has been called on this model."""
-    return hasattr(model, _ATTACHMENT)
+    return hasattr(unwrap(model), _ATTACHMENT)
 
 
 def _attachment(model: nn.Module) -> Attachment:
+    model = unwrap(model)
     if not is_attached(model):
         raise ValueError(
             f"expected a model that attach() returned, got a bare {type(model).__name__}"

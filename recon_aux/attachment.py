@@ -41,7 +41,7 @@ class Attachment:
         self.heads: list[nn.Module] = []
         self.mask: Mask | None = None
         self.watched = [self.encoder]
-        watch(self.encoder, backbone_method, capture)
+        self.doors = [watch(self.encoder, backbone_method, capture)]
         self.watch_copies()
         # whether the loss may depend on features past the heads, though without gradient
         self.past_is_harmless = False
@@ -49,8 +49,10 @@ class Attachment:
         self.progress = Progress()
         self.in_a_loop = not trains_by_itself(model)
         if not self.in_a_loop:
-            Door(model, "training_step", self.step)
-            Door(model, "configure_optimizers", self.enroll)
+            self.doors += [
+                Door(model, "training_step", self.step),
+                Door(model, "configure_optimizers", self.enroll),
+            ]
 
     @property
     def aux(self) -> ReconAux:
@@ -68,7 +70,7 @@ class Attachment:
         for copy in map(self._with_method, find_copies(self.model, self.encoder)):
             if not any(copy is known for known in self.watched):
                 self.watched.append(copy)
-                watch(copy, self.backbone_method, self.capture)
+                self.doors.append(watch(copy, self.backbone_method, self.capture))
 
     def _with_method(self, encoder: nn.Module) -> nn.Module:
         # torch.compile's wrapper has no methods of its own but forward
@@ -80,7 +82,7 @@ class Attachment:
         for head in heads:
             if not any(head is known for known in self.heads):
                 self.heads.append(head)
-                Door(head, "forward", mask)
+                self.doors.append(Door(head, "forward", mask))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on in a copy of the model; a copy of the encoder alone sees nothing."""

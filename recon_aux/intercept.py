@@ -56,7 +56,7 @@ class Door:
         return self.guard(self.module, method, args, kwargs)
 
     def close(self) -> None:
-        """Give the module its method back."""
+        """Give the module its method back; who holds the door calls the method through it."""
         self.guard = None
         if vars(self.module).get(self.method) is self:
             del vars(self.module)[self.method]
@@ -64,13 +64,13 @@ class Door:
                 vars(self.module)[self.method] = self.own
 
 
-def watch(encoder: nn.Module, method: str, capture: Capture) -> None:
+def watch(encoder: nn.Module, method: str, capture: Capture) -> Door:
     """Let a capture see an encoder; a copy of a watched one comes with a door already."""
     door = vars(encoder).get(method)
-    if isinstance(door, Door):
-        door.guard = capture
-    else:
-        Door(encoder, method, capture)
+    if not isinstance(door, Door):
+        return Door(encoder, method, capture)
+    door.guard = capture
+    return door
 
 
 def version(module: nn.Module) -> int:
@@ -193,7 +193,8 @@ class Mask:
     """A guard that zeroes the equivariant channels of what a head receives.
 
     A linear layer fed zeros computes what a narrower layer would, and its unused weights get zero
-    gradient: zero-masking is slicing.
+    gradient: zero-masking is slicing, but for what looks at the layer's weights or input as a
+    whole, as LARS and layer norm do.
     """
 
     def __init__(self, feature_dim: int, equivariant_dim: int, feature_rank: int) -> None:

@@ -369,6 +369,16 @@ def test_methods_of_the_instance_come_back() -> None:
     assert recon_aux.detach(model).training_step is own
 
 
+def test_a_method_that_others_hold_is_the_models_own_after_detaching() -> None:
+    model = attach(method())
+    model.backbone.held = model.backbone.forward
+    held = model.training_step
+    recon_aux.detach(nn.DataParallel(model))
+    torch.manual_seed(0)
+    assert torch.isfinite(held(batch(), 0))
+    assert torch.equal(*(call(batch()[0][0]) for call in (model.backbone.held, model.backbone)))
+
+
 def test_multi_crop_rebuilds_the_large_views() -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         x0, x1 = batch[0]

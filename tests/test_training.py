@@ -252,6 +252,18 @@ def test_compiled_it_trains_the_same_and_compiles_no_more_after_three_steps(
     torch.testing.assert_close(torch.stack(losses[:3]), torch.stack(expected[:3]))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_that_lightning_compiled_trains_bare_after_detaching() -> None:
+    torch._dynamo.reset()
+    model = attach(Siamese())
+    fit(torch.compile(model, backend="aot_eager"))
+    recon_aux.detach(model)
+    before = model.backbone[0].weight.clone()
+    fit(model)
+    assert not torch.equal(before, model.backbone[0].weight)
+    assert not doors(model)
+
+
 class Mixed(Siamese):
     """A layer before the head mixes the channels, so that zeroing them hides nothing."""
 
