@@ -15,7 +15,14 @@ from .find import describe_children, find_copies, unwrap
 from .graph import reached
 from .intercept import Capture, Door, EncoderCall, Mask, watch
 from .optimizers import Settings, enroll
-from .verify import Progress, gradients_of, gradients_to, past_masks, trained_encoders
+from .verify import (
+    Progress,
+    are_fed_by_others,
+    gradients_of,
+    gradients_to,
+    past_masks,
+    trained_encoders,
+)
 from .views import two_views, verify_views
 
 
@@ -43,9 +50,11 @@ class Attachment:
         self.watched = [self.encoder]
         self.doors = [watch(self.encoder, backbone_method, capture)]
         self.watch_copies()
-        # whether the loss may depend on features past the heads, though without gradient
-        self.past_is_harmless = False
+        # in how many steps the loss depended on features past the heads, if without gradient
+        self.steps_past = 0
         self.other_is_a_copys = False
+        # whether the model's own optimizers train the decoder; if not, see whether any does
+        self.enrolled = False
         self.progress = Progress()
         self.in_a_loop = not trains_by_itself(model)
         if not self.in_a_loop:
@@ -63,7 +72,9 @@ class Attachment:
     @property
     def trained_encoder(self) -> nn.Module:
         """The encoder that is trained, also before the first step after a checkpoint was loaded."""
-        return self.model.get_submodule(self.aux.encoder) if self.aux.encoder else self.encoder
+        modules = dict(self.model.named_modules())
+        known = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}
+        return known.get(self.aux.encoder or self._name(self.encoder), self.encoder)
 
     def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
@@ -161,7 +172,8 @@ class Attachment:
         self.other_is_a_copys = not outputs[1].requires_grad
         if not self.aux.enabled:
             return loss
-        self.progress.verify(self.encoder, self.aux)
+        if not self.enrolled:
+            self.progress.verify(self.encoder, self.aux)
         output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
         total: Tensor = loss + output.loss
@@ -171,6 +183,7 @@ class Attachment:
         """Let the optimizers that the model configures train the decoder, too."""
         configured = configure(*args, **kw)
         enroll(configured, self.aux, self.watched, self.settings)
+        self.enrolled = True
         return configured
 
     def _no_call(self) -> str:
@@ -198,12 +211,19 @@ class Attachment:
         self.aux.encoder = self._name(self.encoder)
 
     def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
-        """Check every step, since heads may be exchanged, but look at gradients only once."""
-        past = [] if self.past_is_harmless else past_masks(loss, outputs, masked)
+        """Check every step, since heads may be exchanged, but not always look at gradients."""
+        if not self.verified and are_fed_by_others(masked):
+            raise RuntimeError(
+                "expected heads that take the encoder's features, but of "
+                f"{[self._name(head) for head in self.heads]} one takes what another gives, and "
+                "would lose a part of that; heads= tells those that take the features themselves"
+            )
+        past = past_masks(loss, outputs, masked)
         gradients = [] if self.verified else gradients_to(outputs, masked)
-        if past:
+        self.steps_past += bool(past)
+        # at the 1st, 2nd, 4th, 8th, ...: what weighs nothing at first, may later
+        if past and self.steps_past.bit_count() == 1:
             gradients += gradients_of([loss], past)
-            self.past_is_harmless = True
         if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
             raise RuntimeError(
                 "expected the method's loss to see the invariant channels alone, but it sees the "
@@ -218,22 +238,28 @@ class Attachment:
 
     def _name(self, module: nn.Module) -> str:
         names = (name for name, known in self.model.named_modules() if known is module)
-        return next(names, type(module).__name__)
+        # as if nothing were compiled
+        return f"{next(names, type(module).__name__)}.".replace("_orig_mod.", "").rstrip(".")
 
     def _log(self, name: str, value: Tensor, batch_size: int) -> None:
         try:
             trainer = getattr(self.model, "trainer", None)
         except RuntimeError:  # Lightning's way to say that there is none
             return
-        if trainer is not None:
-            log: Callable[..., None] = self.model.log  # type: ignore[assignment]
+        log: Any = getattr(self.model, "log", None)
+        # a step that is called by hand has no trainer, or one that isn't training
+        if callable(log) and getattr(trainer, "training", False):
             log(name, value, batch_size=batch_size)
 
 
 def trains_by_itself(model: nn.Module) -> bool:
     """Whether a model has a training step and optimizers, or is trained in a loop of its user's."""
-    methods = ("training_step", "configure_optimizers")
-    return all(callable(getattr(model, method, None)) for method in methods)
+    step, configure = (
+        getattr(model, method, None) for method in ("training_step", "configure_optimizers")
+    )
+    # LightningModule's own does nothing
+    is_none = str(getattr(step, "__module__", "")).endswith("core.module")
+    return callable(step) and callable(configure) and not is_none
 
 
 def refuse_manual_optimization(model: nn.Module) -> None:

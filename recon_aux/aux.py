@@ -173,6 +173,11 @@ class ReconAux(nn.Module):
         self.reconstruction_loss = ReconstructionLoss(
             loss, structure=structure, normalize_patches=normalize_patches, patch_size=patch_size
         )
+        if patch_size**2 * image_channels == 1 and (structure or normalize_patches):
+            raise ValueError(
+                "expected patches of two numbers or more where structure= or normalize_patches= "
+                "normalises them, got patch_size=1 and image_channels=1"
+            )
         self.pixel_scale = PixelScale(image_channels)
         seed = torch.initial_seed() if seed is None else int(seed)
         own = self._width("equivariant")
@@ -212,12 +217,16 @@ class ReconAux(nn.Module):
         Raises:
             ValueError: if it was built with ``weight=0`` and then given a weight.
         """
+        self._refuse_frozen()
+        return not self._frozen
+
+    def _refuse_frozen(self) -> None:
         if self.weight > 0 and self._frozen:
             raise ValueError(
                 f"expected the weight to stay 0, as it was at construction, got {self.weight}; to "
-                "ramp it up, build with a positive weight= and set .weight = 0 before training"
+                "ramp it up, build with a positive weight= and set .weight = 0 before training, "
+                "and the weight that is due when a checkpoint was loaded, which doesn't set it"
             )
-        return not self._frozen
 
     def invariant(self, feature: Tensor) -> Tensor:
         """Give the invariant part of a feature, ``(B, D)`` -> ``(B, D - equivariant_dim)``."""
@@ -241,11 +250,12 @@ class ReconAux(nn.Module):
             The weighted loss and what it was computed from.
 
         Raises:
-            ValueError: if there aren't two of each, or a shape isn't as above, or devices differ.
+            ValueError: if there aren't two of each, or a shape isn't as above, or devices differ,
+                or it was built with ``weight=0`` and then given a weight.
             TypeError: if a view is complex or a feature isn't of a floating-point type.
             FloatingPointError: if the sum of the terms is not finite, on a GPU that of an earlier
-                call; in float16, where a loss scaler skips such steps, if it is so in twenty in a
-                row, or if the views aren't.
+                call; in float16, where a loss scaler skips such steps, if it is so in 200 in a row,
+                or if the views aren't.
         """
         check_views(
             views,
@@ -255,7 +265,9 @@ class ReconAux(nn.Module):
             alike=self.reconstruct == "both",
             device=self.decoder.queries.device,
         )
-        self._calls += 1
+        self._refuse_frozen()
+        # an evaluation takes no turn
+        self._calls += torch.is_grad_enabled()
         chosen = self._choose(features)
         parts = [self._part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
@@ -275,7 +287,7 @@ class ReconAux(nn.Module):
             factors = [self._options[name] for name in saved.TERMS]
             loss = rebuilding + sum(f * term for f, term in zip(factors, terms, strict=True))
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-        self.refuse_not_finite(self._calls, loss, target, features)
+        self.refuse_not_finite(self._calls, loss, resized, features)
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,
@@ -353,6 +365,10 @@ class ReconAux(nn.Module):
             return (Random(f"{self._seed} {self._calls}").randrange(2),)
         return ((self._calls - 1) % 2,)
 
+    def _options_now(self) -> dict[str, Any]:
+        # the weight may have been ramped
+        return {**self._options, "weight": saved.plain("weight", self.weight)}
+
     def get_extra_state(self) -> Tensor:
         """Save the options and which view comes next: a resumed run goes on as it would have.
 
@@ -366,7 +382,7 @@ class ReconAux(nn.Module):
             "calls": self._calls,
             "seed": self._seed,
             "encoder": self.encoder,
-            "options": self._options,
+            "options": self._options_now(),
         }
         return saved.pack(state)
 
@@ -390,7 +406,7 @@ class ReconAux(nn.Module):
         self.refuse_not_finite = FiniteCheck()
         extra = state_dict.get(prefix + "_extra_state")
         is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
-        told, is_other = saved.differences(extra, self._options)
+        told, is_other = saved.differences(extra, self._options_now())
         if is_bare:
             warnings.warn(
                 "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,24 +22,38 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
             holds some, as Lightning's do.
 
     Returns:
-        A new one without the decoder's entries; a checkpoint's others are as they were.
+        A new one without the decoder's weights; a checkpoint's other entries are as they were.
 
     Raises:
         TypeError: if it is something else.
 
     Example:
-        >>> sorted(strip({"backbone.weight": 1, "recon_aux.decoder.queries": 2}))
-        ['backbone.weight']
+        >>> state = {"backbone.weight": torch.ones(2), "recon_aux.decoder.queries": torch.ones(3)}
+        >>> strip(state)
+        {'backbone.weight': tensor([1., 1.])}
     """
     if not isinstance(state, Mapping):
         raise TypeError(
             f"expected a state_dict, as torch.load(path) gives it, got {type(state).__name__}"
         )
-    return {
-        key: strip(value) if isinstance(value, Mapping) else value
+    # a copy of a state_dict keeps the versions of its modules
+    stripped = copy.copy(state) if isinstance(state, dict) else dict(state)
+    for key, value in state.items():
+        if isinstance(value, Tensor) and "recon_aux" in str(key).split("."):
+            del stripped[key]
+        elif isinstance(value, Mapping) and _holds_ours(value):
+            stripped[key] = strip(value)
+    return stripped
+
+
+def _holds_ours(state: Mapping[str, Any]) -> bool:
+    """Whether a decoder's weights are anywhere in a checkpoint's entry."""
+    return any(
+        _holds_ours(value)
+        if isinstance(value, Mapping)
+        else isinstance(value, Tensor) and "recon_aux" in str(key).split(".")
         for key, value in state.items()
-        if "recon_aux" not in str(key).split(".")
-    }
+    )
 
 
 def export_backbone(

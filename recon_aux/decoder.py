@@ -33,7 +33,8 @@ class Tokenizer(nn.Module):
             expected = "(B, D, H, W) or (B, N, D)" if self.spatial else "pooled, (B, D)"
             raise ValueError(
                 f"expected features {expected}, got {tuple(feature.shape)}; "
-                f"spatial={not self.spatial} builds a decoder for those"
+                f"spatial={not self.spatial} builds a decoder for those; attach finds it by a "
+                "blank image, whose side image_size= is to be the images'"
             )
         if not self.spatial:
             vector: Tensor = self.project(self.norm(feature))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .compiled import not_compiled
 
-# without one that is finite; a loss scaler of torch has come down to 1 by then
-_MANY_OVERFLOWS = 20
+# calls without one that is finite; torch's loss scaler comes down to 1 in 16 steps, each of as many
+# calls as are accumulated
+_MANY_OVERFLOWS = 200
 
 
 class _Event(Protocol):
@@ -48,25 +49,25 @@ class FiniteCheck:
 
     @not_compiled
     def __call__(
-        self, number: int, loss: Tensor, target: Tensor, features: Sequence[Tensor]
+        self, number: int, loss: Tensor, views: Sequence[Tensor], features: Sequence[Tensor]
     ) -> None:
         """Look at this step's loss and at what has come of earlier ones.
 
         Args:
             number: the step's.
             loss: a scalar.
-            target: the views that were rebuilt.
-            features: of both views.
+            views: both.
+            features: of both.
 
         Raises:
             FloatingPointError: if a loss is not finite; in float16, where a loss scaler skips such
-                steps, if it is so in twenty in a row, or if the views aren't finite.
+                steps, if it is so in 200 in a row, or if the views aren't finite.
         """
         scaled = any(feature.dtype == torch.float16 for feature in features) or (
             torch.is_autocast_enabled(loss.device.type)
             and torch.get_autocast_dtype(loss.device.type) == torch.float16
         )
-        ranges = [x.detach().aminmax() for x in (target, *features)]
+        ranges = [x.detach().aminmax() for x in (torch.cat(list(views)), *features)]
         told = [loss.detach(), *(bound for span in ranges for bound in span)]
         numbers = torch.stack([x.float() for x in told])
         self.under_way.append(_Step(number, *_send(numbers), scaled))
@@ -97,7 +98,7 @@ class FiniteCheck:
         self.under_way.clear()
         spans = [f"{bounds[i]:.3g} to {bounds[i + 1]:.3g}" for i in (0, 2, 4)]
         raise FloatingPointError(
-            f"expected a finite reconstruction loss, got {loss} in step {step.number}; the view's "
+            f"expected a finite reconstruction loss, got {loss} in step {step.number}; the views' "
             f"pixels range from {spans[0]}, the features from {spans[1]} and {spans[2]}. Look for "
             f"NaN or infinity in {'the encoder and its weights' if fit else 'the data'}, or train "
             "with a lower learning rate or weight="

@@ -28,6 +28,11 @@ def past_masks(loss: Tensor, outputs: Sequence[Tensor], masked: Sequence[Tensor]
     return [output for output, is_past in zip(outputs, past, strict=True) if is_past]
 
 
+def are_fed_by_others(masked: Sequence[Tensor]) -> bool:
+    """Say whether some head received what another had made of what it received."""
+    return any(any(reached(x, [y for y in masked if y is not x])) for x in masked)
+
+
 def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
     """Give what flows back from the heads' inputs, whatever the heads make of them.
 
@@ -72,7 +77,7 @@ class Progress:
         self.steps_of_encoder_alone = 0
 
     def verify(self, encoder: nn.Module, aux: nn.Module) -> None:
-        """Count steps in which an optimizer changed the encoder and left the decoder.
+        """Count steps after which the encoder was changed and the decoder not.
 
         Raises:
             RuntimeError: at the second.
@@ -84,7 +89,7 @@ class Progress:
         self.seen = versions
         if self.steps_of_encoder_alone == 2:
             raise RuntimeError(
-                "expected the optimizer to train the decoder with the encoder, which alone was "
-                "changed in the last two steps; make the optimizer after attaching, or "
-                "optimizer.add_param_group({'params': model.recon_aux.parameters()})"
+                "expected the optimizer to train the decoder with the encoder, whose weights alone "
+                "were changed in place after the last two steps; make the optimizer after "
+                "attaching, or optimizer.add_param_group({'params': model.recon_aux.parameters()})"
             )

@@ -46,6 +46,8 @@ def two_views(
         return (images[0], images[1]), (features[0], features[1])
     trained = {id(call.output) for call in online}
     others = [call for call in calls if id(call.output) not in trained]
+    # a momentum encoder's first; the encoder's own may be of an evaluation between steps
+    others.sort(key=lambda call: call.encoder is first.encoder)
     for call in others:
         if call.image.shape == first.image.shape:
             image, feature = _in_batch_order(call, given, count)

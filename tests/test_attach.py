@@ -103,6 +103,35 @@ def test_a_head_that_was_not_told_of() -> None:
     assert torch.isfinite(model.training_step(batch(), 0))
 
 
+def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        past = self.backbone(batch[0][0]).square().mean()
+        return Method.training_step(self, batch, 0) + (batch_idx >= 2) * past
+
+    model = attach(method(training_step=step))
+    for index in range(3):
+        model.training_step(batch(), index)
+    with pytest.raises(RuntimeError, match="past what the heads"):
+        model.training_step(batch(), 3)
+
+
+def test_a_head_that_takes_what_another_gives() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        z0, z1 = (
+            self.projector2(self.projection_head(self.backbone(x).flatten(1))) for x in batch[0]
+        )
+        return (z0 - z1).square().mean()
+
+    model = method(training_step=step)
+    model.projection_head, model.projector2 = nn.Linear(16, 16), nn.Linear(16, 8)
+    with pytest.raises(
+        RuntimeError, match=r"of \['projection_head', 'projector2'\] one takes what another gives"
+    ):
+        attach(model).training_step(batch(), 0)
+    attach(recon_aux.detach(model), heads=["projection_head"])
+    assert torch.isfinite(model.training_step(batch(), 0))
+
+
 def test_an_encoder_that_is_never_called() -> None:
     model = method(training_step=lambda self, batch, i: self.projection_head.layers[0].weight.sum())
     attach(model)

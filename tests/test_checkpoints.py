@@ -16,6 +16,7 @@ import timm
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet34
@@ -91,6 +92,14 @@ def test_wrappers_prefixes_are_stripped_too() -> None:
     model = attach(InALoop())
     wrapped = nn.DataParallel(model)
     nn.DataParallel(InALoop()).load_state_dict(recon_aux.strip(wrapped.state_dict()))
+
+
+def test_what_is_no_weight_of_ours_is_left_as_it_is() -> None:
+    state = attach(Siamese()).state_dict()
+    settings = AttributeDict(lr=0.1, recon_aux={"weight": 2.0})
+    stripped = recon_aux.strip({"state_dict": state, "hyper_parameters": settings})
+    assert stripped["hyper_parameters"] is settings
+    assert stripped["state_dict"]._metadata == state._metadata
 
 
 def test_an_attached_model_loads_a_bare_one_and_says_so_in_one_line() -> None:
@@ -208,6 +217,7 @@ def test_options_that_may_change_are_told_and_the_rest_is_loaded() -> None:
         other.load_state_dict(model.state_dict())
     assert all(torch.equal(x, decoder_of(model)[name]) for name, x in decoder_of(other).items())
     assert other.recon_aux.weight == 0.5
+    other.recon_aux.weight = 0.25
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.load_state_dict(other.state_dict())
@@ -292,6 +302,15 @@ def test_the_encoder_that_was_trained_is_exported_after_loading_too() -> None:
         exported = recon_aux.export_backbone(each)
         assert all(torch.equal(x, model.online.state_dict()[key]) for key, x in exported.items())
     assert not torch.equal(model.online[0].weight, model.backbone[0].weight)
+
+
+def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> None:
+    model, again = attach(Siamese()), attach(Siamese())
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    fit(model)
+    again.load_state_dict({k.replace("_orig_mod.", ""): x for k, x in model.state_dict().items()})
+    weight = recon_aux.export_backbone(again)["0.weight"]
+    assert torch.equal(weight, recon_aux.export_backbone(model)["0.weight"])
 
 
 def test_an_encoder_of_another_architecture_is_named() -> None:

@@ -259,6 +259,26 @@ def test_the_choice_of_view_goes_on_from_a_checkpoint(reconstruct: Any) -> None:
     assert rebuilt(resumed, 12) == rebuilt(aux, 12)
 
 
+def test_a_frozen_decoder_is_not_given_a_weight() -> None:
+    views, features = views_and_features()
+    aux = ReconAux(8, weight=0)
+    assert not aux(views, features).loss
+    aux.weight = 1.0
+    with pytest.raises(ValueError, match="expected the weight to stay 0"):
+        aux(views, features)
+
+
+def test_an_evaluation_takes_no_turn() -> None:
+    views, features = views_and_features()
+    aux = ReconAux(8)
+    rebuilt = []
+    for _ in range(3):
+        rebuilt.append(aux(views, features).rebuilt)
+        with torch.no_grad():
+            aux(views, features)
+    assert rebuilt == [(0,), (1,), (0,)]
+
+
 def test_the_rebuilt_view_gives_its_equivariant_part_and_the_other_its_context() -> None:
     views, features = views_and_features(dim=8)
     kinds = {"invariant": [0, 4], "equivariant": [4, 8], "both": [0, 8], "none": [0, 0]}
@@ -388,12 +408,16 @@ def test_types_that_are_no_image_or_no_feature_are_named(
         ReconAux(8)(views, [torch.ones(4, 8, dtype=feature)] * 2)
 
 
-@pytest.mark.parametrize("broken", ["view", "feature"])
-def test_a_loss_that_is_not_finite_is_named_with_what_went_in(broken: str) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("broken", "where"), [("view", "the data"), ("feature", "the encoder")])
+def test_a_loss_that_is_not_finite_is_named_with_what_went_in(
+    broken: str, where: str, which: int
+) -> None:
     views, features = views_and_features()
-    (views if broken == "view" else features)[0, 0] = float("nan")
+    (views if broken == "view" else features)[which, 0] = float("nan")
     with pytest.raises(
-        FloatingPointError, match=r"finite reconstruction loss, got nan in step 1; .*range"
+        FloatingPointError,
+        match=rf"finite reconstruction loss, got nan in step 1; .*range.* infinity in {where}",
     ):
         ReconAux(8)(views, features)
 
@@ -492,6 +516,7 @@ def test_a_gpu_is_not_waited_for() -> None:
         ({"context": "all"}, r"context= to be one of .*invariant.* got 'all'"),
         ({"reconstruct": "none"}, r"reconstruct= to be one of"),
         ({"equivariant_dim": 8}, r"context= .*'invariant', which has none .*equivariant_dim=8"),
+        ({"patch_size": 1, "image_channels": 1}, r"got patch_size=1 and image_channels=1"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:

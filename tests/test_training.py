@@ -264,6 +264,25 @@ def test_a_model_that_lightning_compiled_trains_bare_after_detaching() -> None:
     assert not doors(model)
 
 
+def test_a_step_may_be_called_by_hand_after_training() -> None:
+    model = attach(Siamese())
+    fit(model)
+    model.training_step(a_batch(), 0).backward()
+
+
+def test_a_lightning_module_without_a_step_is_trained_in_a_loop() -> None:
+    class Named(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.method = InALoop()
+            self.backbone, self.projection_head = self.method.backbone, self.method.projection_head
+
+    model = attach(Named())
+    z0, z1 = (model.method(view) for view in a_batch()[0])
+    recon_aux.add_loss(model, siamese_loss(z0, z1)).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
 class Mixed(Siamese):
     """A layer before the head mixes the channels, so that zeroing them hides nothing."""
 
@@ -327,6 +346,17 @@ def test_compiled_by_inductor_before_attaching_it_trains_the_same() -> None:
 
 
 # --- copies ---
+
+
+def test_weights_that_are_clamped_between_micro_batches_do_not_count_as_steps() -> None:
+    model = attach(Siamese())
+
+    def clamp(*_: Any) -> None:
+        with torch.no_grad():
+            model.backbone[0].weight.clamp_(-1, 1)
+
+    model.on_train_batch_start = clamp
+    fit(model, accumulate_grad_batches=4, max_steps=1)
 
 
 def test_an_average_of_the_weights_follows_and_sees_nothing() -> None:
