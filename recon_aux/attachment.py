@@ -73,8 +73,9 @@ class Attachment:
     def trained_encoder(self) -> nn.Module:
         """The encoder that is trained, also before the first step after a checkpoint was loaded."""
         modules = dict(self.model.named_modules())
-        known = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}
-        return known.get(self.aux.encoder or self._name(self.encoder), self.encoder)
+        named = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}
+        known = bool(self.aux.encoder) and self.aux.encoder in named
+        return named[self.aux.encoder] if known else self.encoder
 
     def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
