@@ -250,7 +250,11 @@ def detach(model: Model) -> Model:
         for door in opened:
             door.close()
         # a copied module may have brought one along, behind ours; what others hold may stay, closed
-        opened = [door for door in doors(inner, *attachment.heads) if door.guard is not None]
+        opened = [
+            door
+            for door in doors(inner, *attachment.heads)
+            if door.guard is not None or vars(door.module).get(door.method) is door
+        ]
     check = attachment.aux.refuse_not_finite
     delattr(inner, _ATTACHMENT)
     del inner.recon_aux

@@ -25,6 +25,9 @@ from .verify import (
 )
 from .views import two_views, verify_views
 
+# where LightningModule is, in either package
+_STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
+
 
 class Attachment:
     """What one model was given: doors, and what they have seen in the current step."""
@@ -50,8 +53,9 @@ class Attachment:
         self.watched = [self.encoder]
         self.doors = [watch(self.encoder, backbone_method, capture)]
         self.watch_copies()
-        # in how many steps the loss depended on features past the heads, if without gradient
-        self.steps_past = 0
+        self.steps = 0
+        # whether the loss depended on features past the heads, if without gradient
+        self.was_past = False
         self.other_is_a_copys = False
         # whether the model's own optimizers train the decoder; if not, see whether any does
         self.enrolled = False
@@ -221,10 +225,11 @@ class Attachment:
             )
         past = past_masks(loss, outputs, masked)
         gradients = [] if self.verified else gradients_to(outputs, masked)
-        self.steps_past += bool(past)
-        # at the 1st, 2nd, 4th, 8th, ...: what weighs nothing at first, may later
-        if past and self.steps_past.bit_count() == 1:
+        self.steps += 1
+        # in the 1st, 2nd, 4th, 8th, ... step, too: what weighs nothing at first, may later
+        if past and (not self.was_past or self.steps.bit_count() == 1):
             gradients += gradients_of([loss], past)
+            self.was_past = True
         if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
             raise RuntimeError(
                 "expected the method's loss to see the invariant channels alone, but it sees the "
@@ -249,7 +254,7 @@ class Attachment:
             return
         log: Any = getattr(self.model, "log", None)
         # a step that is called by hand has no trainer, or one that isn't training
-        if callable(log) and getattr(trainer, "training", False):
+        if callable(log) and trainer is not None and getattr(trainer, "training", True):
             log(name, value, batch_size=batch_size)
 
 
@@ -259,7 +264,7 @@ def trains_by_itself(model: nn.Module) -> bool:
         getattr(model, method, None) for method in ("training_step", "configure_optimizers")
     )
     # LightningModule's own does nothing
-    is_none = str(getattr(step, "__module__", "")).endswith("core.module")
+    is_none = getattr(step, "__module__", "") in _STUBS
     return callable(step) and callable(configure) and not is_none
 
 

@@ -365,10 +365,6 @@ class ReconAux(nn.Module):
             return (Random(f"{self._seed} {self._calls}").randrange(2),)
         return ((self._calls - 1) % 2,)
 
-    def _options_now(self) -> dict[str, Any]:
-        # the weight may have been ramped
-        return {**self._options, "weight": saved.plain("weight", self.weight)}
-
     def get_extra_state(self) -> Tensor:
         """Save the options and which view comes next: a resumed run goes on as it would have.
 
@@ -382,7 +378,7 @@ class ReconAux(nn.Module):
             "calls": self._calls,
             "seed": self._seed,
             "encoder": self.encoder,
-            "options": self._options_now(),
+            "options": self._options,
         }
         return saved.pack(state)
 
@@ -406,7 +402,7 @@ class ReconAux(nn.Module):
         self.refuse_not_finite = FiniteCheck()
         extra = state_dict.get(prefix + "_extra_state")
         is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
-        told, is_other = saved.differences(extra, self._options_now())
+        told, is_other = saved.differences(extra, self._options)
         if is_bare:
             warnings.warn(
                 "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it "

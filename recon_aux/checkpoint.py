@@ -39,7 +39,7 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
     # a copy of a state_dict keeps the versions of its modules
     stripped = copy.copy(state) if isinstance(state, dict) else dict(state)
     for key, value in state.items():
-        if isinstance(value, Tensor) and "recon_aux" in str(key).split("."):
+        if _is_ours(key, value):
             del stripped[key]
         elif isinstance(value, Mapping) and _holds_ours(value):
             stripped[key] = strip(value)
@@ -49,11 +49,19 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
 def _holds_ours(state: Mapping[str, Any]) -> bool:
     """Whether a decoder's weights are anywhere in a checkpoint's entry."""
     return any(
-        _holds_ours(value)
-        if isinstance(value, Mapping)
-        else isinstance(value, Tensor) and "recon_aux" in str(key).split(".")
+        _is_ours(key, value) or (isinstance(value, Mapping) and _holds_ours(value))
         for key, value in state.items()
     )
+
+
+def _is_ours(key: Any, value: Any) -> bool:
+    return "recon_aux" in str(key).split(".") and _holds_tensors(value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor)
 
 
 def export_backbone(

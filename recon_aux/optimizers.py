@@ -84,11 +84,8 @@ def enroll(
         if settings.lr is not None:
             likes = _likes(optimizer.param_groups, ours, encoders)
             # now, before a checkpoint brings rates that a schedule has come far with
-            ratios = {
-                own: _ratio(settings.lr, optimizer.param_groups[like])
-                for own, like in likes.items()
-            }
-            hooked.register_step_pre_hook(_InProportion(likes, ratios))
+            bases = {own: _base(optimizer.param_groups[like]) for own, like in likes.items()}
+            hooked.register_step_pre_hook(_InProportion(settings.lr, likes, bases))
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
@@ -207,15 +204,18 @@ def _likes(
 class _InProportion:
     """Keeps the decoder's learning rate in proportion to the encoder's, whatever the schedule."""
 
-    def __init__(self, likes: dict[int, int], ratios: dict[int, float]) -> None:
+    def __init__(self, lr: float, likes: dict[int, int], bases: dict[int, float]) -> None:
+        self.lr = lr
         self.likes = likes
-        self.ratios = ratios
+        self.bases = bases
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Set it before a step."""
         for own, like in self.likes.items():
-            rate = optimizer.param_groups[like]["lr"]
-            optimizer.param_groups[own]["lr"] = rate * self.ratios[own]
+            group = optimizer.param_groups[like]
+            # a schedule that was made later has noted another base
+            ratio = _ratio(self.lr, {**group, "lr": self.bases[own]})
+            optimizer.param_groups[own]["lr"] = group["lr"] * ratio
 
 
 class _FillIn:

@@ -30,7 +30,8 @@ def past_masks(loss: Tensor, outputs: Sequence[Tensor], masked: Sequence[Tensor]
 
 def are_fed_by_others(masked: Sequence[Tensor]) -> bool:
     """Say whether some head received what another had made of what it received."""
-    return any(any(reached(x, [y for y in masked if y is not x])) for x in masked)
+    # outputs of one compiled function can't be told apart
+    return any(any(reached(x, [y for y in masked if y.grad_fn is not x.grad_fn])) for x in masked)
 
 
 def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
@@ -52,6 +53,8 @@ def gradients_of(
 ) -> list[Tensor]:
     """Give the gradients of some results with respect to the encoder's outputs, where there are.
 
+    None of what torch has compiled for one backward pass only.
+
     Raises:
         RuntimeError: if the graph can't be looked into.
     """
@@ -60,6 +63,9 @@ def gradients_of(
             results, outputs, flowing, retain_graph=True, allow_unused=True
         )
     except RuntimeError as error:
+        if "donated buffers" in str(error):
+            # compiled for one backward pass
+            return []
         if "use_reentrant" not in str(error):
             raise
         raise RuntimeError(

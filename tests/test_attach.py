@@ -18,6 +18,7 @@ import recon_aux
 from recon_aux.attach import Mask
 from recon_aux.encoder import encoder_shape
 from recon_aux.integrations.lightly import attach
+from recon_aux.intercept import Door, doors
 
 
 class Method(nn.Module):
@@ -406,6 +407,12 @@ def test_a_method_that_others_hold_is_the_models_own_after_detaching() -> None:
     torch.manual_seed(0)
     assert torch.isfinite(held(batch(), 0))
     assert torch.equal(*(call(batch()[0][0]) for call in (model.backbone.held, model.backbone)))
+
+
+def test_detaching_takes_off_a_door_behind_another() -> None:
+    model = attach(method())
+    Door(model, "configure_optimizers", lambda module, call, args, kwargs: call(*args, **kwargs))
+    assert not doors(recon_aux.detach(model))
 
 
 def test_multi_crop_rebuilds_the_large_views() -> None:

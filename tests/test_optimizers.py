@@ -219,6 +219,18 @@ def test_a_learning_rate_of_its_own_stays_in_proportion_on_resuming(tmp_path: Pa
     assert rates[-1][0] < 0.01
 
 
+def test_a_learning_rate_of_its_own_follows_a_schedule_that_is_made_later() -> None:
+    model = attach(Siamese(), decoder_lr=0.2)
+    made = model.configure_optimizers()
+    schedule = schedules.OneCycleLR(made, max_lr=0.1, total_steps=5)
+    for _ in range(4):
+        made.step()
+        schedule.step()
+    encoder = made.param_groups[0]["lr"]
+    made.step()
+    assert made.param_groups[1]["lr"] == pytest.approx(2 * encoder)
+
+
 def test_a_learning_rate_of_its_own_follows_one_that_is_set_by_hand() -> None:
     model = attach(Siamese(), decoder_lr=0.1)
 

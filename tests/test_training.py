@@ -7,11 +7,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from models import build
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.compile import from_compiled
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from training import (
 )
 
 import recon_aux
+from recon_aux.attachment import trains_by_itself
 from recon_aux.integrations.lightly import attach
 from recon_aux.intercept import doors
 
@@ -270,6 +273,28 @@ def test_a_step_may_be_called_by_hand_after_training() -> None:
     model.training_step(a_batch(), 0).backward()
 
 
+def test_fabric_logs_the_loss() -> None:
+    class Kept(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            logged.update(metrics)
+
+    logged: dict[str, Any] = {}
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, loggers=[Kept()])
+    module = attach(build(lightning.LightningModule, "SimCLR", "one_by_one"))
+    model, _ = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    model.training_step(a_batch(), 0)
+    assert "recon_aux/loss" in logged
+
+
+def test_a_step_in_a_module_of_ones_own_trains_by_itself() -> None:
+    class Own(Siamese):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx)
+
+    Own.training_step.__module__ = "project.core.module"
+    assert trains_by_itself(attach(Own()))
+
+
 def test_a_lightning_module_without_a_step_is_trained_in_a_loop() -> None:
     class Named(LightningModule):
         def __init__(self) -> None:
@@ -316,6 +341,24 @@ def test_a_compiled_loop_trains_the_same() -> None:
 
         losses.append(torch.stack(losses_in(step, model, 4)))
     assert counter.frame_count
+    torch.testing.assert_close(*losses)
+
+
+def test_a_compiled_loop_of_both_views_in_one_call_trains_the_same() -> None:
+    class Both(InALoop):
+        def forward(self, x0: Tensor, x1: Tensor) -> Any:
+            return super().forward(x0), super().forward(x1)
+
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        model = attach(Both())
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+
+        def step(batch: Any, index: int, model: Any = model, called: Any = called) -> Tensor:
+            return recon_aux.add_loss(model, siamese_loss(*called(*batch[0])))
+
+        losses.append(torch.stack(losses_in(step, model, 3)))
     torch.testing.assert_close(*losses)
 
 
