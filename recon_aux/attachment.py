@@ -250,11 +250,12 @@ class Attachment:
     def _log(self, name: str, value: Tensor, batch_size: int) -> None:
         try:
             trainer = getattr(self.model, "trainer", None)
-        except RuntimeError:  # Lightning's way to say that there is none
+            # a step that is called by hand has none, or one that isn't training
+            in_training = trainer is not None and getattr(trainer, "training", True)
+        except (RuntimeError, ReferenceError):  # Lightning's ways to say that there is none
             return
         log: Any = getattr(self.model, "log", None)
-        # a step that is called by hand has no trainer, or one that isn't training
-        if callable(log) and trainer is not None and getattr(trainer, "training", True):
+        if in_training and callable(log):
             log(name, value, batch_size=batch_size)
 
 
