@@ -244,7 +244,7 @@ def detach(model: Model) -> Model:
         FloatingPointError: if a GPU has not told until now that a loss was not finite; it is
             detached nevertheless.
     """
-    attachment, inner = _attachment(model), unwrap(model)
+    attachment = _attachment(model)
     opened = attachment.doors
     while opened:
         for door in opened:
@@ -252,12 +252,12 @@ def detach(model: Model) -> Model:
         # a copied module may have brought one along, behind ours; what others hold may stay, closed
         opened = [
             door
-            for door in doors(inner, *attachment.heads)
+            for door in doors(attachment.model, *attachment.heads)
             if door.guard is not None or vars(door.module).get(door.method) is door
         ]
     check = attachment.aux.refuse_not_finite
-    delattr(inner, _ATTACHMENT)
-    del inner.recon_aux
+    delattr(attachment.model, _ATTACHMENT)
+    del attachment.model.recon_aux
     check.settle()
     return model
 
@@ -296,12 +296,12 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def _attachment(model: nn.Module) -> Attachment:
-    model = unwrap(model)
-    if not is_attached(model):
+    inner = unwrap(model)
+    if not hasattr(inner, _ATTACHMENT):
         raise ValueError(
-            f"expected a model that attach() returned, got a bare {type(model).__name__}"
+            f"expected a model that attach() returned, got a bare {type(inner).__name__}"
         )
-    attachment: Attachment = getattr(model, _ATTACHMENT)
+    attachment: Attachment = getattr(inner, _ATTACHMENT)
     return attachment
 
 

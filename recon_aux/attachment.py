@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .aux import ReconAux
 from .compiled import around_compiled, not_compiled, run_eagerly
 from .encoder import as_feature
-from .find import describe_children, find_copies, unwrap
+from .find import describe_children, find_copies, uncompiled, unwrap
 from .graph import reached
 from .intercept import Capture, Door, EncoderCall, Mask, watch
 from .optimizers import Settings, enroll
@@ -76,10 +76,9 @@ class Attachment:
     @property
     def trained_encoder(self) -> nn.Module:
         """The encoder that is trained, also before the first step after a checkpoint was loaded."""
-        modules = dict(self.model.named_modules())
-        named = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}
-        known = bool(self.aux.encoder) and self.aux.encoder in named
-        return named[self.aux.encoder] if known else self.encoder
+        saved = self.aux.encoder
+        named = ((uncompiled(name), module) for name, module in self.model.named_modules())
+        return next((module for name, module in named if name and name == saved), self.encoder)
 
     def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
@@ -223,11 +222,12 @@ class Attachment:
                 f"{[self._name(head) for head in self.heads]} one takes what another gives, and "
                 "would lose a part of that; heads= tells those that take the features themselves"
             )
-        past = past_masks(loss, outputs, masked)
-        gradients = [] if self.verified else gradients_to(outputs, masked)
         self.steps += 1
         # in the 1st, 2nd, 4th, 8th, ... step, too: what weighs nothing at first, may later
-        if past and (not self.was_past or self.steps.bit_count() == 1):
+        is_due = not self.was_past or self.steps.bit_count() == 1
+        past = past_masks(loss, outputs, masked) if is_due else []
+        gradients = [] if self.verified else gradients_to(outputs, masked)
+        if past:
             gradients += gradients_of([loss], past)
             self.was_past = True
         if any(self.aux.equivariant(self._feature(g)).any() for g in gradients):
@@ -244,8 +244,7 @@ class Attachment:
 
     def _name(self, module: nn.Module) -> str:
         names = (name for name, known in self.model.named_modules() if known is module)
-        # as if nothing were compiled
-        return f"{next(names, type(module).__name__)}.".replace("_orig_mod.", "").rstrip(".")
+        return uncompiled(next(names, type(module).__name__))
 
     def _log(self, name: str, value: Tensor, batch_size: int) -> None:
         try:

@@ -273,10 +273,11 @@ class ReconAux(nn.Module):
         own = torch.cat([parts[i] for i in chosen])
         other = torch.cat([self._part(self.context, features[1 - i]) for i in chosen])
         resized = [resize_view(view, self.target_size) for view in views]
+        both = torch.cat(resized)
         target = torch.cat([resized[i] for i in chosen])
         decoded = self._decode(own, other)
         with torch.autocast(target.device.type, enabled=False):
-            white = self.pixel_scale.whiten(torch.cat(resized))
+            white = self.pixel_scale.whiten(both)
             wanted = torch.cat([white.chunk(2)[i] for i in chosen])
             rebuilding = self.reconstruction_loss(decoded, wanted)
             pooled = torch.cat([_pooled(part) for part in parts])
@@ -287,7 +288,7 @@ class ReconAux(nn.Module):
             factors = [self._options[name] for name in saved.TERMS]
             loss = rebuilding + sum(f * term for f, term in zip(factors, terms, strict=True))
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-        self.refuse_not_finite(self._calls, loss, resized, features)
+        self.refuse_not_finite(self._calls, loss, both, features)
         weighted: Tensor = self.weight * loss
         return ReconAuxOutput(
             loss=weighted,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import trained_encoder
-from .find import unwrap
+from .find import uncompiled, unwrap
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def export_backbone(
     """
     encoder = unwrap(trained_encoder(model))
     state = {
-        key.replace("_orig_mod.", ""): _whole(value)
+        uncompiled(key): _whole(value)
         for key, value in encoder.state_dict().items()
         if isinstance(value, Tensor)
     }

@@ -119,6 +119,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return unwrap(inner) if isinstance(inner, nn.Module) else module
 
 
+def uncompiled(name: str) -> str:
+    """Give a module's or a parameter's dotted name as if nothing were compiled."""
+    return f"{name}.".replace("_orig_mod.", "").removesuffix(".")
+
+
 def describe_children(model: nn.Module) -> str:
     """List a model's direct submodules for an error message."""
     children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]

@@ -49,14 +49,14 @@ class FiniteCheck:
 
     @not_compiled
     def __call__(
-        self, number: int, loss: Tensor, views: Sequence[Tensor], features: Sequence[Tensor]
+        self, number: int, loss: Tensor, views: Tensor, features: Sequence[Tensor]
     ) -> None:
         """Look at this step's loss and at what has come of earlier ones.
 
         Args:
             number: the step's.
             loss: a scalar.
-            views: both.
+            views: both, one after the other.
             features: of both.
 
         Raises:
@@ -67,7 +67,7 @@ class FiniteCheck:
             torch.is_autocast_enabled(loss.device.type)
             and torch.get_autocast_dtype(loss.device.type) == torch.float16
         )
-        ranges = [x.detach().aminmax() for x in (torch.cat(list(views)), *features)]
+        ranges = [x.detach().aminmax() for x in (views, *features)]
         told = [loss.detach(), *(bound for span in ranges for bound in span)]
         numbers = torch.stack([x.float() for x in told])
         self.under_way.append(_Step(number, *_send(numbers), scaled))

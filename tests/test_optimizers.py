@@ -211,9 +211,8 @@ def test_a_learning_rate_of_its_own_stays_in_proportion_on_resuming(tmp_path: Pa
         schedule = schedules.ReduceLROnPlateau(made, patience=0, threshold=1e9)
         return {"optimizer": made, "lr_scheduler": schedule, "monitor": "recon_aux/loss"}
 
-    options = {"configure": plateau}
     for ckpt_path, steps in ((None, 8), (tmp_path / "model.ckpt", 16)):
-        model = attach(Siamese(**options), decoder_lr=0.2)
+        model = attach(Siamese(configure=plateau), decoder_lr=0.2)
         rates = rates_in_training(model, steps, ckpt_path, tmp_path / "model.ckpt")
         assert [decoder for _, decoder in rates] == pytest.approx([2 * own for own, _ in rates])
     assert rates[-1][0] < 0.01
