@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torchvision
+from records import record
 from rich.console import Console
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -319,14 +320,10 @@ class Study:
         text = render(self.results)
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         (self.out / "table.md").write_text(text)
-        record = {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "options": vars(self.args),
-            "torch": torch.__version__,
-            "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
-            "results": {name: result.to_dict() for name, result in self.results.items()},
-        }
-        (self.out / "results.json").write_text(json.dumps(record, indent=1))
+        results = {name: result.to_dict() for name, result in self.results.items()}
+        told = record(self.args, self.device, sum(self.seconds.values()), results)
+        told["seconds"] = {name: round(seconds, 1) for name, seconds in self.seconds.items()}
+        (self.out / "results.json").write_text(json.dumps(told, indent=1))
         if self.aux is not None:
             self._save_reconstructions(*self.aux)
         for name, seconds in self.seconds.items():

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,8 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The commit that is checked out, with a + if files differ from it."""
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).parent)]
     found = [
         subprocess.run([*git, *command], capture_output=True, text=True, check=False).stdout

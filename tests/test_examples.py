@@ -48,7 +48,8 @@ def test_without_comparison_and_with_options(
     run(monkeypatch, "lightly_simclr.py", *SMALL, *options)
     record = json.loads((out / "results.json").read_text())
     assert set(record["results"]) == {"attached"}
-    assert record["options"]["weight"] == 2
+    assert record["options"]["weight"] == "2.0"
+    assert record["seconds"].keys() == {"attached"}
     run(monkeypatch, "lightly_simclr.py", *SMALL, *options, "--overwrite")
 
 

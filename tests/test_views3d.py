@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn
 from training import fail_once, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
-sys.path.append(str(Path(__file__).parent.parent / "examples" / "views3d"))
 import compare
 import render
 from data import Objects, targets
