@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bars import draw, mean_r2, of_wholes
+from bars import Measure, draw
 from common import (
     Split,
     TwoViews,
@@ -198,6 +199,22 @@ def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: An
     return results
 
 
+def mean_r2(part: dict[str, Any], kind: str = "combined") -> float:
+    """Of a part of a feature, over the parameters, applied all at once or each ``"alone"``."""
+    return mean(part[kind].values())
+
+
+ACCURACY = Measure("linear accuracy, %", lambda found: found["whole"]["linear"], {UNTRAINED: "k:"})
+R2 = Measure("mean R²", lambda found: mean_r2(found["whole"]), {UNTRAINED: "k:", CEILING: "k--"})
+
+
+def picture(done: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy and mean R² of whole features, one row for each data set."""
+    names = dict.fromkeys(run["data"] for run in done)
+    groups = {name: [run for run in done if run["data"] == name] for name in names}
+    draw(groups, list(METHODS), ", attached", [ACCURACY, R2], path)
+
+
 def tables(done: list[dict[str, Any]]) -> str:
     """What is done, mean and standard deviation over seeds, data set by data set."""
     text = []
@@ -237,7 +254,7 @@ def _wholes(runs: list[dict[str, Any]], arms: list[str]) -> Any:
             arm,
             str(len(results)),
             *(with_spread([w[key] for w in wholes if key in w], 1) for key in TITLES),
-            with_spread(of_wholes(runs, arm, "R²"), 3),
+            with_spread([mean_r2(whole) for whole in wholes], 3),
             _closed(runs, arm),
             with_spread(equivariant, 3),
             *_means(wholes, "combined"),
@@ -280,7 +297,7 @@ def _closed(runs: list[dict[str, Any]], arm: str) -> str:
     if not seeds:
         return ""
     shared = [run for run in runs if run["seed"] in seeds]
-    bare, ours, ceiling = (np.mean(of_wholes(shared, a, "R²")) for a in arms)
+    bare, ours, ceiling = (mean(R2.values(shared, a)) for a in arms)
     gain, gap = ours - bare, ceiling - bare
     return f"{100 * gain / gap:.0f} %"
 
@@ -340,7 +357,7 @@ def main() -> None:
     text = tables(done)
     print(text)
     (args.out / "table.md").write_text(text)
-    draw(done, list(METHODS), UNTRAINED, CEILING, args.out / "table.png")
+    picture(done, args.out / "table.png")
     print(f"saved in {args.out}")
 
 

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 sys.path.append(str(Path(__file__).parent.parent))
+from bars import Measure
+from bars import draw as draw_bars
 from common import small_resnet18
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
@@ -32,7 +34,7 @@ from options import parse_options
 from records import as_text, file_name, kept, record, results_of, with_spread
 from resuming import fit, is_done, keep, trained_on
 from sie import SIE
-from steering import draw
+from steering import draw as draw_steering
 
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import linear_classifier, linear_regression, markdown_table
@@ -209,13 +211,13 @@ def run(
         for part, cut in parts.items()
     }
     if hasattr(model, "recon_aux"):
-        draw(model, data[1], path.with_suffix(".png"), device)
+        draw_steering(model, data[1], path.with_suffix(".png"), device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
     return record(args, device, seconds, results, arm=arm, seed=seed)
 
 
-# --- the table ---
+# --- the table and the picture ---
 
 COLUMNS = {
     "accuracy": "linear %",
@@ -242,6 +244,17 @@ def table(out: Path) -> str:
                 cells.append(with_spread(values, 1 if key == "accuracy" else 3))
             grid.add_row(f"{arm}, {part}", str(len(runs)), *cells)
     return as_text(grid)
+
+
+def picture(out: Path) -> None:
+    """Draw what the arms' whole features tell, the ceiling as a line."""
+    titles = {"accuracy": "linear accuracy, %", "rotation mlp": "rotation, R²"}
+    titles["color mlp"] = "colour, R²"
+    measures = [
+        Measure(title, lambda found, key=key: found["whole"][key], {"supervised": "k--"})
+        for key, title in titles.items()
+    ]
+    draw_bars({"": kept(out)}, ["VICReg", "SimCLR", "SIE"], ATTACHED, measures, out / "table.png")
 
 
 def main() -> None:
@@ -285,6 +298,7 @@ def main() -> None:
             keep(path, run(arm, seed, (data[0], data[1]), path, args))
             print(table(args.out))
     (args.out / "table.md").write_text(table(args.out))
+    picture(args.out)
     print(f"saved in {args.out}")
 
 
