@@ -325,23 +325,28 @@ class Study:
         told["seconds"] = {name: round(seconds, 1) for name, seconds in self.seconds.items()}
         (self.out / "results.json").write_text(json.dumps(told, indent=1))
         if self.aux is not None:
-            self._save_reconstructions(*self.aux)
+            path = self.out / "reconstructions.png"
+            save_reconstructions(*self.aux, self.test[0], self.args.seed, path)
         for name, seconds in self.seconds.items():
             self.console.print(f"{name} trained in {seconds:.0f} s")
         self.console.print(f"saved table.md, results.json, reconstructions.png in {self.out}")
 
-    @torch.no_grad()
-    def _save_reconstructions(self, encoder: nn.Module, aux: ReconAux) -> None:
-        encoder.eval(), aux.eval()
-        images = self.test[0][:: max(1, len(self.test[0]) // 10)][:10]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            samples = [(image, torch.tensor(0)) for image in images]
-            views, _ = TwoViews(flip=False)(samples)
-        view, other = (view.to(self.device) for view in views)
-        rebuilt = aux.rebuild(encoder(view), encoder(other))
-        rows = {"view": view, "other view": other, "reconstruction": rebuilt}
-        save_pictures(list(rows.values()), list(rows), self.out / "reconstructions.png")
+
+@torch.no_grad()
+def save_reconstructions(
+    encoder: nn.Module, aux: ReconAux, images: Tensor, seed: int, path: Path
+) -> None:
+    """Save a picture of views of some images, each rebuilt in the context of another view."""
+    device = next(encoder.parameters()).device
+    encoder.eval(), aux.to(device).eval()
+    images = images[:: max(1, len(images) // 10)][:10]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        views, _ = TwoViews(flip=False)([(image, torch.tensor(0)) for image in images])
+    view, other = (view.to(device) for view in views)
+    rebuilt = aux.rebuild(encoder(view), encoder(other))
+    rows = {"view": view, "other view": other, "reconstruction": rebuilt}
+    save_pictures(list(rows.values()), list(rows), path)
 
 
 def save_pictures(rows: Sequence[Sequence[Tensor]], labels: Sequence[str], path: Path) -> None:

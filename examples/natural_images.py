@@ -3,10 +3,11 @@
 ``python examples/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method bare and
 attached, and a ceiling: the same encoder, supervised to tell the transformation. Each is measured
 by the probe, with few labels, and, frozen, on the other data set. What is done is kept as JSON in
-``--out``, what was interrupted goes on from its last epoch; the tables and a picture are made of
-what is there. ``--arms`` compares others, such as ``"SimCLR, attached, context='both'"``, with any
-of attach's options, or ``"BYOL, momentum=0.9"``, with any of the method's own. Options may stand in
-a file, ``@FILE``, one a line.
+``--out``, next to it a picture of what an attached one rebuilds; what was interrupted goes on from
+its last epoch; the tables and a picture are made of what is there. ``--arms`` compares others, such
+as ``"SimCLR, attached, context='both'"``, with any of attach's options, or
+``"BYOL, momentum=0.9"``, with any of the method's own. Options may stand in a file, ``@FILE``, one
+a line.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from common import (
     flip_half,
     load,
     normalize,
+    save_reconstructions,
     width_of,
 )
 from lightly.transforms import SimCLRTransform
@@ -351,6 +353,9 @@ def main() -> None:
                 print(f"{own}: {arm}, seed {seed}")
                 model, seconds = train(arm, data[own][0], seed, path, args)
                 results = measure(model, own, data, args)
+                if hasattr(model, "recon_aux"):
+                    shown = data[own][1][0], seed, path.with_suffix(".png")
+                    save_reconstructions(model.backbone, model.recon_aux, *shown)
                 which = {"data": own, "arm": arm, "seed": seed}
                 keep(path, record(args, trained_on(args), seconds, results, **which))
     done = kept(args.out)

@@ -44,6 +44,8 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     assert {"commit", "command", "machine", "seconds", "torch"} <= json.loads(first).keys()
     table = (out / "table.md").read_text()
     assert (out / "table.png").is_file()
+    drawn = {path.stem for path in out.glob("*-0.png")}
+    assert drawn == {path.stem for path in out.glob("*attached*.json")}
     assert table.count("| SimCLR, attached, equivariant") == 4
     assert all(table.count(f"| {arm}, whole") == 4 for arm in ends)
 
