@@ -158,6 +158,13 @@ def test_what_changed_is_read_from_features_that_hold_it(folder: Path) -> None:
     assert compare.measure((first, mixed), data, device)["color linear"] < 0.5
 
 
+def test_pooled_r2_counts_what_each_numbers_mean_tells() -> None:
+    wanted = np.array([[0.0, 2.0], [2.0, 4.0]])
+    assert compare.pooled_r2(wanted, wanted) == 1
+    # squares around 2: 4 + 0 + 0 + 4; around 1 and 3, each number's own: 4
+    assert compare.pooled_r2(wanted, np.array([[1.0, 3.0]] * 2)) == 0.5
+
+
 def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     folder: Path, tmp_path: Path
 ) -> None:

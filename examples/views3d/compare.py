@@ -141,7 +141,17 @@ def measure(
     ):
         scores = r2_score(wanted[1].numpy(), predicted, multioutput="raw_values")
         result |= {f"rotation {name}": scores[:4].mean(), f"color {name}": scores[4:].mean()}
+        result[f"rotation {name} pooled"] = pooled_r2(wanted[1][:, :4].numpy(), predicted[:, :4])
     return {name: float(value) for name, value in result.items()}
+
+
+def pooled_r2(wanted: np.ndarray, predicted: np.ndarray) -> float:
+    """R² as SIE's authors' code counts it: of all numbers at once, around one mean for all.
+
+    So what tells each number's own mean, and nothing else, has more than 0.
+    """
+    rest = np.square(wanted - predicted).sum()
+    return float(1 - rest / np.square(wanted - wanted.mean()).sum())
 
 
 def _mlp(inputs: list[Tensor], wanted: Tensor, device: torch.device) -> np.ndarray:
@@ -222,6 +232,7 @@ def run(
 COLUMNS = {
     "accuracy": "linear %",
     "rotation mlp": "rotation R², MLP",
+    "rotation mlp pooled": "pooled",
     "rotation linear": "linear",
     "color mlp": "colour R², MLP",
     "color linear": "linear ",
@@ -234,12 +245,15 @@ COLUMNS = {
 def table(out: Path) -> str:
     """Put the arms that are done side by side: mean and standard deviation over seeds."""
     done = kept(out)
-    grid = markdown_table(["seeds", *COLUMNS.values()])
+    # older records have fewer
+    known = {key for run in done for part in run["results"].values() for key in part}
+    shown = [key for key in COLUMNS if key in known]
+    grid = markdown_table(["seeds", *(COLUMNS[key] for key in shown)])
     for arm in dict.fromkeys([*ARMS, *(run["arm"] for run in done)]):
         runs = results_of(done, arm)
         for part in runs[0] if runs else ():
             cells = []
-            for key in COLUMNS:
+            for key in shown:
                 values = [run[part][key] for run in runs if key in run[part]]
                 cells.append(with_spread(values, 1 if key == "accuracy" else 3))
             grid.add_row(f"{arm}, {part}", str(len(runs)), *cells)

@@ -1,7 +1,9 @@
 """SIE, told how the object turned between the views: the comparison's nearest method.
 
 Garrido, Najman, LeCun, "Self-Supervised Learning of Split Invariant Equivariant Representations",
-ICML 2023, arXiv 2302.10283, written from the paper (section 3).
+ICML 2023, arXiv 2302.10283, written from the paper (section 3). The weights are those of the
+authors' command, where the equivariance's is told as 0.45 of the invariance's, but for the
+covariance's.
 """
 
 from __future__ import annotations
