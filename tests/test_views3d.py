@@ -152,10 +152,12 @@ def test_what_changed_is_read_from_features_that_hold_it(folder: Path) -> None:
     splits = [Objects(folder, name, size=32, views=4, cached=False) for name in ("train", "val")]
     data = splits[0], splits[1]
     first, second = (torch.from_numpy(objects.latents).float() for objects in data)
-    device = torch.device("cpu")
-    assert compare.measure((first, second), data, device)["color linear"] > 0.99
+    read = compare.measure((first, second), data, torch.device("cpu"), steps=100)
+    assert min(read["color linear"], read["color mlp"]) > 0.95
+    assert read["rotation mlp"] > 0.4
     mixed = second.flatten(0, 1)[torch.randperm(second[..., 0].numel())].view_as(second)
-    assert compare.measure((first, mixed), data, device)["color linear"] < 0.5
+    read = compare.measure((first, mixed), data, torch.device("cpu"), steps=10)
+    assert max(read["color linear"], read["color mlp"], read["rotation mlp"]) < 0.5
 
 
 def test_pooled_r2_counts_what_each_numbers_mean_tells() -> None:
@@ -170,6 +172,7 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
 ) -> None:
     options = ["--out", tmp_path, "--seeds", "0", "--steps", "2", "--batch-size", "8"]
     options += ["--width", "8", "--size", "32", "--views", "4", "--device", "cpu"]
+    options += ["--mlp-steps", "2"]
     arms = ["VICReg", "SIE, dim=16", "VICReg + recon_aux, edges=1", "supervised"]
     run_example("views3d/compare.py", folder, *options, "--arms", *arms[:2])
     first = (tmp_path / "SIE-dim=16-0.json").read_text()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from data import Objects, normalize, targets
 from pytorch_lightning import LightningModule, seed_everything
+from rich.progress import track
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
@@ -115,33 +116,55 @@ def pairs(data: Objects, each: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
     """Draw some pairs of views of each object: rows, first views, second views."""
     random = np.random.default_rng(seed)
     rows = np.repeat(np.arange(len(data)), each)
-    first = random.integers(data.views, size=len(rows))
-    second = (first + random.integers(1, data.views, size=len(rows))) % data.views
-    return rows, first, second
+    return rows, *_two_views(len(rows), data.views, random)
+
+
+def _two_views(
+    count: int, views: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw pairs of two views that differ."""
+    first = random.integers(views, size=count)
+    return first, (first + random.integers(1, views, size=count)) % views
+
+
+def _of_pairs(
+    features: Tensor, data: Objects, rows: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Features of both views, and what changed between them."""
+    wanted = targets(data.latents[rows, first], data.latents[rows, second])
+    return torch.cat([features[rows, first], features[rows, second]], dim=1), wanted
+
+
+# what changed: which of its numbers, and what they are called
+CHANGES = {"rotation": slice(0, 4), "color": slice(4, 6)}
 
 
 def measure(
-    features: tuple[Tensor, Tensor], data: tuple[Objects, Objects], device: torch.device
+    features: tuple[Tensor, Tensor],
+    data: tuple[Objects, Objects],
+    device: torch.device,
+    steps: int,
 ) -> dict[str, float]:
-    """Accuracy, and R² of what changed between two views, by a linear map and by an MLP."""
+    """Accuracy, and R² of what changed between two views, by a linear map and by MLPs."""
     flat = [x.flatten(0, 1).numpy() for x in features]
     labels = [objects.labels.repeat_interleave(objects.views).numpy() for objects in data]
     some = np.random.default_rng(0).permutation(len(flat[0]))[:20000]
     linear = linear_classifier().fit(flat[0][some], labels[0][some])
     result = {"accuracy": 100 * linear.score(flat[1], labels[1])}
-    inputs, wanted = [], []
-    for x, objects, each in zip(features, data, (60, 30), strict=True):
-        rows, first, second = pairs(objects, each, seed=0)
-        inputs.append(torch.cat([x[rows, first], x[rows, second]], dim=1))
-        wanted.append(targets(objects.latents[rows, first], objects.latents[rows, second]))
-    ridge = linear_regression().fit(inputs[0].numpy(), wanted[0].numpy())
-    for name, predicted in (
-        ("linear", ridge.predict(inputs[1].numpy())),
-        ("mlp", _mlp(inputs, wanted[0], device)),
-    ):
-        scores = r2_score(wanted[1].numpy(), predicted, multioutput="raw_values")
-        result |= {f"rotation {name}": scores[:4].mean(), f"color {name}": scores[4:].mean()}
-        result[f"rotation {name} pooled"] = pooled_r2(wanted[1][:, :4].numpy(), predicted[:, :4])
+    train, test = (
+        _of_pairs(x, objects, *pairs(objects, each, seed=0))
+        for x, objects, each in zip(features, data, (60, 30), strict=True)
+    )
+    ridge = linear_regression().fit(*(part.numpy() for part in train))
+    by_ridge = ridge.predict(test[0].numpy())
+    for what, numbers in CHANGES.items():
+        wanted = test[1][:, numbers].numpy()
+        by_mlp = _mlp(features[0], data[0], test[0], numbers, device, steps, what)
+        result |= {
+            f"{what} linear": r2_score(wanted, by_ridge[:, numbers]),
+            f"{what} mlp": r2_score(wanted, by_mlp),
+            f"{what} mlp pooled": pooled_r2(wanted, by_mlp),
+        }
     return {name: float(value) for name, value in result.items()}
 
 
@@ -154,28 +177,42 @@ def pooled_r2(wanted: np.ndarray, predicted: np.ndarray) -> float:
     return float(1 - rest / np.square(wanted - wanted.mean()).sum())
 
 
-def _mlp(inputs: list[Tensor], wanted: Tensor, device: torch.device) -> np.ndarray:
-    """Predict with an MLP of three layers, as wide as its input, trained on the first inputs."""
-    mean, deviation = inputs[0].mean(0), inputs[0].std(0) + 1e-6
-    x, test = (((x - mean) / deviation).to(device) for x in inputs)
-    center, spread = wanted.mean(0), wanted.std(0)
-    y = ((wanted - center) / spread).to(device)
-    width = x.shape[1]
+def _mlp(
+    features: Tensor,
+    data: Objects,
+    test: Tensor,
+    numbers: slice,
+    device: torch.device,
+    steps: int,
+    what: str,
+) -> np.ndarray:
+    """Predict some numbers with an MLP of three layers, trained on pairs drawn anew each step.
+
+    With a fixed set of pairs it learns those by heart.
+    """
+    count, views, width = features.shape
+    mean, deviation = features.mean((0, 1)), features.std((0, 1)) + 1e-6
+    x = (features - mean) / deviation
+    _, usual = _of_pairs(x, data, *pairs(data, 60, seed=0))
+    center, spread = usual[:, numbers].mean(0), usual[:, numbers].std(0)
+    random = np.random.default_rng(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        mlp = nn.Sequential(*layers, nn.Linear(width, y.shape[1])).to(device)
+        layers = [nn.Linear(2 * width, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
+        mlp = nn.Sequential(*layers, nn.Linear(1024, len(center))).to(device)
         optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=1e-2)
-        steps = 30 * len(x) // 256
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            rows = torch.randint(len(x), (256,), device=device)
+        for _ in track(range(steps), f"reading the {what} by an MLP"):
+            rows = random.integers(count, size=256)
+            inputs, wanted = _of_pairs(x, data, rows, *_two_views(256, views, random))
+            wanted = (wanted[:, numbers] - center) / spread
             optimizer.zero_grad()
-            F.mse_loss(mlp(x[rows]), y[rows]).backward()
+            F.mse_loss(mlp(inputs.to(device)), wanted.to(device)).backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        predicted: Tensor = mlp(test).cpu() * spread + center
+        inputs = (test - mean.repeat(2)) / deviation.repeat(2)
+        predicted: Tensor = mlp(inputs.to(device)).cpu() * spread + center
     return predicted.numpy()
 
 
@@ -217,7 +254,7 @@ def run(
     if cut is not None:
         parts |= {"invariant": slice(0, cut), "equivariant": slice(cut, None)}
     results = {
-        part: measure((features[0][..., cut], features[1][..., cut]), data, device)
+        part: measure((features[0][..., cut], features[1][..., cut]), data, device, args.mlp_steps)
         for part, cut in parts.items()
     }
     if hasattr(model, "recon_aux"):
@@ -289,6 +326,7 @@ def main() -> None:
     add("--size", type=int, default=64, help="side of the images, in pixels")
     add("--views", type=int, default=50, help="of each object, that the data set has")
     add("--limit", type=int, help="use so many objects of each split")
+    add("--mlp-steps", type=int, default=4000, help="of the MLPs that read what changed")
     add("--no-cache", action="store_true", help="read images when they are needed")
     add("--workers", type=int, default=0)
     add("--precision", default="32-true")
