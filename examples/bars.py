@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,7 +18,7 @@ class Measure:
 
     title: str
     of: Callable[[dict[str, Any]], float]
-    lines: Mapping[str, str] = field(default_factory=dict)
+    lines: Mapping[str, str]
 
     def values(self, runs: list[dict[str, Any]], arm: str) -> list[float]:
         """Give an arm's, one for each seed."""
