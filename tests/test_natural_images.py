@@ -15,7 +15,7 @@ from common import build_encoder
 from options import options_of
 from resuming import is_done, keep
 from test_examples import pictures
-from training import fail_once, run_example
+from training import fail_once, rows, run_example
 
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, TRANSFORMATIONS
@@ -67,17 +67,17 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     add("ceiling", 0, 0.59)
     add("SimCLR, attached, weight=3", 0, 0.39)
     text = natural_images.tables(natural_images.kept(tmp_path))
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
-    gap, alone = rows[0].index("of the gap"), rows[0].index("equivariant alone")
-    assert [(row[1], row[gap], row[alone]) for row in rows[2:6]] == [
+    head, *shown = rows(text)
+    gap, alone = head.index("of the gap"), head.index("equivariant alone")
+    assert [(row[0], row[gap], row[alone]) for row in shown[:4]] == [
         ("SimCLR", "", ""),
         ("SimCLR, attached", "75 %", "0.400 ± 0.014"),
         ("BYOL, attached", "", "0.400"),
         ("ceiling", "", ""),
     ]
     # other options have a table of their own, next to the same bare method
-    assert rows[6] == rows[0]
-    assert (rows[8][1], rows[8][gap]) == ("SimCLR, attached, weight=3", "50 %")
+    assert shown[4] == head
+    assert (shown[5][0], shown[5][gap]) == ("SimCLR, attached, weight=3", "50 %")
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(

@@ -8,24 +8,17 @@ import compare
 import natural_images
 import pytest
 from records import kept
+from training import rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
 README = (ROOT / "README.md").read_text()
 
 
-def rows(text: str) -> list[list[str]]:
-    """Give the cells of a text's tables, without the lines that part head and body."""
-    lines = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return [row for row in cells if set("".join(row)) != {"-"}]
-
-
 def made_of(folder: Path) -> str:
     """Make a folder's table anew."""
-    if folder.name.startswith("natural"):
-        return natural_images.tables(kept(folder))
-    return compare.table(folder)
+    make = natural_images.tables if folder.name.startswith("natural") else compare.table
+    return make(kept(folder))
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,13 @@ def run_script(
     return _run(*launcher, TESTS / "scripts" / name, *arguments)
 
 
+def rows(text: str) -> list[list[str]]:
+    """Give the cells of a text's tables, without the lines that part head and body."""
+    lines = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [row for row in cells if set("".join(row)) != {"-"}]
+
+
 def run_example(name: str, *arguments: Any) -> None:
     """Run one of the examples, which must succeed."""
     result = _run(TESTS.parent / "examples" / name, *arguments)

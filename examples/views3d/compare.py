@@ -279,9 +279,8 @@ COLUMNS = {
 }
 
 
-def table(out: Path) -> str:
+def table(done: list[dict[str, Any]]) -> str:
     """Put the arms that are done side by side: mean and standard deviation over seeds."""
-    done = kept(out)
     # older records have fewer
     known = {key for run in done for part in run["results"].values() for key in part}
     shown = [key for key in COLUMNS if key in known]
@@ -297,7 +296,7 @@ def table(out: Path) -> str:
     return as_text(grid)
 
 
-def picture(out: Path) -> None:
+def picture(done: list[dict[str, Any]], path: Path) -> None:
     """Draw what the arms' whole features tell, the ceiling as a line."""
     titles = {"accuracy": "linear accuracy, %", "rotation mlp": "rotation, R²"}
     titles["color mlp"] = "colour, R²"
@@ -305,7 +304,7 @@ def picture(out: Path) -> None:
         Measure(title, lambda found, key=key: found["whole"][key], {"supervised": "k--"})
         for key, title in titles.items()
     ]
-    draw_bars({"": kept(out)}, ["VICReg", "SimCLR", "SIE"], ATTACHED, measures, out / "table.png")
+    draw_bars({"": done}, ["VICReg", "SimCLR", "SIE"], ATTACHED, measures, path)
 
 
 def main() -> None:
@@ -348,9 +347,10 @@ def main() -> None:
             ]
             print(f"{arm}, seed {seed}")
             keep(path, run(arm, seed, (data[0], data[1]), path, args))
-            print(table(args.out))
-    (args.out / "table.md").write_text(table(args.out))
-    picture(args.out)
+            print(table(kept(args.out)))
+    done = kept(args.out)
+    (args.out / "table.md").write_text(table(done))
+    picture(done, args.out / "table.png")
     print(f"saved in {args.out}")
 
 
