@@ -36,11 +36,14 @@ def draw(
 
     Args:
         groups: records of all arms and seeds, by what the row is called.
-        methods: whose bare and attached arms are bars, with the standard deviation over seeds.
+        methods: whose bare and attached arms are bars, with the standard deviation over seeds;
+            without those of which there is neither.
         behind: what the attached arms have behind the method's name.
         measures: what is drawn.
         path: of the image file.
     """
+    done = {run["arm"] for runs in groups.values() for run in runs}
+    methods = [method for method in methods if {method, method + behind} & done]
     shape = len(groups), len(measures)
     size = 4.5 * shape[1], 2.6 * shape[0]
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
