@@ -38,7 +38,7 @@ from lightly_vicreg import VICReg
 from options import parse_options
 from pytorch_lightning import LightningModule, seed_everything
 from records import as_text, file_name, kept, record, results_of, with_spread
-from resuming import fit, is_done, keep, trained_on
+from resuming import fit, is_done, keep, refuse_mixed, trained_on
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
@@ -255,7 +255,7 @@ def _wholes(runs: list[dict[str, Any]], arms: list[str]) -> Any:
         grid.add_row(
             arm,
             str(len(results)),
-            *(with_spread([w[key] for w in wholes if key in w], 1) for key in TITLES),
+            *(with_spread(_of_all(wholes, key), 1) for key in TITLES),
             with_spread([mean_r2(whole) for whole in wholes], 3),
             _closed(runs, arm),
             with_spread(equivariant, 3),
@@ -276,6 +276,11 @@ def _parts(runs: list[dict[str, Any]], arms: list[str], kind: str, keys: Any = (
             cells += [with_spread([mean_r2(values, kind) for values in found], 3)]
             grid.add_row(f"{arm}, {part}", str(len(results)), *cells, *_means(found, kind))
     return grid
+
+
+def _of_all(found: list[dict[str, Any]], key: str) -> list[float]:
+    """Each seed's value, or none where one lacks it, as a transfer to a data set not yet given."""
+    return [values[key] for values in found] if all(key in values for values in found) else []
 
 
 def _means(found: list[dict[str, Any]], kind: str) -> list[str]:
@@ -334,6 +339,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    refuse_mixed(args.out, args)
     folders = dict(part.split("=", 1) for part in args.data)
     if len(folders) > 2:
         raise SystemExit(f"--data expects one data set, or two to transfer between, got {folders}")

@@ -12,6 +12,9 @@ from typing import Any
 _FREE = {"arms", "seeds", "out", "data", "folder", "lists"}
 _FREE |= {"workers", "no_cache", "device", "precision"}
 
+# options that are younger than some records, and what those were made with
+_ONCE = {"views": "probed"}
+
 
 def parse_options(options: str) -> dict[str, Any]:
     """Read attach's options as they are written in a call."""
@@ -29,22 +32,25 @@ def options_of(args: argparse.Namespace) -> dict[str, str]:
     return {name: str(value) for name, value in vars(args).items()}
 
 
-def refuse_others(was: dict[str, str], args: argparse.Namespace, path: Path) -> None:
+def refuse_others(
+    was: dict[str, str], args: argparse.Namespace, path: Path, *, free: set[str] = _FREE
+) -> None:
     """Refuse to go on with what was made with other options.
 
     Args:
         was: :func:`options_of` when it was made.
         args: the options now.
         path: of what was made.
+        free: options that may differ.
 
     Raises:
         SystemExit: if an option differs that makes a difference, and by which.
     """
+    was = {**_ONCE, **was}
     differ = [
-        f"--{name.replace('_', '-')} {was[name]}, not {value}"
+        f"--{name.replace('_', '-')} {was.get(name)}, not {value}"
         for name, value in options_of(args).items()
-        # an option may be younger than the record
-        if name not in _FREE and was.get(name, value) != value
+        if name not in free and was.get(name) != value
     ]
     if differ:
         raise SystemExit(
@@ -57,6 +63,8 @@ def go_on(folder: Path, args: argparse.Namespace) -> None:
     """Note the options in a folder that is about to be filled; refuse others than the noted."""
     noted = folder / "options.json"
     if noted.exists():
-        refuse_others(json.loads(noted.read_text()), args, folder)
+        # one run is of one precision, or its record would tell but the last
+        was = json.loads(noted.read_text())
+        refuse_others(was, args, folder, free=_FREE - {"precision"})
     folder.mkdir(parents=True, exist_ok=True)
     noted.write_text(json.dumps(options_of(args)))

@@ -87,6 +87,16 @@ def is_done(path: Path, args: argparse.Namespace) -> bool:
     return True
 
 
+def refuse_mixed(out: Path, args: argparse.Namespace) -> None:
+    """Refuse a folder whose records, of whatever run, would be in one table with others.
+
+    Raises:
+        SystemExit: if one was made with other options.
+    """
+    for path in sorted(out.glob("*.json")):
+        is_done(path, args)
+
+
 def keep(path: Path, record: dict[str, Any]) -> None:
     """Write the record of a run that is done."""
     new = path.with_suffix(".new")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from common import build_encoder
-from options import options_of
-from resuming import is_done, keep
+from options import go_on, options_of
+from resuming import is_done, keep, refuse_mixed
 from test_examples import pictures
 from training import fail_once, rows, run_example
 
@@ -33,6 +33,8 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
     run_example("natural_images.py", "--data", *data, *options, "--arms", *arms)
     first = (out / "some-SimCLR-attached-0.json").read_text()
+    with pytest.raises(AssertionError, match="--epochs 1, not 2"):
+        run_example("natural_images.py", "--data", *data, *options, "--epochs", "2", "--seeds", "1")
     run_example("natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
     assert (out / "some-SimCLR-attached-0.json").read_text() == first
     runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
@@ -66,8 +68,13 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     # of seed 0 alone: attached 0.49 of bare 0.19
     add("ceiling", 0, 0.59)
     add("SimCLR, attached, weight=3", 0, 0.39)
+    # a transfer that one of the seeds lacks
+    run = json.loads((tmp_path / "SimCLR-0.json").read_text())
+    run["results"]["whole"]["transfer"] = 30.0
+    (tmp_path / "SimCLR-0.json").write_text(json.dumps(run))
     text = natural_images.tables(natural_images.kept(tmp_path))
     head, *shown = rows(text)
+    assert [row[head.index("transfer")] for row in shown[:4]] == [""] * 4
     gap, alone = head.index("of the gap"), head.index("equivariant alone")
     assert [(row[0], row[gap], row[alone]) for row in shown[:4]] == [
         ("SimCLR", "", ""),
@@ -116,9 +123,33 @@ def test_what_was_made_with_other_options_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "SimCLR-0.json"
     assert not is_done(path, was)
     keep(path, {"options": options_of(was)})
-    assert is_done(path, argparse.Namespace(epochs=8, lr=2e-3, precision="bf16-mixed", new=1))
+    assert is_done(path, argparse.Namespace(epochs=8, lr=2e-3, precision="bf16-mixed"))
+    other = argparse.Namespace(epochs=100, lr=2e-3, precision="32-true")
     with pytest.raises(SystemExit, match=r"--epochs 8, not 100; other options need another folder"):
-        is_done(path, argparse.Namespace(epochs=100, lr=2e-3, precision="32-true"))
+        is_done(path, other)
+    # nor may another run's record be next to it, in the same table
+    with pytest.raises(SystemExit, match="--epochs 8, not 100"):
+        refuse_mixed(tmp_path, other)
+    refuse_mixed(tmp_path, was)
+
+
+def test_an_option_that_a_record_is_older_than_is_compared_with_what_was_done(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "SimCLR-0.json"
+    keep(path, {"options": options_of(argparse.Namespace(epochs=8))})
+    assert is_done(path, argparse.Namespace(epochs=8, views="probed"))
+    with pytest.raises(SystemExit, match="--views probed, not lightly"):
+        is_done(path, argparse.Namespace(epochs=8, views="lightly"))
+    with pytest.raises(SystemExit, match="--mlp-steps None, not 4000"):
+        is_done(path, argparse.Namespace(epochs=8, mlp_steps=4000))
+
+
+def test_a_run_goes_on_in_its_own_precision(tmp_path: Path) -> None:
+    go_on(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="32-true"))
+    go_on(tmp_path, argparse.Namespace(epochs=8, device="gpu", precision="32-true"))
+    with pytest.raises(SystemExit, match="--precision 32-true, not bf16-mixed"):
+        go_on(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="bf16-mixed"))
 
 
 def test_options_are_attachs_or_else_the_methods_own() -> None:

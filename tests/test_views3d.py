@@ -135,6 +135,16 @@ class Turn(nn.Module):
         return torch.from_numpy(turned.as_matrix()).float().flatten(1)
 
 
+def test_of_many_objects_fewer_pairs_each_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Objects(folder, "val", size=32, views=4, cached=False)
+    monkeypatch.setattr(compare, "_MANY_PAIRS", 3 * len(data) + 1)
+    rows, first, second = compare.pairs(data, 60, seed=0)
+    assert np.bincount(rows).tolist() == [3] * len(data)
+    assert (first != second).all()
+
+
 def test_right_predictions_are_retrieved_and_collapsed_ones_are_not(folder: Path) -> None:
     data = Objects(folder, "val", size=32, views=4, cached=False)
     model = compare.SIE(nn.Identity(), 10, 1e-3)

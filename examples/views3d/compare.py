@@ -23,7 +23,7 @@ from pytorch_lightning import LightningModule, seed_everything
 from rich.progress import track
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 sys.path.append(str(Path(__file__).parent.parent))
 from bars import Measure
@@ -33,7 +33,7 @@ from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from options import parse_options
 from records import as_text, file_name, kept, record, results_of, with_spread
-from resuming import fit, is_done, keep, trained_on
+from resuming import fit, is_done, keep, refuse_mixed, trained_on
 from sie import SIE
 from steering import draw as draw_steering
 
@@ -101,20 +101,39 @@ def train(
 # --- measuring ---
 
 
+# as many as fit into memory where there are as many objects as in 3DIEBench
+_MANY_PAIRS = 200_000
+
+
+class _AllViews(Dataset[Tensor]):
+    """All views of each object, ``(views, 3, H, W)``, in uint8."""
+
+    def __init__(self, data: Objects) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.stack([self.data.image(row, view) for view in range(self.data.views)])
+
+
 @torch.no_grad()
-def encode(model: LightningModule, data: Objects, device: torch.device) -> Tensor:
+def encode(model: LightningModule, data: Objects, device: torch.device, workers: int = 0) -> Tensor:
     """Features of every view, ``(objects, views, D)``."""
     encoder = model.backbone.to(device).eval()
-    features = []
-    for row in range(len(data)):
-        views = torch.stack([data.image(row, view) for view in range(data.views)]).to(device)
-        features.append(encoder(normalize(views)).flatten(1).float().cpu())
+    loader = DataLoader(_AllViews(data), batch_size=None, num_workers=workers)
+    features = [
+        encoder(normalize(views.to(device))).flatten(1).float().cpu()
+        for views in track(loader, "encoding all views")
+    ]
     return torch.stack(features)
 
 
 def pairs(data: Objects, each: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw some pairs of views of each object: rows, first views, second views."""
+    """Draw pairs of views, so many of each object or as fit: rows, first views, second views."""
     random = np.random.default_rng(seed)
+    each = max(1, min(each, _MANY_PAIRS // len(data)))
     rows = np.repeat(np.arange(len(data)), each)
     return rows, *_two_views(len(rows), data.views, random)
 
@@ -224,12 +243,16 @@ def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
     embedded = model.heads[1](features.flatten(0, 1)[:, model.half :]).unflatten(
         0, features.shape[:2]
     )
-    change = targets(data.latents[rows, first], data.latents[rows, second])[:, :4]
-    predicted = model.predictor(embedded[rows, first], change)
-    distance = (embedded[rows] - predicted[:, None]).square().sum(-1)
-    distance[np.arange(len(rows)), first] = torch.inf
-    # of equals the last, or an embedding that is always the same would be right
-    rank = (distance <= distance.gather(1, torch.from_numpy(second)[:, None])).sum(1)
+    ranks = []
+    for some in np.array_split(np.arange(len(rows)), max(1, len(rows) // 1000)):
+        row, before, after = rows[some], first[some], second[some]
+        change = targets(data.latents[row, before], data.latents[row, after])[:, :4]
+        predicted = model.predictor(embedded[row, before], change)
+        distance = (embedded[row] - predicted[:, None]).square().sum(-1)
+        distance[np.arange(len(row)), before] = torch.inf
+        # of equals the last, or an embedding that is always the same would be right
+        ranks.append((distance <= distance.gather(1, torch.from_numpy(after)[:, None])).sum(1))
+    rank = torch.cat(ranks)
     hits = {f"H@{k}": (rank <= k).float().mean().item() for k in (1, 5)}
     return {"MRR": (1 / rank).mean().item(), **hits}
 
@@ -248,7 +271,7 @@ def run(
     """Train and measure one arm."""
     model, seconds = train(arm, data[0], seed, path, args)
     device = trained_on(args)
-    features = tuple(encode(model, objects, device) for objects in data)
+    features = tuple(encode(model, objects, device, args.workers) for objects in data)
     parts = {"whole": slice(None)}
     cut = invariant_dim(model)
     if cut is not None:
@@ -332,6 +355,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    refuse_mixed(args.out, args)
     options = {key: getattr(args, key) for key in ("size", "lists", "views", "limit")}
     data: list[Objects] = []
     for arm in args.arms:
