@@ -29,7 +29,7 @@ def attach(
     heads: Sequence[str | nn.Module],
     backbone_method: str = "forward",
     image_channels: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
     views: int | None = None,
     decoder_lr: float | None = None,
@@ -52,8 +52,8 @@ def attach(
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         image_channels: channels of the views; by default what the first convolution takes.
-        image_size: side of the blank image that is encoded once to find the feature's width, for
-            an encoder that accepts one size alone.
+        image_size: side of the blank image that is encoded once to find the feature's width, or
+            its height and width, for an encoder that accepts one size alone.
         features: takes the feature from what the encoder returns, if that isn't a tensor.
         views: how many views one call of the encoder gets concatenated; by default read off the
             batch that the training step gets. 1 says that a momentum encoder's view, made within
@@ -199,7 +199,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
         batch: what shows how many images a view has, where one call encodes several concatenated.
 
     Returns:
-        The method's loss plus ``weight`` times the reconstruction loss.
+        The method's loss plus ``weight`` times the reconstruction loss; as in validation, under
+        ``torch.no_grad()``, the method's loss as it is.
 
     Raises:
         ValueError: if nothing is attached.
@@ -223,7 +224,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
             "training_step returns the sum of both losses already"
         )
     try:
-        total: Tensor = attachment.add_loss(loss, batch)
+        total: Tensor = attachment.add_loss(loss, batch) if torch.is_grad_enabled() else loss
     finally:
         attachment.start()
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,13 +51,14 @@ class Attachment:
         self.verified = False
         self.heads: list[nn.Module] = []
         self.mask: Mask | None = None
-        self.watched = [self.encoder]
+        self.watched = capture.encoders = [self.encoder]
         self.doors = [watch(self.encoder, backbone_method, capture)]
         self.watch_copies()
         self.steps = 0
         # whether the loss depended on features past the heads, if without gradient
         self.was_past = False
         self.other_is_a_copys = False
+        self.was_frozen = False
         # whether the model's own optimizers train the decoder; if not, see whether any does
         self.enrolled = False
         self.progress = Progress()
@@ -93,7 +95,7 @@ class Attachment:
 
     def hide_from(self, heads: Sequence[nn.Module], mask: Mask) -> None:
         """Hide the equivariant channels from the heads."""
-        self.mask = mask
+        self.mask = self.capture.mask = mask
         for head in heads:
             if not any(head is known for known in self.heads):
                 self.heads.append(head)
@@ -102,6 +104,7 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on in a copy of the model; a copy of the encoder alone sees nothing."""
         vars(self).update(state)
+        self.capture.encoders, self.capture.mask = self.watched, self.mask
         if self.in_a_loop:
             self.capture.start(in_a_loop=True)
 
@@ -154,24 +157,25 @@ class Attachment:
         """Add the reconstruction loss to the method's."""
         calls = self.capture.calls
         if self.in_a_loop and loss.requires_grad:
-            # the loop may have encoded other images since
+            # the loop may have encoded other images since: with gradient, the loss tells them
+            # apart, without, a momentum encoder's last are the step's
             belongs = reached(loss, [call.output for call in calls])
-            calls = [
-                call
-                for call, is_its in zip(calls, belongs, strict=True)
-                if is_its or not call.output.requires_grad
-            ]
+            its = [call for call, is_its in zip(calls, belongs, strict=True) if is_its]
+            calls = its + [call for call in reversed(calls) if not call.output.requires_grad]
         online = [call for call in calls if call.output.requires_grad]
         if not self.verified and online and loss.requires_grad:
             self._verify_encoder(loss, online)
         online = [call for call in online if call.encoder is self.encoder]
         if not online:
+            if calls and not any(p.requires_grad for e in self.watched for p in e.parameters()):
+                self._tell_of_frozen()
+                return loss
             raise RuntimeError(self._no_call())
         if self.mask and loss.requires_grad:
             self._verify_mask(loss, [call.output for call in online], self.mask.masked or [])
         views, outputs = two_views(calls, online, given, self.views)
         if not self.verified:
-            verify_views(views, given)
+            verify_views(views, given, self.views)
             self.verified = loss.requires_grad
         self.other_is_a_copys = not outputs[1].requires_grad
         if not self.aux.enabled:
@@ -189,6 +193,15 @@ class Attachment:
         enroll(configured, self.aux, self.watched, self.settings)
         self.enrolled = True
         return configured
+
+    def _tell_of_frozen(self) -> None:
+        if not self.was_frozen:
+            warnings.warn(
+                f"recon_aux: the encoder {self._name(self.encoder)} is frozen; nothing is rebuilt "
+                "until it is trained",
+                stacklevel=2,
+            )
+        self.was_frozen = True
 
     def _no_call(self) -> str:
         where = "each step, before add_loss," if self.in_a_loop else "training_step"
@@ -208,7 +221,8 @@ class Attachment:
                 "expected the method's loss to train one encoder, but it depends on "
                 f"{[self._name(encoder) for encoder in encoders] or 'none'} of those like "
                 f"{self._name(self.encoder)}; backbone= tells which it is, of these: "
-                f"{describe_children(self.model)}; what a momentum encoder gives is to be detached"
+                f"{describe_children(self.model)}; what a momentum encoder gives is to be "
+                "detached, and two that are alike can't both be trained"
             )
         # names are a first guess: a teacher may be called backbone
         (self.encoder,) = encoders

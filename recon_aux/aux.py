@@ -16,6 +16,7 @@ from . import saved
 from .checks import check_views
 from .decoder import CrossAttentionDecoder
 from .edges import Edges
+from .encoder import as_feature
 from .finite import FiniteCheck
 from .loss import LossKind, ReconstructionLoss, resize_view
 from .registration import Registration
@@ -243,8 +244,8 @@ class ReconAux(nn.Module):
 
         Args:
             views: two augmented views of the same images, each ``(B, C, H, W)``.
-            features: the encoder's features of them, each ``(B, D)``, or, with ``spatial=True``,
-                ``(B, D, H, W)`` or ``(B, N, D)``.
+            features: the encoder's features of them, each ``(B, D)`` or ``(B, D, 1, 1)``, or, with
+                ``spatial=True``, ``(B, D, H, W)`` or ``(B, N, D)``.
 
         Returns:
             The weighted loss and what it was computed from.
@@ -257,6 +258,7 @@ class ReconAux(nn.Module):
                 call; in float16, where a loss scaler skips such steps, if it is so in 200 in a row,
                 or if the views aren't.
         """
+        features = [self._as_feature(feature) for feature in features]
         check_views(
             views,
             features,
@@ -326,8 +328,12 @@ class ReconAux(nn.Module):
             raise ValueError(
                 f"expected as many other features as features, got {len(other)} for {len(feature)}"
             )
+        feature, other = self._as_feature(feature), self._as_feature(other)
         own, context = self._part("equivariant", feature), self._part(self.context, other)
         return self.pixel_scale.restore(self._decode(own, context).float())
+
+    def _as_feature(self, output: Tensor) -> Tensor:
+        return as_feature(output, spatial=self.decoder.spatial)
 
     def _decode(self, own: Tensor, other: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(own.device.type):
@@ -378,15 +384,15 @@ class ReconAux(nn.Module):
         state = {
             "calls": self._calls,
             "seed": self._seed,
-            "encoder": self.encoder,
             "options": self._options,
+            "encoder": self.encoder,
         }
         return saved.pack(state)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore which view comes next."""
-        found = saved.unpack(state)
-        self._calls, self._seed, self.encoder = found["calls"], found["seed"], found["encoder"]
+        """Restore which view comes next, unless that can't be read."""
+        if found := saved.unpack(state):
+            self._calls, self._seed, self.encoder = found["calls"], found["seed"], found["encoder"]
 
     def _load_from_state_dict(
         self,
@@ -414,6 +420,12 @@ class ReconAux(nn.Module):
             error_msgs.append(f"recon_aux: expected the options it was saved with: {told}")
         elif told:
             warnings.warn(f"recon_aux: saved with other options: {told}", stacklevel=2)
+        elif extra is not None and saved.unpack(extra) is None:
+            warnings.warn(
+                "recon_aux: what was saved next to the weights can't be read, as in an average of "
+                "checkpoints; whether the options were others isn't known",
+                stacklevel=2,
+            )
         if is_bare or is_other:
             # the modules within load from here
             own = self.state_dict()

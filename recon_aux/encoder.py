@@ -65,7 +65,7 @@ def encoder_shape(
     *,
     method: str = "forward",
     image_channels: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
 ) -> EncoderShape:
     """Find out by one forward of a blank image, in eval mode and without gradient.
@@ -76,8 +76,8 @@ def encoder_shape(
         encoder: images -> features.
         method: the encoder's method that takes them.
         image_channels: where the encoder's first convolution doesn't show it.
-        image_size: side of the blank image, where the encoder accepts one alone and no attribute
-            of it says which.
+        image_size: side of the blank image, or its height and width, where the encoder accepts one
+            size alone and no attribute of it says which.
         features: takes the feature from what the encoder returns.
 
     Returns:
@@ -100,7 +100,8 @@ def encoder_shape(
     channels = image_channels or _first_conv_channels(encoder)
     size = image_size or _declared_image_size(encoder) or 64
     like = next(encoder.parameters(), torch.empty(0))
-    blank = torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype)
+    height, width = (size, size) if isinstance(size, int) else size
+    blank = torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
     try:
         with evaluating(encoder), _undrawn(like.device), torch.no_grad():
             output = call(blank)
@@ -122,14 +123,14 @@ def _first_conv_channels(encoder: nn.Module) -> int:
     return 3 if first is None else first.in_channels
 
 
-def _declared_image_size(encoder: nn.Module) -> int | None:
+def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
     for module in encoder.modules():
         for name in ("img_size", "image_size"):
             size = getattr(module, name, None)
-            if isinstance(size, (tuple, list)) and size:
-                size = size[0]
             if isinstance(size, int):
                 return size
+            if isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]:
+                return size[0], size[1]
     return None
 
 

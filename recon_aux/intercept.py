@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .compiled import is_recomputing
 from .encoder import Features, take_tensor
+from .graph import reached
 
 # what stands in a method's place gets the module, the method, and what it was called with
 Guard = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -101,11 +102,17 @@ def _refuse_looking_for_unused_parameters() -> None:
 
 
 class EncoderCall(NamedTuple):
-    """Which encoder was called, the images that it took, and the very tensor that it gave."""
+    """Which encoder was called, in which mode, the images, and the very tensor that it gave."""
 
     encoder: nn.Module
     image: Tensor
     output: Tensor
+    in_training: bool
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this is no call of the encoder that is trained, as far as it shows."""
+        return not (self.output.requires_grad and self.in_training)
 
 
 class Capture:
@@ -117,7 +124,10 @@ class Capture:
         self.in_a_loop = False
         # whether calls without gradient are of interest: not to a copy that is a teacher or average
         self.is_trained = True
-        # of each encoder's parameters, when it was called last
+        # all that are watched, and what their heads receive
+        self.encoders: list[nn.Module] = []
+        self.mask: Mask | None = None
+        # of each encoder's parameters, when it was called last in training
         self.versions: dict[int, int] = {}
         self.calls: list[EncoderCall] = []
 
@@ -147,33 +157,49 @@ class Capture:
                     f"{[tuple(x.shape) for x in tensors]}"
                 )
             output = take_tensor(result, self.features)
-            if not self.in_a_loop or encoder.training or output.requires_grad:
-                self.remember(EncoderCall(encoder, tensors[0], output))
+            # a momentum encoder may be in eval mode throughout
+            is_training = encoder.training or any(known.training for known in self.encoders)
+            if not self.in_a_loop or output.requires_grad or is_training:
+                self.remember(EncoderCall(encoder, tensors[0], output, encoder.training))
         return result
 
     def remember(self, call: EncoderCall) -> None:
-        """Keep a call until the step is over; in a loop, few of those without gradient."""
+        """Keep a call until the step is over; in a loop, few of those that evaluate."""
         if self.in_a_loop and not torch.compiler.is_compiling():
             _refuse_looking_for_unused_parameters()
             self.is_trained |= call.output.requires_grad
             if not self.is_trained:
                 return
-            self.expect_add_loss(call)
-            others = [known for known in self.calls if not known.output.requires_grad]
-            if len(others) == _FEW_CALLS and not call.output.requires_grad:
-                self.calls = [known for known in self.calls if known is not others[0]]
+            if call.evaluates:
+                self.make_room(call)
+            else:
+                self.expect_add_loss(call)
         self.calls.append(call)
+
+    def make_room(self, call: EncoderCall) -> None:
+        """Forget the oldest of many calls that may be of an evaluation between steps."""
+        by_gradient = call.output.requires_grad
+        many = _MANY_CALLS if by_gradient else _FEW_CALLS
+        alike = [
+            known
+            for known in self.calls
+            if known.output.requires_grad == by_gradient and known.evaluates
+        ]
+        if len(alike) >= many:
+            self.calls = [known for known in self.calls if known is not alike[0]]
+            if self.mask and by_gradient:
+                self.mask.forget(alike[0].output)
 
     def expect_add_loss(self, call: EncoderCall) -> None:
         """See to it that a loop doesn't forget the reconstruction loss."""
         now = version(call.encoder)
         before = self.versions.setdefault(id(call.encoder), now)
-        is_online = call.output.requires_grad and call.encoder.training
-        if is_online and (len(self.calls) >= _MANY_CALLS or before != now):
+        trained = [known for known in self.calls if not known.evaluates]
+        if before != now or len(trained) >= _MANY_CALLS:
             raise RuntimeError(
                 "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
                 f"{_MANY_CALLS} calls of it without; for evaluation use model.eval() and "
-                "torch.no_grad()"
+                "torch.no_grad(); to train on without the task recon_aux.detach(model)"
             )
 
     def __deepcopy__(self, memo: Any) -> Capture:
@@ -185,8 +211,9 @@ class Capture:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the tensors of a running step out."""
-        return {**vars(self), "recording": False, "is_trained": False, "calls": []}
+        """Leave the tensors of a running step out, and what an attachment tells its own anew."""
+        alone: dict[str, Any] = {"encoders": [], "mask": None}
+        return {**vars(self), "recording": False, "is_trained": False, "calls": [], **alone}
 
 
 class Mask:
@@ -203,6 +230,10 @@ class Mask:
         self.feature_rank = feature_rank
         # what the heads received in a running step
         self.masked: list[Tensor] | None = None
+
+    def forget(self, feature: Tensor) -> None:
+        """Let go of what was masked of one of the encoder's outputs."""
+        self.masked = [x for x in self.masked or [] if not reached(x, [feature])[0]]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of a running step out of copies."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 Group = dict[str, Any]
@@ -81,6 +81,13 @@ def enroll(
             _move_to_own_groups(optimizer, ours, settings, list(_schedulers(configured)))
         hooked = _with_hooks(optimizer)
         hooked.register_load_state_dict_pre_hook(_FillIn(ours))
+        alike = {id(p) for encoder in encoders for p in encoder.parameters()}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        is_trained = _IsTrained(
+            [p for p in params if id(p) in ours], [p for p in params if id(p) in alike]
+        )
+        hooked.register_step_pre_hook(is_trained.before)
+        hooked.register_step_post_hook(is_trained.after)
         if settings.lr is not None:
             likes = _likes(optimizer.param_groups, ours, encoders)
             # now, before a checkpoint brings rates that a schedule has come far with
@@ -216,6 +223,39 @@ class _InProportion:
             # a schedule that was made later has noted another base
             ratio = _ratio(self.lr, {**group, "lr": self.bases[own]})
             optimizer.param_groups[own]["lr"] = group["lr"] * ratio
+
+
+class _IsTrained:
+    """Sees to it that an optimizer takes notice of parameters that joined those it was made of."""
+
+    def __init__(self, ours: list[Tensor], encoders: list[Tensor]) -> None:
+        self.ours = ours
+        self.encoders = encoders
+        self.seen = (0, 0)
+        self.settled = False
+
+    def before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Note what a step is about to change."""
+        if not self.settled:
+            self.seen = self._versions()
+
+    def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """See what a step changed, until it was both."""
+        if self.settled:
+            return
+        ours, encoders = (now != was for now, was in zip(self._versions(), self.seen, strict=True))
+        self.settled = ours
+        if encoders and not ours and any(p.grad is not None for p in self.ours):
+            raise RuntimeError(
+                "expected the optimizer to train the decoder, whose parameters joined the "
+                f"encoder's in its groups, got a {type(optimizer).__name__} that trains those "
+                "alone that it was made of; list self.recon_aux.parameters() with them in "
+                "configure_optimizers"
+            )
+
+    def _versions(self) -> tuple[int, int]:
+        ours, encoders = (sum(p._version for p in x) for x in (self.ours, self.encoders))
+        return ours, encoders
 
 
 class _FillIn:

@@ -37,24 +37,34 @@ def plain(name: str, value: Any) -> Any:
 def pack(state: dict[str, Any]) -> Tensor:
     """Give plain values as bytes in a tensor: not all that reads a ``state_dict`` takes others.
 
+    The number of calls is as wide as any, so that the average of two checkpoints can be read.
+
     Example:
-        >>> unpack(pack({"calls": 3}))
-        {'calls': 3}
+        >>> early, late = (pack({"calls": calls, "seed": 1}) for calls in (9, 10))
+        >>> unpack(late)
+        {'calls': 10, 'seed': 1}
+        >>> unpack((early.float() + late) / 2)["seed"]
+        1
     """
+    state = {**state, "calls": f"{state['calls']:012d}"}
     return torch.tensor(list(json.dumps(state).ljust(1024).encode()), dtype=torch.uint8)
 
 
-def unpack(packed: Tensor) -> dict[str, Any]:
-    """Give back what was packed."""
-    state: dict[str, Any] = json.loads(bytes(packed.to(torch.uint8).tolist()))
-    return state
+def unpack(packed: Tensor) -> dict[str, Any] | None:
+    """Give back what was packed; None if it was averaged with what was packed elsewhere."""
+    try:
+        # an average may be a hair off
+        state: dict[str, Any] = json.loads(bytes(packed.float().round().to(torch.uint8).tolist()))
+        return {**state, "calls": int(state["calls"])}
+    except ValueError:
+        return None
 
 
 def differences(packed: Tensor | None, options: dict[str, Any]) -> tuple[str, bool]:
     """Name the options that are not as saved, and say if a decoder can't be trained on with them.
 
     Args:
-        packed: what was saved, if anything was.
+        packed: what was saved, if anything was that can be read.
         options: of the module that loads it.
 
     Returns:
@@ -62,14 +72,15 @@ def differences(packed: Tensor | None, options: dict[str, Any]) -> tuple[str, bo
 
     Example:
         >>> was = {"weight": 1.0, "edges": 16.0, "registration": 4.0, "statistics": 8.0}
-        >>> differences(pack({"options": was}), {**was, "weight": 2.0})
+        >>> differences(pack({"calls": 0, "options": was}), {**was, "weight": 2.0})
         ('weight=1.0, not 2.0', False)
-        >>> differences(pack({"options": was}), {**was, "edges": 0})
+        >>> differences(pack({"calls": 0, "options": was}), {**was, "edges": 0})
         ('edges=16.0, not 0', True)
     """
     # before there were these terms
     former = dict.fromkeys(TERMS, 0)
-    was = {} if packed is None else {**former, **unpack(packed)["options"]}
+    found = None if packed is None else unpack(packed)
+    was = {**former, **found["options"]} if found else {}
     differing = [key for key, value in was.items() if options.get(key) != value]
     told = ", ".join(f"{key}={was[key]!r}, not {options.get(key)!r}" for key in differing)
     # a term that is there may get another weight

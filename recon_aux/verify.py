@@ -83,11 +83,13 @@ class Progress:
         self.steps_of_encoder_alone = 0
 
     def verify(self, encoder: nn.Module, aux: nn.Module) -> None:
-        """Count steps after which the encoder was changed and the decoder not.
+        """Count steps after which the encoder was changed and the decoder not, unless frozen.
 
         Raises:
             RuntimeError: at the second.
         """
+        if not any(parameter.requires_grad for parameter in aux.parameters()):
+            return
         versions = version(encoder), version(aux)
         if self.seen is not None and versions[0] != self.seen[0]:
             alone = versions[1] == self.seen[1]

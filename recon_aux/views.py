@@ -48,13 +48,25 @@ def two_views(
     others = [call for call in calls if id(call.output) not in trained]
     # a momentum encoder's first; the encoder's own may be of an evaluation between steps
     others.sort(key=lambda call: call.encoder is first.encoder)
+    unknown = []
     for call in others:
         if call.image.shape == first.image.shape:
-            image, feature = _in_batch_order(call, given, count)
+            ordered = _in_batch_order(call, given, count)
+            if ordered is None:
+                unknown.append(tuple(call.image.shape))
+                continue
+            image, feature = ordered
             # two of the batch's own are told apart without a look at their values
             own = _is_of(given, image) and _is_of(given, first.image)
             if image is not first.image and (own or not torch.equal(image, first.image)):
                 return (first.image, image), (first.output, feature.detach())
+    if unknown:
+        raise RuntimeError(
+            "expected a momentum encoder to take a view of the batch, in any order, got images "
+            f"{unknown[0]} that aren't in the batch: made within the step, or another process's, "
+            "where a batch is shuffled over processes. views=1 says that they are in the order of "
+            "the encoder's own; those of another process can't be used"
+        )
     raise RuntimeError(
         "expected two views, one in each call of the encoder or concatenated in one, or one of "
         "them in a momentum encoder's, saw calls with gradient of images "
@@ -65,8 +77,13 @@ def two_views(
     )
 
 
-def verify_views(views: Pair, given: Any) -> None:
+def verify_views(views: Pair, given: Any, count: int | None) -> None:
     """Check what the batch shows: that these are two views, each of them whole and in order.
+
+    Args:
+        views: that were found.
+        given: the batch.
+        count: how many views are concatenated, there, too, if so.
 
     Raises:
         RuntimeError: if they are not.
@@ -80,7 +97,9 @@ def verify_views(views: Pair, given: Any) -> None:
         raise RuntimeError(f"expected two views, saw the same images {shapes[0]} twice; {advice}")
     for view in views:
         known = [x for x in _images(given) if x.shape[1:] == view.shape[1:]]
-        whole = any(x.shape == view.shape and torch.equal(x, view) for x in known)
+        joined = [x for x in known if count and len(x) == count * len(view)]
+        parts = [*known, *(part for x in joined for part in torch.split(x, len(view)))]
+        whole = any(x.shape == view.shape and torch.equal(x, view) for x in parts)
         if known and not whole and _rows_in(view, torch.cat(known)) is not None:
             raise RuntimeError(
                 "expected two views of the batch, saw its images in another arrangement, "
@@ -106,8 +125,8 @@ def _batch_sizes(given: Any) -> set[int]:
     return images or {len(x) for x in tensors if x.ndim == 1}
 
 
-def _in_batch_order(call: EncoderCall, given: Any, count: int | None) -> Pair:
-    """Undo a shuffle of the images that a momentum encoder took, as MoCo's."""
+def _in_batch_order(call: EncoderCall, given: Any, count: int | None) -> Pair | None:
+    """Undo a shuffle of the images that a momentum encoder took, as MoCo's, if they are known."""
     # looking at values waits for the device, so identity first
     if count == 1 or _is_of(given, call.image):
         return call.image, call.output
@@ -115,12 +134,7 @@ def _in_batch_order(call: EncoderCall, given: Any, count: int | None) -> Pair:
         order = _rows_in(view, call.image)
         if order is not None:
             return view, call.output[order]
-    raise RuntimeError(
-        "expected a momentum encoder to take a view of the batch, in any order, got images "
-        f"{tuple(call.image.shape)} that aren't in the batch: made within the step, or another "
-        "process's, where a batch is shuffled over processes. views=1 says that they are in the "
-        "order of the encoder's own; those of another process can't be used"
-    )
+    return None
 
 
 def _rows_in(images: Tensor, among: Tensor) -> Tensor | None:

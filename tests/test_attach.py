@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightly.models.modules import SimCLRProjectionHead
+from methods import tiny_vit
 from models import batch, build, rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 
@@ -319,6 +320,18 @@ def test_an_encoder_that_accepts_one_size_alone() -> None:
     with pytest.raises(ValueError, match=r"takes images \(1, 3, 64, 64\), but .*image_size="):
         attach(model)
     attach(model, image_size=32).training_step(batch(), 0)
+
+
+def test_an_encoder_of_images_that_are_not_square() -> None:
+    views, labels = [torch.rand(4, 3, 32, 64) for _ in range(2)], torch.arange(4)
+    model = method()
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 64, 16))
+    attach(model, image_size=(32, 64)).training_step((views, labels), 0)
+    # timm's say which they take
+    model = method()
+    model.backbone = tiny_vit(img_size=(32, 64))
+    model.projection_head = SimCLRProjectionHead(48, 32, 16)
+    attach(model).training_step((views, labels), 0)
 
 
 def test_a_missing_framework_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytorch_lightning
 import timm
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
+from models import batch
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import Tensor, nn
@@ -223,6 +224,30 @@ def test_options_that_may_change_are_told_and_the_rest_is_loaded() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.load_state_dict(other.state_dict())
+
+
+def test_checkpoints_may_be_averaged_by_hand() -> None:
+    model = attach(Siamese())
+    states = [copy.deepcopy(model.state_dict())]
+    for step in range(10):
+        model.training_step(batch(), step)
+        states.append(copy.deepcopy(model.state_dict()))
+    # of calls 9 and 10, whose digits have another number
+    average = {key: (states[9][key].float() + states[10][key]) / 2 for key in states[9]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(Siamese()).load_state_dict(average)
+        with pytest.raises(RuntimeError, match="saved with: context='invariant', not 'both'"):
+            attach(Siamese(), context="both").load_state_dict(average)
+    # before the first step it isn't known which encoder is trained
+    moving = states[0]
+    for state in states[1:]:
+        moving = {key: 0.9 * moving[key] + 0.1 * value for key, value in state.items()}
+    fresh = attach(Siamese())
+    with pytest.warns(UserWarning, match="can't be read, as in an average of checkpoints"):
+        fresh.load_state_dict(moving)
+    assert torch.equal(fresh.recon_aux.decoder.queries, moving["recon_aux.decoder.queries"])
+    fresh.training_step(batch(), 0)
 
 
 # --- out to plain encoders ---

@@ -529,3 +529,12 @@ def test_the_core_imports_no_framework() -> None:
     code = f"import sys, recon_aux; print(sorted({frameworks} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert printed.stdout.decode().strip() == "[]"
+
+
+def test_a_cut_resnets_feature_is_taken_as_it_is() -> None:
+    aux = ReconAux(16, seed=0)
+    views, features = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 16)
+    maps = [feature[..., None, None] for feature in features]
+    assert torch.equal(aux.rebuild(*maps), aux.rebuild(*features))
+    twin = copy.deepcopy(aux)
+    assert torch.equal(twin(views, maps).loss, aux(views, features).loss)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from lightly.loss import KoLeoLoss
 from methods import (
     DIM,
     METHODS,
@@ -23,9 +22,8 @@ from methods import (
     map_encoder,
     smooth,
 )
-from models import rebuilt_from, tiny_encoder
+from models import rebuilt_from
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import recon_aux
@@ -485,164 +483,22 @@ def test_the_same_view_twice_is_not_two_views() -> None:
         model.training_step((smooth(2), torch.arange(4)), 0)
 
 
-class InALoop(nn.Module):
-    """lightly's other style: the loop, the criterion and the optimizer are the user's."""
+def test_a_batch_may_hold_its_views_concatenated() -> None:
+    class Concatenated(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return self.criterion(*self.embed(batch[0]).chunk(2))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = tiny_encoder(dim=DIM)
-        self.projection_head = Head()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x).flatten(1))
-
-
-def test_a_loop_of_ones_own_gets_what_a_training_step_gets() -> None:
-    torch.manual_seed(0)
-    model = attach(InALoop(), weight=4.0)
-    twin = built(Method, weight=4.0)
-    twin.load_state_dict(model.state_dict(), strict=False)
-    views, labels = twin.batch()
-    for _ in range(2):
-        z0, z1 = (model(view) for view in views)
-        loss = recon_aux.add_loss(model, twin.criterion(z0, z1))
-        assert torch.equal(loss, twin.training_step((views, labels), 0))
-    loss.backward()
-    assert model.recon_aux.decoder.queries.grad.any()
-
-
-def test_a_loop_that_concatenates_its_views() -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
+    views = smooth(2)
+    model = built(Concatenated, views=2)
     seen = rebuilt_from(model)
-    for given in (views, [*views, torch.arange(4)]):
-        recon_aux.add_loss(model, model(torch.cat(views)).var(), given)
-    with pytest.raises(RuntimeError, match="expected two views"):
-        recon_aux.add_loss(model, model(torch.cat(views)).var())
-    recon_aux.add_loss(model, sum(model(view).var() for view in views))
-    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], views, strict=True))
-    assert len(seen) == 3
-
-
-@pytest.mark.parametrize("without_gradient", [True, False])
-def test_a_loop_may_encode_other_images_between_its_steps(without_gradient: bool) -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
-    model.eval()
-    with torch.set_grad_enabled(not without_gradient):
-        for _ in range(100 if without_gradient else 20):
-            model(torch.rand(4, 3, 32, 32))
-    model.train()
-    seen = rebuilt_from(model)
-    recon_aux.add_loss(model, sum(model(view).var() for view in views))
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
-
-
-def test_in_a_loop_a_look_at_other_images_is_no_view() -> None:
-    model = InALoop()
-    model.backbone_momentum = copy.deepcopy(model.backbone).requires_grad_(False)
-    attach(model, views=1)
-    seen = rebuilt_from(model)
-    (x0, x1), (other, _) = torch.rand(2, 2, 4, 3, 16, 16)
-    for _ in range(2):
-        z0, z1 = model(x0), model.projection_head(model.backbone_momentum(x1).flatten(1))
-        recon_aux.add_loss(model, (z0 - z1.detach()).square().mean()).backward()
-        with torch.no_grad():
-            model(other)
-    assert all(torch.equal(views[1], x1) for views, _ in seen)
-
-
-def test_a_loop_may_checkpoint_its_encoder() -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
-    seen = rebuilt_from(model)
-    for step in range(2):
-        batch = [view + step for view in views]
-        features = [checkpoint(model.backbone, x, use_reentrant=False) for x in batch]
-        loss = sum(model.projection_head(y.flatten(1)).var() for y in features)
-        recon_aux.add_loss(model, loss).backward()
-        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], batch, strict=True))
-
-
-def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
-    model = attach(InALoop())
-    with pytest.raises(
-        RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, .* or 32 calls"
-    ):
-        for _ in range(300):
-            model(torch.rand(2, 3, 8, 8))
-
-
-def steps_with(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, forget: Any) -> None:
-    views, _ = Method().batch()
-    for _ in range(count):
-        loss = sum(model(view).var() for view in views)
-        if not forget:
-            loss = recon_aux.add_loss(model, loss)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def test_an_optimizer_without_the_decoder_is_noticed() -> None:
-    model = InALoop()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach(model)
-    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
-        steps_with(model, optimizer, 3, forget=False)
-    model = attach(InALoop())
-    steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
-
-
-def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
-    model = attach(InALoop())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="once a step, saw the encoder change"):
-        steps_with(model, optimizer, 2, forget=True)
-
-
-def test_a_criterion_outside_the_model_may_take_the_features() -> None:
-    model, criterion = InALoop(), KoLeoLoss()
-    attach(model, heads=["projection_head", criterion])
-    views, _ = Method().batch()
-
-    def loss() -> Any:
-        features = [model.backbone(view).flatten(1) for view in views]
-        return sum(model.projection_head(y).var() + criterion(y) for y in features)
-
-    recon_aux.add_loss(model, loss()).backward()
-    recon_aux.detach(model)
-    assert "forward" not in vars(criterion)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself(copied: Any) -> None:
-    views, _ = Method().batch()
-    model = attach(InALoop())
-    twin = copied(model)
-    loss = recon_aux.add_loss(twin, sum(twin(view).var() for view in views))
-    loss.backward()
-    assert twin.recon_aux.decoder.queries.grad.any()
-    assert not model._recon_aux_attachment.capture.calls
-
-
-def test_a_copy_of_the_encoder_alone_remembers_nothing() -> None:
-    model = attach(InALoop())
-    encoder = copy.deepcopy(model.backbone)
-    for _ in range(100):
-        encoder(torch.rand(2, 3, 8, 8))
-    assert not model._recon_aux_attachment.capture.calls
-    assert not vars(encoder)["forward"].guard.calls
-
-
-def test_the_loss_is_not_added_twice() -> None:
-    model = built(Method)
-    with pytest.raises(TypeError, match="training_step returns the sum of both losses already"):
-        recon_aux.add_loss(model, model.training_step(model.batch(), 0))
-    with pytest.raises(ValueError, match="got a bare Method"):
-        recon_aux.add_loss(recon_aux.detach(model), torch.zeros(()))
-    with pytest.raises(TypeError, match="loss as a tensor, got float"):
-        recon_aux.add_loss(model, 3.0)  # type: ignore[arg-type]
+    for labels in (torch.arange(4), torch.arange(4).repeat(2)):
+        model.training_step((torch.cat(views), labels), 0)
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
+    # but not in turns
+    model = built(Concatenated, views=2)
+    model.embed = lambda x: Method.embed(model, torch.stack(x.chunk(2), 1).flatten(0, 1))
+    with pytest.raises(RuntimeError, match="another arrangement"):
+        model.training_step((torch.cat(views), torch.arange(4)), 0)
 
 
 def test_a_graph_of_many_ways_is_walked_once() -> None:

@@ -13,6 +13,7 @@ import torch
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
+from models import batch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
@@ -325,3 +326,42 @@ def test_settings_that_cannot_be_met_are_named() -> None:
         "got both, decoder_lr=0.1 and a group with 0.2",
         decoder_lr=0.1,
     )
+
+
+def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
+    class Once(torch.optim.SGD):
+        """Knows what it was made of, as one that shards its state over processes."""
+
+        def __init__(self, params: Any, **kw: Any) -> None:
+            super().__init__(params, **kw)
+            self.known = [p for group in self.param_groups for p in group["params"]]
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            with torch.no_grad():
+                for p in self.known:
+                    if p.grad is not None:
+                        p.sub_(0.1 * p.grad)
+
+    class Sharded(Siamese):
+        def configure_optimizers(self) -> Any:
+            listed = [*self.backbone.parameters(), *self.projection_head.parameters()]
+            return Once(listed + self.more(), lr=0.1)
+
+        def more(self) -> list[Any]:
+            return []
+
+    def train(model: Any) -> None:
+        optimizer = model.configure_optimizers()
+        for step in range(4):
+            model.training_step(batch(4), step).backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"a Once that trains those alone.*list self\.recon_aux"):
+        train(attach(Sharded()))
+    model = attach(Sharded())
+    model.more = lambda: list(model.recon_aux.parameters())
+    train(model)
+    # nor does a decoder that its user froze
+    model = attach(Sharded())
+    model.recon_aux.requires_grad_(False)
+    train(model)
