@@ -196,7 +196,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     Args:
         model: one that ``attach`` returned.
         loss: the method's own loss of this step, with gradient.
-        batch: what shows how many images a view has, where one call encodes several concatenated.
+        batch: what shows how many images a view has, where one call encodes several concatenated,
+            and which of a momentum encoder's calls is a view's; else it is the last.
 
     Returns:
         The method's loss plus ``weight`` times the reconstruction loss; as in validation, under

@@ -24,7 +24,7 @@ from .verify import (
     past_masks,
     trained_encoders,
 )
-from .views import two_views, verify_views
+from .views import is_of, two_views, verify_views
 
 # where LightningModule is, in either package
 _STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
@@ -158,16 +158,19 @@ class Attachment:
         calls = self.capture.calls
         if self.in_a_loop and loss.requires_grad:
             # the loop may have encoded other images since: with gradient, the loss tells them
-            # apart, without, a momentum encoder's last are the step's
+            # apart, without, the batch, or else the last are the step's
             belongs = reached(loss, [call.output for call in calls])
             its = [call for call, is_its in zip(calls, belongs, strict=True) if is_its]
-            calls = its + [call for call in reversed(calls) if not call.output.requires_grad]
+            others = [call for call in calls if not call.output.requires_grad]
+            shown = [call for call in others if is_of(given, call.image)]
+            calls = its + shown + [c for c in reversed(others) if not is_of(given, c.image)]
         online = [call for call in calls if call.output.requires_grad]
         if not self.verified and online and loss.requires_grad:
             self._verify_encoder(loss, online)
         online = [call for call in online if call.encoder is self.encoder]
         if not online:
-            if calls and not any(p.requires_grad for e in self.watched for p in e.parameters()):
+            candidates = [self.encoder] if self.verified else self.watched
+            if not any(p.requires_grad for e in candidates for p in e.parameters()):
                 self._tell_of_frozen()
                 return loss
             raise RuntimeError(self._no_call())
@@ -198,7 +201,8 @@ class Attachment:
         if not self.was_frozen:
             warnings.warn(
                 f"recon_aux: the encoder {self._name(self.encoder)} is frozen; nothing is rebuilt "
-                "until it is trained",
+                "until it is trained; if another is, backbone= tells which, of these: "
+                f"{describe_children(self.model)}",
                 stacklevel=2,
             )
         self.was_frozen = True

@@ -157,8 +157,9 @@ class Capture:
                     f"{[tuple(x.shape) for x in tensors]}"
                 )
             output = take_tensor(result, self.features)
-            # a momentum encoder may be in eval mode throughout
-            is_training = encoder.training or any(known.training for known in self.encoders)
+            # a momentum encoder may be in eval mode throughout; what is compiled would be anew
+            may_be = () if torch.compiler.is_compiling() else self.encoders
+            is_training = encoder.training or any(known.training for known in may_be)
             if not self.in_a_loop or output.requires_grad or is_training:
                 self.remember(EncoderCall(encoder, tensors[0], output, encoder.training))
         return result

@@ -68,11 +68,13 @@ def enroll(
             f"decoder, got {type(configured).__name__}"
         )
     placed = {id(p) for group in groups for p in group["params"]}
+    joined = set()
     for name, parameter in decoder.named_parameters():
         if parameter.requires_grad and id(parameter) not in placed:
             # joining a group, rather than adding one, keeps schedulers that were built before right
             home = _home(groups, encoders, vector=parameter.ndim < 2)
             home["params"].append(parameter)
+            joined.add(id(parameter))
             if "param_names" in home:
                 home["param_names"].append(f"recon_aux.{name}")
     ours = {id(p) for p in decoder.parameters()}
@@ -81,13 +83,13 @@ def enroll(
             _move_to_own_groups(optimizer, ours, settings, list(_schedulers(configured)))
         hooked = _with_hooks(optimizer)
         hooked.register_load_state_dict_pre_hook(_FillIn(ours))
-        alike = {id(p) for encoder in encoders for p in encoder.parameters()}
+        trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        is_trained = _IsTrained(
-            [p for p in params if id(p) in ours], [p for p in params if id(p) in alike]
+        takes_notice = _TakesNotice(
+            [p for p in params if id(p) in joined], [p for p in params if id(p) in trained]
         )
-        hooked.register_step_pre_hook(is_trained.before)
-        hooked.register_step_post_hook(is_trained.after)
+        hooked.register_step_pre_hook(takes_notice.before)
+        hooked.register_step_post_hook(takes_notice.after)
         if settings.lr is not None:
             likes = _likes(optimizer.param_groups, ours, encoders)
             # now, before a checkpoint brings rates that a schedule has come far with
@@ -225,14 +227,14 @@ class _InProportion:
             optimizer.param_groups[own]["lr"] = group["lr"] * ratio
 
 
-class _IsTrained:
+class _TakesNotice:
     """Sees to it that an optimizer takes notice of parameters that joined those it was made of."""
 
-    def __init__(self, ours: list[Tensor], encoders: list[Tensor]) -> None:
-        self.ours = ours
+    def __init__(self, joined: list[Tensor], encoders: list[Tensor]) -> None:
+        self.joined = joined
         self.encoders = encoders
         self.seen = (0, 0)
-        self.settled = False
+        self.settled = not joined
 
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Note what a step is about to change."""
@@ -243,9 +245,10 @@ class _IsTrained:
         """See what a step changed, until it was both."""
         if self.settled:
             return
-        ours, encoders = (now != was for now, was in zip(self._versions(), self.seen, strict=True))
-        self.settled = ours
-        if encoders and not ours and any(p.grad is not None for p in self.ours):
+        both = zip(self._versions(), self.seen, strict=True)
+        joined, encoders = (now != before for now, before in both)
+        self.settled = joined
+        if encoders and not joined and any(p.grad is not None for p in self.joined):
             raise RuntimeError(
                 "expected the optimizer to train the decoder, whose parameters joined the "
                 f"encoder's in its groups, got a {type(optimizer).__name__} that trains those "
@@ -254,8 +257,8 @@ class _IsTrained:
             )
 
     def _versions(self) -> tuple[int, int]:
-        ours, encoders = (sum(p._version for p in x) for x in (self.ours, self.encoders))
-        return ours, encoders
+        joined, encoders = (sum(p._version for p in x) for x in (self.joined, self.encoders))
+        return joined, encoders
 
 
 class _FillIn:

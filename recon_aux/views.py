@@ -48,24 +48,25 @@ def two_views(
     others = [call for call in calls if id(call.output) not in trained]
     # a momentum encoder's first; the encoder's own may be of an evaluation between steps
     others.sort(key=lambda call: call.encoder is first.encoder)
-    unknown = []
+    unknown = False
     for call in others:
         if call.image.shape == first.image.shape:
             ordered = _in_batch_order(call, given, count)
             if ordered is None:
-                unknown.append(tuple(call.image.shape))
+                unknown = True
                 continue
             image, feature = ordered
             # two of the batch's own are told apart without a look at their values
-            own = _is_of(given, image) and _is_of(given, first.image)
+            own = is_of(given, image) and is_of(given, first.image)
             if image is not first.image and (own or not torch.equal(image, first.image)):
                 return (first.image, image), (first.output, feature.detach())
     if unknown:
         raise RuntimeError(
             "expected a momentum encoder to take a view of the batch, in any order, got images "
-            f"{unknown[0]} that aren't in the batch: made within the step, or another process's, "
-            "where a batch is shuffled over processes. views=1 says that they are in the order of "
-            "the encoder's own; those of another process can't be used"
+            f"{[tuple(call.image.shape) for call in others]} for the encoder's "
+            f"{tuple(first.image.shape)}, which aren't in the batch: made within the step, or "
+            "another process's, where a batch is shuffled over processes. views=1 says that they "
+            "are in the order of the encoder's own; those of another process can't be used"
         )
     raise RuntimeError(
         "expected two views, one in each call of the encoder or concatenated in one, or one of "
@@ -128,7 +129,7 @@ def _batch_sizes(given: Any) -> set[int]:
 def _in_batch_order(call: EncoderCall, given: Any, count: int | None) -> Pair | None:
     """Undo a shuffle of the images that a momentum encoder took, as MoCo's, if they are known."""
     # looking at values waits for the device, so identity first
-    if count == 1 or _is_of(given, call.image):
+    if count == 1 or is_of(given, call.image):
         return call.image, call.output
     for view in (x for x in _images(given) if x.shape == call.image.shape):
         order = _rows_in(view, call.image)
@@ -152,7 +153,8 @@ def _images(given: Any) -> list[Tensor]:
     return [x for x in tensors if x.ndim == 4] + stacked
 
 
-def _is_of(given: Any, image: Tensor) -> bool:
+def is_of(given: Any, image: Tensor) -> bool:
+    """Whether images are the batch's own tensor."""
     return any(x is image for x in _tensors(given))
 
 

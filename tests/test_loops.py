@@ -206,6 +206,18 @@ def test_in_a_loop_a_momentum_encoders_look_at_other_images_is_no_view(
             model.backbone_momentum(torch.rand(4, 3, 16, 16))
 
 
+def test_in_a_loop_the_batch_tells_which_of_a_momentum_encoders_calls_is_a_view() -> None:
+    model = attach(MomentumInALoop())
+    x0, x1, negatives = torch.rand(3, 4, 3, 16, 16)
+    seen = rebuilt_from(model)
+    for batch in ((x0, x1), (x0, x1, negatives)):
+        loss = model.loss((x0, x1))
+        with torch.no_grad():
+            loss = loss - model.backbone_momentum(negatives).square().mean()
+        recon_aux.add_loss(model, loss, batch).backward()
+        assert torch.equal(seen.pop()[0][1], x1)
+
+
 def test_in_a_loop_a_momentum_encoder_may_be_in_eval_mode() -> None:
     model = attach(MomentumInALoop())
     model.backbone_momentum.eval()
@@ -237,8 +249,10 @@ def test_a_loop_may_look_at_its_batch_between_backward_and_step() -> None:
         optimizer.step()
 
 
-def test_an_encoder_may_be_frozen_for_a_while() -> None:
-    looped, method = attach(InALoop()), attach(Method())
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_encoder_may_be_frozen_for_a_while(mode: bool, copied: Any) -> None:
+    looped, method = copied(attach(InALoop())), copied(attach(Method()))
     views, labels = method.batch()
 
     def losses() -> list[Tensor]:
@@ -246,8 +260,8 @@ def test_an_encoder_may_be_frozen_for_a_while() -> None:
         return [recon_aux.add_loss(looped, loss), method.training_step((views, labels), 0)]
 
     for model in (looped, method):
-        model.backbone.requires_grad_(False)
-    with pytest.warns(UserWarning, match="encoder backbone is frozen; nothing is rebuilt"):
+        model.backbone.requires_grad_(False).train(mode)
+    with pytest.warns(UserWarning, match=r"encoder backbone is frozen; .* backbone= tells"):
         found = losses()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -256,7 +270,7 @@ def test_an_encoder_may_be_frozen_for_a_while() -> None:
         loss.backward()
     assert all(p.grad is None for m in (looped, method) for p in m.recon_aux.parameters())
     for model in (looped, method):
-        model.backbone.requires_grad_(True)
+        model.backbone.requires_grad_(True).train()
     for loss in losses():
         loss.backward()
     assert all(m.recon_aux.decoder.queries.grad.any() for m in (looped, method))

@@ -329,26 +329,25 @@ def test_settings_that_cannot_be_met_are_named() -> None:
 
 
 def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
-    class Once(torch.optim.SGD):
-        """Knows what it was made of, as one that shards its state over processes."""
+    class Sharding(SGD):
+        """Steps what it was made of; what another process steps is sent here."""
 
-        def __init__(self, params: Any, **kw: Any) -> None:
-            super().__init__(params, **kw)
-            self.known = [p for group in self.param_groups for p in group["params"]]
+        def __init__(self, params: list[Any], elsewhere: list[Any]) -> None:
+            super().__init__([*params, *elsewhere], lr=0.1)
+            self.known = [*params, *(p.data for p in elsewhere)]
+            self.gradients_of = [*params, *elsewhere]
 
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             with torch.no_grad():
-                for p in self.known:
-                    if p.grad is not None:
-                        p.sub_(0.1 * p.grad)
+                for known, p in zip(self.known, self.gradients_of, strict=True):
+                    known.sub_(0.1 * p.grad)
 
     class Sharded(Siamese):
-        def configure_optimizers(self) -> Any:
-            listed = [*self.backbone.parameters(), *self.projection_head.parameters()]
-            return Once(listed + self.more(), lr=0.1)
+        listed = False
 
-        def more(self) -> list[Any]:
-            return []
+        def configure_optimizers(self) -> Any:
+            known = [*self.backbone.parameters(), *self.projection_head.parameters()]
+            return Sharding(known, list(self.recon_aux.parameters()) if self.listed else [])
 
     def train(model: Any) -> None:
         optimizer = model.configure_optimizers()
@@ -356,12 +355,14 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
             model.training_step(batch(4), step).backward()
             optimizer.step()
 
-    with pytest.raises(RuntimeError, match=r"a Once that trains those alone.*list self\.recon_aux"):
+    with pytest.raises(RuntimeError, match=r"a Sharding that trains those .* list self\.recon_aux"):
         train(attach(Sharded()))
     model = attach(Sharded())
-    model.more = lambda: list(model.recon_aux.parameters())
+    model.listed = True
+    before = decoder_of(model)["decoder.queries"].clone()
     train(model)
-    # nor does a decoder that its user froze
+    assert not torch.equal(before, decoder_of(model)["decoder.queries"])
+    # nor does one whose user froze the decoder
     model = attach(Sharded())
     model.recon_aux.requires_grad_(False)
     train(model)
