@@ -43,6 +43,12 @@ def fit(
     go_on(_folder(path), args)
     checkpoints = _folder(path) / "checkpoints"
     last = checkpoints / "last.ckpt"
+    if last.exists():
+        saved = torch.load(last, map_location="cpu", weights_only=False)
+        # Lightning would go on by a step, if an interrupted run had gone on to the end
+        if saved["global_step"] >= (budget.get("max_steps") or budget["max_epochs"] * len(loader)):
+            model.load_state_dict(saved["state_dict"])
+            return float(saved["callbacks"]["Timer"]["time_elapsed"]["train"])
     timer = Timer()
     Trainer(
         precision=args.precision,
