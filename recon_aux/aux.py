@@ -409,7 +409,8 @@ class ReconAux(nn.Module):
         self.refuse_not_finite = FiniteCheck()
         extra = state_dict.get(prefix + "_extra_state")
         is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
-        told, is_other = saved.differences(extra, self._options)
+        state = None if extra is None else saved.unpack(extra)
+        told, is_other = saved.differences(state, self._options)
         if is_bare:
             warnings.warn(
                 "recon_aux: a checkpoint of a bare model; the decoder starts as it is, new if it "
@@ -420,7 +421,7 @@ class ReconAux(nn.Module):
             error_msgs.append(f"recon_aux: expected the options it was saved with: {told}")
         elif told:
             warnings.warn(f"recon_aux: saved with other options: {told}", stacklevel=2)
-        elif extra is not None and saved.unpack(extra) is None:
+        elif extra is not None and state is None:
             warnings.warn(
                 "recon_aux: what was saved next to the weights can't be read, as in an average of "
                 "checkpoints; whether the options were others isn't known",

@@ -60,11 +60,11 @@ def unpack(packed: Tensor) -> dict[str, Any] | None:
         return None
 
 
-def differences(packed: Tensor | None, options: dict[str, Any]) -> tuple[str, bool]:
+def differences(state: dict[str, Any] | None, options: dict[str, Any]) -> tuple[str, bool]:
     """Name the options that are not as saved, and say if a decoder can't be trained on with them.
 
     Args:
-        packed: what was saved, if anything was that can be read.
+        state: what was saved, if anything was that can be read.
         options: of the module that loads it.
 
     Returns:
@@ -72,15 +72,14 @@ def differences(packed: Tensor | None, options: dict[str, Any]) -> tuple[str, bo
 
     Example:
         >>> was = {"weight": 1.0, "edges": 16.0, "registration": 4.0, "statistics": 8.0}
-        >>> differences(pack({"calls": 0, "options": was}), {**was, "weight": 2.0})
+        >>> differences({"options": was}, {**was, "weight": 2.0})
         ('weight=1.0, not 2.0', False)
-        >>> differences(pack({"calls": 0, "options": was}), {**was, "edges": 0})
+        >>> differences({"options": was}, {**was, "edges": 0})
         ('edges=16.0, not 0', True)
     """
     # before there were these terms
     former = dict.fromkeys(TERMS, 0)
-    found = None if packed is None else unpack(packed)
-    was = {**former, **found["options"]} if found else {}
+    was = {**former, **state["options"]} if state else {}
     differing = [key for key, value in was.items() if options.get(key) != value]
     told = ", ".join(f"{key}={was[key]!r}, not {options.get(key)!r}" for key in differing)
     # a term that is there may get another weight
