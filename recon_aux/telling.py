@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from .scale import Calibrated, mean_over_processes
 
+# what is kept of a readout's gradient: this over its width, and at most that
+_PACE, _FASTEST = 4.0, 0.1
+
 
 class Readout(nn.Module):
     """A linear map of an equivariant part, normalised.
+
+    A normalised feature is as long as it is wide, and the longer, the smaller the steps that a
+    linear map of it bears. So its gradients are scaled down by the width: with SGD, and LARS, which
+    leaves biases and norms to SGD, it then bears the rates that encoders do. Adam's steps stay what
+    they were, since they don't depend on the gradient's scale.
 
     Args:
         equivariant_dim: E, channels of the equivariant part.
@@ -33,8 +41,15 @@ class Readout(nn.Module):
 
     def forward(self, equivariant: Tensor) -> Tensor:
         """``(B, E)``, any float type, -> ``(B, N)`` in float32."""
-        read: Tensor = self.linear(self.norm(equivariant.to(self.linear.weight.dtype)))
-        return read.float()
+        norm, linear, width = self.norm, self.linear, self.norm.normalized_shape
+        pace = min(_FASTEST, _PACE / linear.in_features)
+        scale, shift, weight, bias = (
+            # the parameter's own value, to the bit
+            torch.lerp(parameter.detach(), parameter, pace)
+            for parameter in (norm.weight, norm.bias, linear.weight, linear.bias)
+        )
+        normalized = F.layer_norm(equivariant.to(weight.dtype), width, scale, shift, norm.eps)
+        return F.linear(normalized, weight, bias).float()
 
 
 class Told(Calibrated):

@@ -22,6 +22,7 @@ from torch.optim import lr_scheduler as schedules
 from training import InALoop, Siamese, assert_trained, decoder_of, fit, siamese_loss
 
 import recon_aux
+from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -137,6 +138,29 @@ def test_each_of_the_decoders_parameters_trains_in_one_group(
         assert len(group.get("param_names", group["params"])) == len(group["params"])
         if settings:
             assert group["lr"] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("width", [64, 512])
+@pytest.mark.parametrize("optimizer", [SGD, partial(LARS, weight_decay=1e-6)])
+def test_the_decoder_bears_rates_that_encoders_bear(optimizer: Any, width: int) -> None:
+    # SimSiam's and MoCo's for small batches are 0.5 and 0.3, SimCLR's for 4096 images 4.8
+    lr = 1.0 if optimizer is SGD else 4.8
+    images = nn.functional.interpolate(torch.rand(32, 3, 6, 6), 32, mode="bilinear")
+    features = (images[:, :, ::4, ::4].flatten(1) @ torch.randn(192, width) - 4).relu()
+    aux = ReconAux(width, reconstruct="both")
+    vectors, weights = ([p for p in aux.parameters() if (p.ndim > 1) == is_w] for is_w in (0, 1))
+    groups = [{"params": weights}, {"params": vectors, "weight_decay": 0.0}]
+    trains = optimizer(groups, lr=lr, momentum=0.9)
+    losses = []
+    for step in range(60):
+        for group in trains.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20)
+        trains.zero_grad()
+        loss = aux(images.chunk(2), features.chunk(2)).loss
+        loss.backward()
+        trains.step()
+        losses.append(loss.item())
+    assert max(losses[20:]) < losses[0]
 
 
 def test_biases_and_norms_are_not_decayed_where_the_encoders_are_not() -> None:

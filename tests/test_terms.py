@@ -16,7 +16,7 @@ from recon_aux.probe import transform
 from recon_aux.registration import Registration, _affine, _compose, _inverse, _sample
 from recon_aux.scale import color_axes
 from recon_aux.statistics import Statistics
-from recon_aux.telling import Telling
+from recon_aux.telling import Readout, Telling
 
 
 def smooth(count: int, seed: int = 0) -> Tensor:
@@ -28,9 +28,7 @@ def smooth(count: int, seed: int = 0) -> Tensor:
 
 def posed(registration: Registration, *poses: list[float]) -> Tensor:
     """Features of which the module reads these poses."""
-    registration.pose.norm = torch.nn.Identity()  # type: ignore[assignment]
-    with torch.no_grad():
-        registration.pose.linear.weight.copy_(torch.eye(6))
+    registration.pose = torch.nn.Identity()  # type: ignore[assignment]
     return torch.atanh(torch.tensor(poses)) / 0.3
 
 
@@ -325,6 +323,23 @@ def test_blank_views_set_no_units(shade: float) -> None:
     assert not aux.statistics.told.calibrated
     assert not aux.edges.told.calibrated
     assert aux(smooth(8).view(2, 4, 3, 32, 32), features).unweighted_loss < 60
+
+
+@pytest.mark.parametrize(("width", "pace"), [(16, 0.1), (200, 0.02)])
+def test_a_readout_is_a_linear_map_whose_gradient_is_scaled_down(width: int, pace: float) -> None:
+    readout = Readout(width, 5)
+    with torch.no_grad():
+        for parameter in readout.parameters():
+            parameter.normal_()
+    feature = torch.randn(4, width, requires_grad=True)
+    plain = readout.linear(readout.norm(feature))
+    assert torch.equal(readout(feature), plain)
+    to = [feature, *readout.parameters()]
+    of_feature, *scaled = torch.autograd.grad(readout(feature).square().sum(), to)
+    expected, *gradients = torch.autograd.grad(plain.square().sum(), to)
+    torch.testing.assert_close(of_feature, expected)
+    for one, other in zip(scaled, gradients, strict=True):
+        torch.testing.assert_close(one, other * pace)
 
 
 def test_dead_features_get_no_burst_of_gradient() -> None:
