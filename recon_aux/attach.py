@@ -47,8 +47,8 @@ def attach(
     Args:
         model: a LightningModule, or any module.
         backbone: the encoder that the training step calls with gradient, or its name.
-        heads: every module that takes the encoder's features, as its first tensor, those of
-            momentum encoders too, or their names.
+        heads: every module that takes the encoder's features, as its first tensor, or their
+            names. Copies of them that aren't trained are those of momentum encoders.
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         image_channels: channels of the views; by default what the first convolution takes.
@@ -116,6 +116,13 @@ def attach(
         head if isinstance(head, nn.Module) else find_module(model, head, "heads")
         for head in ([heads] if isinstance(heads, (str, nn.Module)) else heads)
     ]
+    for head in masked:
+        if any(head is inner for inner in encoder.modules()):
+            raise ValueError(
+                f"expected heads outside the encoder, got {type(head).__name__} within a "
+                f"{type(encoder).__name__}; backbone= tells the encoder, which may be a part of "
+                'it, as "student.backbone", heads= the heads'
+            )
     shape = encoder_shape(
         unwrap(encoder),
         method=backbone_method,
@@ -138,9 +145,9 @@ def attach(
     model.add_module("recon_aux", aux.to(like.device))
     attachment = Attachment(model, encoder, backbone_method, Capture(features), views, settings)
     if aux.splitter.equivariant_dim:
-        attachment.hide_from(
-            masked, Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
-        )
+        mask = Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
+        attachment.hide_from(masked, mask)
+        attachment.find_copies()
     if attachment.in_a_loop:
         attachment.start()
     setattr(model, _ATTACHMENT, attachment)

@@ -119,6 +119,12 @@ def unwrap(module: nn.Module) -> nn.Module:
     return unwrap(inner) if isinstance(inner, nn.Module) else module
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, and trains none of them."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(trains) and not any(trains)
+
+
 def uncompiled(name: str) -> str:
     """Give a module's or a parameter's dotted name as if nothing were compiled."""
     return f"{name}.".replace("_orig_mod.", "").removesuffix(".")

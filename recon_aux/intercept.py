@@ -65,12 +65,12 @@ class Door:
                 vars(self.module)[self.method] = self.own
 
 
-def watch(encoder: nn.Module, method: str, capture: Capture) -> Door:
-    """Let a capture see an encoder; a copy of a watched one comes with a door already."""
-    door = vars(encoder).get(method)
+def watch(module: nn.Module, method: str, guard: Guard) -> Door:
+    """Let a guard see a module; a copy of a watched one comes with a door already."""
+    door = vars(module).get(method)
     if not isinstance(door, Door):
-        return Door(encoder, method, capture)
-    door.guard = capture
+        return Door(module, method, guard)
+    door.guard = guard
     return door
 
 
@@ -231,6 +231,25 @@ class Mask:
         self.feature_rank = feature_rank
         # what the heads received in a running step
         self.masked: list[Tensor] | None = None
+        # of each head's parameters, when it was called first since a step, in training
+        self.versions: dict[int, int] = {}
+
+    def start(self) -> None:
+        """Note what the heads receive, from here on."""
+        self.masked, self.versions = [], {}
+
+    def expect_a_step(self, head: nn.Module, feature: Tensor) -> None:
+        """See to it that the heads aren't trained past the step that adds the loss."""
+        if not (feature.requires_grad and head.training) or torch.compiler.is_compiling():
+            return
+        now = version(head)
+        if self.versions.setdefault(id(head), now) != now:
+            raise RuntimeError(
+                f"expected the head {type(head).__name__}, which is masked, to be trained by the "
+                "attached training_step, which adds the reconstruction loss, saw it change past "
+                "it; replace training_step before attaching, call it in a loop of your own, or "
+                "take all off by recon_aux.detach(model)"
+            )
 
     def forget(self, feature: Tensor) -> None:
         """Let go of what was masked of one of the encoder's outputs."""
@@ -238,7 +257,7 @@ class Mask:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of a running step out of copies."""
-        return {**vars(self), "masked": None}
+        return {**vars(self), "masked": None, "versions": {}}
 
     def __call__(
         self,
@@ -282,6 +301,8 @@ class Mask:
         width = self.equivariant_dim * positions
         after = [0, 0] * (feature.ndim - 1 - dim)
         masked = F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
-        if self.masked is not None and masked.requires_grad and not is_recomputing():
+        if self.masked is None:
+            self.expect_a_step(head, feature)
+        elif masked.requires_grad and not is_recomputing():
             self.masked.append(masked)
         return masked

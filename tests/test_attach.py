@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,6 +105,79 @@ def test_a_head_that_was_not_told_of() -> None:
         model.training_step(batch(), 0)
     attach(recon_aux.detach(model), heads=["projection_head", "other.1"])
     assert torch.isfinite(model.training_step(batch(), 0))
+
+
+class Momentum(Method):
+    """With a momentum encoder and a head that its name doesn't tell, and a predictor like it."""
+
+    def __init__(self, head: nn.Module, noise: float = 0) -> None:
+        super().__init__()
+        self.projection_head, self.noise = head, noise
+        self.teacher = nn.ModuleDict({"body": self.backbone, "target": head})
+        self.teacher = copy.deepcopy(self.teacher).requires_grad_(False)
+        self.guess = copy.deepcopy(head)
+        # what is like a head, but within an encoder, is none
+        for encoder in (self.backbone, self.teacher["body"]):
+            encoder.append(nn.Flatten()).append(copy.deepcopy(head).requires_grad_(False))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x0, x1 = batch[0]
+        z0 = self.guess(self.projection_head(self.backbone(x0)))
+        feature = self.teacher["body"](x1)
+        feature = feature + self.noise * (torch.arange(16) >= 8)
+        return (z0 - self.teacher["target"](feature)).square().mean()
+
+
+@pytest.mark.parametrize("heads", [None, ["projection_head"]])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_momentum_head_of_any_name_sees_the_invariant_part(heads: Any, deep: bool) -> None:
+    losses = []
+    for noise in (0.0, 1.0):
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        model = attach(Momentum(head if deep else nn.Linear(16, 16), noise), heads=heads, weight=0)
+        losses.append(model.training_step(batch(), 0))
+        masked = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        assert masked == ["backbone", "projection_head", "teacher.body", "teacher.target"]
+    assert torch.equal(*losses)
+
+
+def test_a_head_within_the_encoder_is_named() -> None:
+    model = method()
+    model.student = nn.ModuleDict({"body": model.backbone, "head": model.projection_head})
+    del model.backbone, model.projection_head
+    with pytest.raises(ValueError, match=r"got SimCLRProjectionHead within a ModuleDict; backbone"):
+        attach(model, heads=["student.head"])
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_step_past_the_attached_one_is_noticed(exchanged: bool) -> None:
+    model = attach(method())
+    optimizer = model.configure_optimizers()
+
+    def train() -> None:
+        step = model.training_step if exchanged else partial(Method.training_step, model)
+        step(batch(), 0).backward()
+        optimizer.step()
+
+    model.training_step(batch(), 0).backward()
+    optimizer.step()
+    if exchanged:
+        model.training_step = partial(Method.training_step, model)
+    # looking at what a loss would be, twice, is no training
+    Method.training_step(model, batch(), 0)
+    train()
+    with pytest.raises(RuntimeError, match=r"SimCLRProjectionHead, which is masked, .* past it"):
+        train()
+
+
+def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
+    model = attach(method())
+    optimizer = model.configure_optimizers()
+    for index in range(3):
+        model.training_step(batch(), index).backward()
+        optimizer.step()
+        Method.training_step(model, batch(), index)
 
 
 def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
