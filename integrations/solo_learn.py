@@ -128,6 +128,9 @@ class _Attached:
         self.method = method
 
     def __getattr__(self, name: str) -> Any:
+        # copying and unpickling ask before there is a method
+        if name == "method":
+            raise AttributeError(name)
         return getattr(self.method, name)
 
     def __call__(self, cfg: Any) -> nn.Module:
@@ -184,8 +187,10 @@ def run() -> None:
     main.__file__ = script
     main.__spec__ = sys.modules["__main__"].__spec__
     sys.modules["__main__"] = main
-    exec(compile(Path(script).read_bytes(), script, "exec"), vars(main))
+    code = compile(Path(script).read_bytes(), script, "exec", dont_inherit=True)
+    exec(code, vars(main))
 
 
 if __name__ == "__main__":
-    run()
+    # the script becomes __main__, where what the models hold couldn't be found by pickle
+    importlib.import_module("recon_aux.integrations.solo_learn").run()

@@ -407,13 +407,15 @@ def test_a_script_runs_with_every_method_attached(
 ) -> None:
     script = tmp_path / "main_pretrain.py"
     script.write_text(
-        "import json, sys\n"
+        "import copy, json, pickle, sys\n"
         "from solo.methods import METHODS\n"
         "from test_solo_learn import METHOD_OPTIONS, config\n"
-        "def main():\n"
+        "def main(count: int = 0):\n"
+        "    assert main.__annotations__ == {'count': int}\n"
         "    cfg = config('simclr', 'resnet18', 0, METHOD_OPTIONS, {})\n"
         "    cfg.recon_aux = {'weight': 2.0, 'decoder_depth': 2}\n"
-        "    model = METHODS['simclr'](cfg)\n"
+        "    model = copy.copy(METHODS['simclr'])(cfg)\n"
+        "    pickle.loads(pickle.dumps(model))\n"
         "    print(json.dumps([sys.argv[1:], dict(cfg.recon_aux), hasattr(model, 'recon_aux')]))\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
