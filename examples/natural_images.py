@@ -13,6 +13,7 @@ a line.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -108,6 +109,16 @@ class SimCLRViews:
         return views, torch.stack([label for _, label in samples])
 
 
+def configure_sgd(model: Any) -> Any:
+    """Configure SGD as lightly's benchmarks for small images do, with the other arms' schedule."""
+    sgd = torch.optim.SGD(model.parameters(), model.lr, momentum=0.9, weight_decay=5e-4)
+    steps = model.trainer.estimated_stepping_batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        sgd, model.lr, steps, pct_start=0.101, cycle_momentum=False
+    )
+    return [sgd], [{"scheduler": schedule, "interval": "step"}]
+
+
 def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
     """Tell the method's name, whether it is attached, and attach's or else its own options."""
     name, _, options = arm.partition(", ")
@@ -129,6 +140,8 @@ def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> tuple[Any,
     model = method(encoder, width, **{"lr": args.lr} | ({} if attached else options))
     if name == UNTRAINED:
         return model, 0.0
+    if args.optimizer == "SGD":
+        model.configure_optimizers = partial(configure_sgd, model)
     if attached:
         attach(model, **options)
     views = SimCLRViews(args.image_size) if args.views == "lightly" else TwoViews(flip=True)
@@ -332,6 +345,7 @@ def main() -> None:
     )
     add("--epochs", type=int, default=100)
     add("--batch-size", type=int, default=128)
+    add("--optimizer", choices=["AdamW", "SGD"], default="AdamW", help="SGD: give --lr, too, 0.06")
     add("--lr", type=float, default=2e-3)
     add("--pairs", type=int, default=5000, help="train images that the probe transforms")
     add("--workers", type=int, default=0)

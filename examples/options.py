@@ -13,7 +13,7 @@ _FREE = {"arms", "seeds", "out", "data", "folder", "lists"}
 _FREE |= {"workers", "no_cache", "device", "precision"}
 
 # options that are younger than some records, and what those were made with
-_ONCE = {"views": "probed"}
+_ONCE = {"views": "probed", "optimizer": "AdamW"}
 
 
 def parse_options(options: str) -> dict[str, Any]:

@@ -87,12 +87,14 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     assert (shown[5][0], shown[5][gap]) == ("SimCLR, attached, weight=3", "50 %")
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_an_interrupted_run_goes_on_from_its_last_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     args = argparse.Namespace(
         backbone="tiny-resnet18",
         image_size=16,
+        optimizer=optimizer,
         lr=1e-3,
         batch_size=8,
         workers=0,
@@ -110,6 +112,7 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
     with pytest.raises(OSError, match="the power went"):
         natural_images.train(arm, data, 0, path, args)
     expected = dict(whole.named_parameters())
+    assert [type(made).__name__ for made in whole.trainer.optimizers] == [optimizer]
     # and once more, where it was to be measured
     for _ in range(2):
         model, seconds = natural_images.train(arm, data, 0, path, args)
