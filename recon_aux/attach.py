@@ -48,7 +48,7 @@ def attach(
         model: a LightningModule, or any module.
         backbone: the encoder that the training step calls with gradient, or its name.
         heads: every module that takes the encoder's features, as its first tensor, or their
-            names. Copies of them that aren't trained are those of momentum encoders.
+            names. If none is a momentum encoder's, their frozen copies next to one are.
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         image_channels: channels of the views; by default what the first convolution takes.
@@ -147,7 +147,7 @@ def attach(
     if aux.splitter.equivariant_dim:
         mask = Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
         attachment.hide_from(masked, mask)
-        attachment.find_copies()
+        attachment.hide_from_copies()
     if attachment.in_a_loop:
         attachment.start()
     setattr(model, _ATTACHMENT, attachment)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from .aux import ReconAux
 from .compiled import around_compiled, not_compiled, run_eagerly
 from .encoder import as_feature
-from .find import describe_children, find_copies, is_frozen, uncompiled, unwrap
+from .find import (
+    describe_children,
+    find_copies,
+    find_momentum_heads,
+    is_frozen,
+    uncompiled,
+    unwrap,
+)
 from .graph import reached
 from .intercept import Capture, Door, EncoderCall, Mask, watch
 from .optimizers import Settings, enroll
@@ -53,7 +60,7 @@ class Attachment:
         self.mask: Mask | None = None
         self.watched = capture.encoders = [self.encoder]
         self.doors = [watch(self.encoder, backbone_method, capture)]
-        self.find_copies()
+        self.watch_copies()
         self.steps = 0
         # whether the loss depended on features past the heads, if without gradient
         self.was_past = False
@@ -82,20 +89,18 @@ class Attachment:
         named = ((uncompiled(name), module) for name, module in self.model.named_modules())
         return next((module for name, module in named if name and name == saved), self.encoder)
 
-    def find_copies(self) -> None:
+    def watch_copies(self) -> None:
         """Watch momentum encoders, too: their features are the other view's in MoCo."""
         for copy in map(self._with_method, find_copies(self.model, self.encoder)):
             if not any(copy is known for known in self.watched):
                 self.watched.append(copy)
                 self.doors.append(watch(copy, self.backbone_method, self.capture))
-        if self.mask:
-            self.hide_from(self._momentum_heads(), self.mask)
 
-    def _momentum_heads(self) -> list[nn.Module]:
-        """Find the heads' frozen copies; one that is trained may be a predictor of their shape."""
-        own = {id(m) for module in (*self.watched, *self.heads, self.aux) for m in module.modules()}
-        copies = [copy for head in self.heads for copy in find_copies(self.model, head)]
-        return [copy for copy in copies if id(copy) not in own and is_frozen(copy)]
+    def hide_from_copies(self) -> None:
+        """Hide the equivariant channels from momentum heads, too, unless one was named."""
+        if self.mask and not any(map(is_frozen, self.heads)):
+            copies = [known for known in self.watched if known is not self.encoder]
+            self.hide_from(find_momentum_heads(self.model, copies, self.heads), self.mask)
 
     def _with_method(self, encoder: nn.Module) -> nn.Module:
         # torch.compile's wrapper has no methods of its own but forward
@@ -107,7 +112,7 @@ class Attachment:
         for head in heads:
             if not any(head is known for known in self.heads):
                 self.heads.append(head)
-                self.doors.append(watch(head, "forward", mask))
+                self.doors.append(Door(head, "forward", mask))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on in a copy of the model; a copy of the encoder alone sees nothing."""
@@ -148,7 +153,9 @@ class Attachment:
         """Forget what was seen, and look from here on."""
         if not self.verified or self.other_is_a_copys:
             # momentum encoders may have been made since
-            self.find_copies()
+            self.watch_copies()
+        if not self.verified:
+            self.hide_from_copies()
         self.capture.start(in_a_loop=self.in_a_loop)
         if self.mask:
             self.mask.start()

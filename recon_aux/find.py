@@ -111,6 +111,27 @@ def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
     return copies
 
 
+def find_momentum_heads(
+    model: nn.Module, momentum_encoders: Sequence[nn.Module], heads: Sequence[nn.Module]
+) -> list[nn.Module]:
+    """Find the heads' frozen copies: next to a momentum encoder, in the order of what is trained.
+
+    Of modules that are alike, a projection head and a predictor, say, the first frozen one is the
+    first trained one's.
+    """
+    found: list[nn.Module] = []
+    for head in heads:
+        alike = {id(module) for module in (head, *find_copies(model, head))}
+        trained = [m for m in model.modules() if id(m) in alike and not is_frozen(m)]
+        for parent in model.modules():
+            inner = {id(module) for module in parent.modules()} - {id(parent)}
+            if any(id(encoder) in inner for encoder in momentum_encoders):
+                frozen = [m for m in parent.children() if id(m) in alike and is_frozen(m)]
+                pairs = zip(frozen, trained, strict=False)
+                found += [copy for copy, original in pairs if original is head]
+    return found
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Look through ``torch.compile`` and ``DataParallel``."""
     inner = getattr(module, "_orig_mod", None)

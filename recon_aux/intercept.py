@@ -65,12 +65,12 @@ class Door:
                 vars(self.module)[self.method] = self.own
 
 
-def watch(module: nn.Module, method: str, guard: Guard) -> Door:
-    """Let a guard see a module; a copy of a watched one comes with a door already."""
-    door = vars(module).get(method)
+def watch(encoder: nn.Module, method: str, capture: Capture) -> Door:
+    """Let a capture see an encoder; a copy of a watched one comes with a door already."""
+    door = vars(encoder).get(method)
     if not isinstance(door, Door):
-        return Door(module, method, guard)
-    door.guard = guard
+        return Door(encoder, method, capture)
+    door.guard = capture
     return door
 
 
@@ -231,19 +231,22 @@ class Mask:
         self.feature_rank = feature_rank
         # what the heads received in a running step
         self.masked: list[Tensor] | None = None
-        # of each head's parameters, when it was called first since a step, in training
+        # of each head's parameters, when a backward pass past the step went through it
         self.versions: dict[int, int] = {}
 
     def start(self) -> None:
         """Note what the heads receive, from here on."""
         self.masked, self.versions = [], {}
 
-    def expect_a_step(self, head: nn.Module, feature: Tensor) -> None:
+    def expect_a_step(self, head: nn.Module, masked: Tensor) -> None:
         """See to it that the heads aren't trained past the step that adds the loss."""
-        if not (feature.requires_grad and head.training) or torch.compiler.is_compiling():
+        trains = masked.requires_grad and head.training
+        if not trains or torch.compiler.is_compiling() or is_recomputing():
             return
-        now = version(head)
-        if self.versions.setdefault(id(head), now) != now:
+        now, versions = version(head), self.versions
+        hooked: Any = masked
+        hooked.register_hook(lambda gradient: versions.update({id(head): now}))
+        if versions.get(id(head), now) != now:
             raise RuntimeError(
                 f"expected the head {type(head).__name__}, which is masked, to be trained by the "
                 "attached training_step, which adds the reconstruction loss, saw it change past "
@@ -302,7 +305,7 @@ class Mask:
         after = [0, 0] * (feature.ndim - 1 - dim)
         masked = F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
         if self.masked is None:
-            self.expect_a_step(head, feature)
+            self.expect_a_step(head, masked)
         elif masked.requires_grad and not is_recomputing():
             self.masked.append(masked)
         return masked

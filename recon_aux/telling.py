@@ -11,17 +11,39 @@ from torch import Tensor, nn
 
 from .scale import Calibrated, mean_over_processes
 
-# what is kept of a readout's gradient: this over its width, and at most that
-_PACE, _FASTEST = 4.0, 0.1
+# what is kept of the gradient of weights, at most, and of biases and norms
+_OF_WEIGHTS, _OF_VECTORS = 0.1, 0.03
+
+
+class _SlowNorm(nn.LayerNorm):
+    """Layer norm whose own gradient is scaled down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _slow(self.weight, _OF_VECTORS), _slow(self.bias, _OF_VECTORS)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class _SlowLinear(nn.Linear):
+    """A linear layer whose own gradient is scaled down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the more numbers share in a mean, the less each counts
+        pace = min(_OF_WEIGHTS, self.out_features / (8 * self.in_features))
+        return F.linear(x, _slow(self.weight, pace), _slow(self.bias, _OF_VECTORS))
+
+
+def _slow(parameter: Tensor, pace: float) -> Tensor:
+    """Give a parameter as it is, with a part of its gradient."""
+    return torch.lerp(parameter.detach(), parameter, pace)
 
 
 class Readout(nn.Module):
     """A linear map of an equivariant part, normalised.
 
     A normalised feature is as long as it is wide, and the longer, the smaller the steps that a
-    linear map of it bears. So its gradients are scaled down by the width: with SGD, and LARS, which
-    leaves biases and norms to SGD, it then bears the rates that encoders do. Adam's steps stay what
-    they were, since they don't depend on the gradient's scale.
+    linear map of it bears. So gradients are scaled down: with SGD, and LARS, which leaves biases
+    and norms to SGD, it then bears the rates that encoders do. AdamW's steps, and Adam's without
+    weight decay, stay what they were, since they don't depend on the gradient's scale.
 
     Args:
         equivariant_dim: E, channels of the equivariant part.
@@ -35,21 +57,14 @@ class Readout(nn.Module):
     def __init__(self, equivariant_dim: int, count: int) -> None:
         super().__init__()
         # of features that have died, hardly a gradient
-        self.norm = nn.LayerNorm(equivariant_dim, eps=1e-3)
-        self.linear = nn.Linear(equivariant_dim, count)
+        self.norm = _SlowNorm(equivariant_dim, eps=1e-3)
+        self.linear = _SlowLinear(equivariant_dim, count)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, equivariant: Tensor) -> Tensor:
         """``(B, E)``, any float type, -> ``(B, N)`` in float32."""
-        norm, linear, width = self.norm, self.linear, self.norm.normalized_shape
-        pace = min(_FASTEST, _PACE / linear.in_features)
-        scale, shift, weight, bias = (
-            # the parameter's own value, to the bit
-            torch.lerp(parameter.detach(), parameter, pace)
-            for parameter in (norm.weight, norm.bias, linear.weight, linear.bias)
-        )
-        normalized = F.layer_norm(equivariant.to(weight.dtype), width, scale, shift, norm.eps)
-        return F.linear(normalized, weight, bias).float()
+        read: Tensor = self.linear(self.norm(equivariant.to(self.linear.weight.dtype)))
+        return read.float()
 
 
 class Told(Calibrated):

@@ -16,6 +16,7 @@ from lightly.models.modules import SimCLRProjectionHead
 from methods import tiny_vit
 from models import batch, build, rebuilt_from, tiny_encoder
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import recon_aux
 from recon_aux.attach import Mask
@@ -108,24 +109,24 @@ def test_a_head_that_was_not_told_of() -> None:
 
 
 class Momentum(Method):
-    """With a momentum encoder and a head that its name doesn't tell, and a predictor like it."""
+    """With a teacher whose head has no name that tells, and frozen others of a head's shape."""
 
     def __init__(self, head: nn.Module, noise: float = 0) -> None:
         super().__init__()
+        frozen = copy.deepcopy(head).requires_grad_(False)
+        self.backbone.append(nn.Flatten()).append(frozen)
         self.projection_head, self.noise = head, noise
-        self.teacher = nn.ModuleDict({"body": self.backbone, "target": head})
-        self.teacher = copy.deepcopy(self.teacher).requires_grad_(False)
         self.guess = copy.deepcopy(head)
-        # what is like a head, but within an encoder, is none
-        for encoder in (self.backbone, self.teacher["body"]):
-            encoder.append(nn.Flatten()).append(copy.deepcopy(head).requires_grad_(False))
+        student = {"body": self.backbone, "target": head, "guess": self.guess}
+        self.teacher = copy.deepcopy(nn.ModuleDict(student)).requires_grad_(False)
+        self.critic = copy.deepcopy(nn.Sequential(head, head)).requires_grad_(False)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x0, x1 = batch[0]
         z0 = self.guess(self.projection_head(self.backbone(x0)))
         feature = self.teacher["body"](x1)
         feature = feature + self.noise * (torch.arange(16) >= 8)
-        return (z0 - self.teacher["target"](feature)).square().mean()
+        return (z0 - self.teacher["guess"](self.teacher["target"](feature))).square().mean()
 
 
 @pytest.mark.parametrize("heads", [None, ["projection_head"]])
@@ -140,6 +141,19 @@ def test_a_momentum_head_of_any_name_sees_the_invariant_part(heads: Any, deep: b
         masked = [name for name, module in model.named_modules() if "forward" in vars(module)]
         assert masked == ["backbone", "projection_head", "teacher.body", "teacher.target"]
     assert torch.equal(*losses)
+
+
+def test_a_momentum_head_that_is_named_is_all_there_is() -> None:
+    model = attach(Momentum(nn.Linear(16, 16)), heads=["projection_head", "teacher.guess"])
+    assert "forward" not in vars(model.teacher["target"])
+
+
+def test_a_frozen_module_like_a_head_without_a_momentum_encoder_is_none() -> None:
+    model = method()
+    model.projection_head = nn.Linear(16, 16)
+    model.whiten = nn.Linear(16, 16).requires_grad_(False)
+    attach(model)
+    assert "forward" not in vars(model.whiten)
 
 
 def test_a_head_within_the_encoder_is_named() -> None:
@@ -174,10 +188,14 @@ def test_a_step_past_the_attached_one_is_noticed(exchanged: bool) -> None:
 def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
     model = attach(method())
     optimizer = model.configure_optimizers()
+    teacher = AveragedModel(model, use_buffers=True)
     for index in range(3):
         model.training_step(batch(), index).backward()
-        optimizer.step()
         Method.training_step(model, batch(), index)
+        optimizer.step()
+        Method.training_step(model, batch(), index).backward()
+        teacher.update_parameters(model)
+        Method.training_step(teacher.module, batch(), index)
 
 
 def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
