@@ -110,7 +110,7 @@ class SimCLRViews:
 
 
 def configure_sgd(model: Any) -> Any:
-    """Configure SGD as lightly's benchmarks for small images do, with the other arms' schedule."""
+    """Configure SGD as lightly's benchmarks for small images do, the rate as in the other arms."""
     sgd = torch.optim.SGD(model.parameters(), model.lr, momentum=0.9, weight_decay=5e-4)
     steps = model.trainer.estimated_stepping_batches
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -119,17 +119,20 @@ def find_momentum_heads(
     Of modules that are alike, a projection head and a predictor, say, the first frozen one is the
     first trained one's.
     """
+    around = [module for module in model.modules() if _is_around(module, momentum_encoders)]
     found: list[nn.Module] = []
-    for head in heads:
+    for head in heads if around else []:
         alike = {id(module) for module in (head, *find_copies(model, head))}
         trained = [m for m in model.modules() if id(m) in alike and not is_frozen(m)]
-        for parent in model.modules():
-            inner = {id(module) for module in parent.modules()} - {id(parent)}
-            if any(id(encoder) in inner for encoder in momentum_encoders):
-                frozen = [m for m in parent.children() if id(m) in alike and is_frozen(m)]
-                pairs = zip(frozen, trained, strict=False)
-                found += [copy for copy, original in pairs if original is head]
+        for parent in around:
+            frozen = [m for m in parent.children() if id(m) in alike and is_frozen(m)]
+            pairs = zip(frozen, trained, strict=False)
+            found += [copy for copy, original in pairs if original is head]
     return found
+
+
+def _is_around(module: nn.Module, encoders: Sequence[nn.Module]) -> bool:
+    return any(e is not module and any(e is m for m in module.modules()) for e in encoders)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
