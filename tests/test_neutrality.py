@@ -34,14 +34,19 @@ def on_and_off_again(model: Any) -> Any:
 
 
 def trained(
-    change: Callable[[Any], Any], optimizer: str, precision: Any, dropout: float
+    change: Callable[[Any], Any],
+    optimizer: str,
+    precision: Any,
+    dropout: float,
+    accelerator: str = "cpu",
 ) -> dict[str, Tensor]:
     torch.manual_seed(0)
     encoder = tiny_encoder(dropout=dropout)
     model = Siamese(encoder, configure=lambda model: OPTIMIZERS[optimizer](model.parameters()))
     model = change(model)
     torch.manual_seed(3)
-    made = fit(model, precision=precision, max_steps=5).optimizers[0]
+    options = {"precision": precision, "accelerator": accelerator, "max_steps": 5}
+    made = fit(model, **options).optimizers[0]
     state = {
         f"{name} {key}": value
         for name, parameter in model.named_parameters()

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from training import (
     InALoop,
     Siamese,
-    Views,
     assert_trained,
     decoder_of,
     fit,
     plain_encoder,
     siamese_loss,
+    views_of_a_batch,
 )
 
 import recon_aux
@@ -61,11 +61,6 @@ def test_views_are_whitened_in_float32_under_autocast_too() -> None:
         aux(list(views), list(features))
     ((_, white),) = compared
     assert torch.equal(white, aux.pixel_scale.whiten(views[0]))
-
-
-def views_of_a_batch(count: int = 8) -> list[Tensor]:
-    pairs = [Views()[index][0] for index in range(count)]
-    return [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)]
 
 
 def scaled_step(

@@ -35,6 +35,12 @@ class Views(Dataset[Any]):
         return list(torch.rand(2, 3, self.side, self.side, generator=generator)), index % 4
 
 
+def views_of_a_batch(count: int = 8) -> list[Tensor]:
+    """Two views of the first images."""
+    pairs = [Views()[index][0] for index in range(count)]
+    return [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)]
+
+
 class Siamese(pytorch_lightning.LightningModule):
     """A loss of each pair alone, so that a batch may be divided; no batch norm by default."""
 

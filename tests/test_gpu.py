@@ -1,0 +1,120 @@
+"""What a GPU alone can show: the same neutrality there, repeatable steps, fp16, inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_encoder
+from test_neutrality import off, on_and_off_again, trained
+from torch import Tensor
+from training import (
+    InALoop,
+    Siamese,
+    assert_trained,
+    decoder_of,
+    fit,
+    siamese_loss,
+    views_of_a_batch,
+)
+
+import recon_aux
+from recon_aux import ReconAux
+from recon_aux.integrations.lightly import attach
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch refuse every operation whose result may differ from run to run."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("change", [off, on_and_off_again])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(
+    precision: str, change: Any
+) -> None:
+    def random_too(model: Any) -> dict[str, Tensor]:
+        torch.cuda.manual_seed(5)
+        found = trained(model, "AdamW", precision, dropout=0.5, accelerator="gpu")
+        return {**found, "random on the GPU": torch.cuda.get_rng_state()}
+
+    bare, changed = random_too(lambda model: model), random_too(change)
+    assert bare.keys() == changed.keys()
+    for name, value in bare.items():
+        assert torch.equal(value, changed[name]), name
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_attached_it_trains_the_same_each_time(precision: Any) -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = attach(Siamese(tiny_encoder()))
+        before = decoder_of(model)
+        fit(model, precision=precision, accelerator="gpu", max_steps=5)
+        assert_trained(model, before)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"spatial": True}])
+def test_the_loss_and_its_gradient_are_the_cpus(
+    options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    views = torch.rand(2, 8, 3, 64, 64)
+    features = torch.randn(2, 8, 16, 4, 4) if options else torch.randn(2, 8, 16)
+    found = []
+    for device in ("cpu", "cuda"):
+        aux = ReconAux(16, seed=0, **options).to(device)
+        given = features.to(device).requires_grad_()
+        loss = aux(list(views.to(device)), list(given)).loss
+        loss.backward()
+        assert given.grad is not None
+        found.append((loss.detach().cpu(), given.grad.cpu()))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=2e-5)
+
+
+def test_fp16_skips_an_overflow_and_trains() -> None:
+    model = attach(InALoop().cuda())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    before = decoder_of(model)
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            z0, z1 = (model(view.cuda()) for view in views_of_a_batch())
+            loss = recon_aux.add_loss(model, siamese_loss(z0, z1))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() < 2.0**40
+    assert_trained(model, before)
+
+
+def test_a_step_that_inductor_compiled_gives_the_same_loss() -> None:
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = attach(InALoop(tiny_encoder()).cuda())
+        called = torch.compile(model) if compiled else model
+        if compiled:
+            model.recon_aux.decoder.compile()
+        found = []
+        for _ in range(4):
+            z0, z1 = (called(view.cuda()) for view in views_of_a_batch())
+            found.append(recon_aux.add_loss(model, siamese_loss(z0, z1)))
+            found[-1].backward()
+        losses.append(torch.stack(found).detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=1e-4)
