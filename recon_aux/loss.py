@@ -36,8 +36,17 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
     view = view.detach().float()
     if view.shape[-2:] == (target_size, target_size):
         return view
-    size = (target_size, target_size)
-    return F.interpolate(view, size, mode="bilinear", align_corners=False, antialias=True)
+    rows, columns = (_resizing(side, target_size, view.device) for side in view.shape[2:])
+    with torch.autocast(view.device.type, enabled=False):
+        return rows @ (view @ columns.mT)
+
+
+def _resizing(side: int, target_size: int, device: torch.device) -> Tensor:
+    """Make the matrix ``(target_size, side)`` that resizes a line of pixels, antialiased."""
+    # to resize images at once, a GPU has a thread for each pixel of the result, whatever the batch
+    lines = torch.eye(side, dtype=torch.float32, device=device)[None, None]
+    size = (target_size, side)
+    return F.interpolate(lines, size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
 class ReconstructionLoss(nn.Module):

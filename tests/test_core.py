@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -138,6 +139,24 @@ def test_resizing_averages_areas_and_leaves_the_right_size_alone() -> None:
     assert resize_view(point, 16)[0, 0, 0, 0] > 0
     assert resize_view(view, 64).data_ptr() == view.data_ptr()
     assert not resize_view(view.requires_grad_(), 16).requires_grad
+
+
+@few
+@given(
+    sides=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    target_size=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    channels_last=st.booleans(),
+)
+def test_resizing_is_torchs_under_autocast_too(
+    sides: tuple[int, int], target_size: int, dtype: torch.dtype, channels_last: bool
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    view = torch.randn(2, 3, *sides).to(dtype, memory_format=layout)
+    size = (target_size, target_size)
+    wanted = F.interpolate(view.float(), size, mode="bilinear", antialias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(resize_view(view, target_size), wanted, rtol=1e-5, atol=1e-5)
 
 
 @few

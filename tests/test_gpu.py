@@ -78,7 +78,7 @@ def test_the_loss_and_its_gradient_are_the_cpus(
     found = []
     for device in ("cpu", "cuda"):
         aux = ReconAux(16, seed=0, **options).to(device)
-        given = features.to(device).requires_grad_()
+        given = features.clone().to(device).requires_grad_()
         loss = aux(list(views.to(device)), list(given)).loss
         loss.backward()
         assert given.grad is not None
