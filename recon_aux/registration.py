@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,25 +53,26 @@ class Registration(nn.Module):
             Mean squared difference of the images, each of zero mean and unit variance, as a float32
             scalar: 0 where one is the other one moved, 2 where they have nothing in common.
         """
-        poses = self.pose(equivariant).chunk(2)
-        affine = [_affine(pose) for pose in poses]
-        mirrored = [_affine(_mirror(pose)) for pose in poses]
-        inverse = [_inverse(pose) for pose in affine]
-        moves = [
-            _compose(source[1 - target], inverse[target])
-            for target in (0, 1)
-            for source in (affine, mirrored)
-        ]
-        matrix, shift = (torch.cat(parts) for parts in zip(*moves, strict=True))
-        likeness = matrix.new_zeros(len(matrix))
+        pose = self.pose(equivariant)
+        # the views as they are, then mirrored; first ones, then others: all in one, since a GPU
+        # takes as long to begin an operation as to do it
+        matrix, shift = _affine(torch.cat([pose, _mirror(pose)]))
+        matrix, shift = matrix.view(2, 2, -1, 2, 2), shift.view(2, 2, -1, 2)
+        # what each target shows is looked for in the other view
+        matrix, shift = _compose((matrix.flip(1), shift.flip(1)), _inverse((matrix[0], shift[0])))
+        likeness = shift.new_zeros(shift.shape[:-1])
         for side in _SIDES:
-            small = _standardized(F.adaptive_avg_pool2d(images, side)).chunk(2)
-            sources = torch.cat([small[1], small[1].flip(-1), small[0], small[0].flip(-1)])
-            targets = torch.cat([small[0], small[0], small[1], small[1]])
-            moved = _standardized(_sample(sources, matrix, shift))
-            likeness = likeness + (moved * targets).mean(dim=(1, 2, 3)) / len(_SIDES)
-        # targets, the source as it is or mirrored, images
-        return 2 - 2 * likeness.view(2, 2, -1).amax(dim=1).mean()
+            targets = _standardized(F.adaptive_avg_pool2d(images, side))
+            targets = targets.view(2, -1, *targets.shape[1:])
+            others = targets.flip(0)
+            moved = _sample(
+                torch.stack([others, others.flip(-1)]).flatten(0, 2),
+                matrix.flatten(0, 2),
+                shift.flatten(0, 2),
+            )
+            moved = _standardized(moved).view(2, *targets.shape)
+            likeness = likeness + (moved * targets).mean(dim=(-3, -2, -1)) / len(_SIDES)
+        return 2 - 2 * likeness.amax(dim=0).mean()
 
 
 def _affine(pose: Tensor) -> Affine:
@@ -96,15 +95,20 @@ def _mirror(pose: Tensor) -> Tensor:
 
 def _inverse(affine: Affine) -> Affine:
     matrix, shift = affine
-    (a, b), (c, d) = (row.unbind(1) for row in matrix.unbind(1))
+    (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(-2))
     # torch's would ask the device whether there is one
-    inverse = torch.stack([d, -b, -c, a], dim=1) / (a * d - b * c)[:, None]
-    inverse = inverse.view(-1, 2, 2)
-    return inverse, -torch.einsum("bij,bj->bi", inverse, shift)
+    inverse = torch.stack([d, -b, -c, a], dim=-1) / (a * d - b * c)[..., None]
+    inverse = inverse.view(matrix.shape)
+    return inverse, -_apply(inverse, shift)
 
 
 def _compose(outer: Affine, inner: Affine) -> Affine:
-    return outer[0] @ inner[0], torch.einsum("bij,bj->bi", outer[0], inner[1]) + outer[1]
+    return outer[0] @ inner[0], _apply(outer[0], inner[1]) + outer[1]
+
+
+def _apply(matrix: Tensor, shift: Tensor) -> Tensor:
+    moved: Tensor = (matrix @ shift[..., None])[..., 0]
+    return moved
 
 
 def _standardized(images: Tensor) -> Tensor:
@@ -125,15 +129,13 @@ def _sample(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     places = ((places + 1) * side - 1) / 2
     # on a GPU, a place that is no number would end the process
     first = places.detach().nan_to_num().floor()
-    (column, row), (right, down) = first.unbind(1), (places - first).unbind(1)
-    flat = images.flatten(2)
-    sampled = torch.zeros_like(flat)
-    for i, j in product((0, 1), (0, 1)):
-        near = column + i, row + j
-        weight = (right if i else 1 - right) * (down if j else 1 - down)
-        for line in near:
-            weight = weight * ((line >= 0) & (line < side))
-        x, y = (line.clamp(0, side - 1).long() for line in near)
-        index = (y * side + x)[:, None].expand(-1, channels, -1)
-        sampled = sampled + flat.gather(2, index) * weight[:, None]
-    return sampled.view(n, channels, side, side)
+    # along each axis the two nearest lines of pixels, and how much of either
+    step = torch.arange(2, device=images.device)[:, None]
+    lines = first[:, :, None] + step
+    share = (1 - step) + (2 * step - 1) * (places - first)[:, :, None]
+    share = share * ((lines >= 0) & (lines < side))
+    (columns, rows), (right, down) = lines.clamp(0, side - 1).long().unbind(1), share.unbind(1)
+    index = (rows[:, :, None] * side + columns[:, None]).view(n, 1, -1)
+    weight = (down[:, :, None] * right[:, None]).view(n, 1, 4, -1)
+    corners = images.flatten(2).gather(2, index.expand(-1, channels, -1))
+    return (corners.view(n, channels, 4, -1) * weight).sum(dim=2).view(images.shape)
