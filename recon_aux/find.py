@@ -120,8 +120,10 @@ def find_momentum_heads(
     first trained one's.
     """
     around = [module for module in model.modules() if _is_around(module, momentum_encoders)]
+    if not around:
+        return []
     found: list[nn.Module] = []
-    for head in heads if around else []:
+    for head in heads:
         alike = {id(module) for module in (head, *find_copies(model, head))}
         trained = [m for m in model.modules() if id(m) in alike and not is_frozen(m)]
         for parent in around:

@@ -43,7 +43,7 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
 
 def _resizing(side: int, target_size: int, device: torch.device) -> Tensor:
     """Make the matrix ``(target_size, side)`` that resizes a line of pixels, antialiased."""
-    # to resize images at once, a GPU has a thread for each pixel of the result, whatever the batch
+    # products take half the time of resizing the images themselves
     lines = torch.eye(side, dtype=torch.float32, device=device)[None, None]
     size = (target_size, side)
     return F.interpolate(lines, size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
