@@ -1,8 +1,9 @@
 """What attaching costs: the bare and the attached model train in turn, in one run.
 
 ``python examples/overhead.py`` prints time, FLOPs and peak memory of a training step, attached over
-bare, and the same of the encoder's inference, and keeps the numbers as JSON. ``--grow`` follows the
-cost as the batch, the images, the feature or the number of crops grow, and draws it.
+bare, the same of the encoder's inference, and which operations the added time goes to, and keeps
+the numbers as JSON. ``--grow`` follows the cost as the batch, the images, the feature or the number
+of crops grow, and draws it.
 """
 
 from __future__ import annotations
@@ -276,6 +277,29 @@ def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     return {"inference": median(ratios[1:]), "same operations": bare == attached}
 
 
+def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Which operations take how much longer in a step, attached, on the device, in milliseconds."""
+    device = trained_on(args)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    taken: list[dict[str, float]] = []
+    for attached in (False, True):
+        arm = OwnLoop(case, args, attached=attached)
+        for _ in range(WARM_UP):
+            arm.step()
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(args.steps):
+                arm.step()
+            now(device)
+        time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        events = [event for event in profile.key_averages() if "::" in event.key]
+        taken.append({e.key: getattr(e, time_of) / 1000 / args.steps for e in events})
+    more = {key: round(time - taken[0].get(key, 0), 3) for key, time in taken[1].items()}
+    most = sorted(more, key=lambda key: more[key], reverse=True)[:8]
+    return {"added ms": {"all": round(sum(more.values()), 3)} | {key: more[key] for key in most}}
+
+
 def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> float:
     """Peak memory in MiB of a process that trains for a few steps."""
     arm = OwnLoop(case, args, attached=attached)
@@ -326,7 +350,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     if args.count_only:
         return flops(case, args)
     times = {loop: step_time(case, args, loop) for loop in LOOPS}
-    kinds = (flops, memory, inference_time, waits)
+    kinds = (flops, memory, inference_time, waits, added)
     return {"time": times} | {k: value for kind in kinds for k, value in kind(case, args).items()}
 
 
@@ -350,10 +374,24 @@ def table(runs: list[dict[str, Any]]) -> str:
     grid = markdown_table(["batch", *shown])
     for run in runs:
         case = run["case"]
-        name = ", ".join(filter(None, (case["model"], case["method"], case["options"])))
+        name = _name(case)
         cells = [_cell(columns[column], run) for column in shown]
         grid.add_row(name, str(case["batch_size"]), *cells)
     return as_text(grid)
+
+
+def details(runs: list[dict[str, Any]]) -> str:
+    """What the time that is added goes to, case by case, as the profiler sees it."""
+    lines = []
+    for run in runs:
+        found = run["results"].get("added ms", {})
+        parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.2f}" for key, ms in found.items())
+        lines += [f"{_name(run['case'])} adds, in ms a step: {parts}"] if found else []
+    return "\n".join(lines)
+
+
+def _name(case: dict[str, Any]) -> str:
+    return ", ".join(filter(None, (case["model"], case["method"], case["options"])))
 
 
 def _cell(column: Callable[[dict[str, Any]], str], run: dict[str, Any]) -> str:
@@ -447,7 +485,7 @@ def main() -> None:
         found = measure(case, args)
         runs.append(record(args, device, time.perf_counter() - started, found, case=vars(case)))
         (args.out / "overhead.json").write_text(json.dumps(runs, indent=1))
-    text = table(runs)
+    text = f"{table(runs)}\n{details(runs)}\n"
     print(text)
     (args.out / "table.md").write_text(text)
     print(f"saved in {args.out}")

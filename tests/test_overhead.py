@@ -21,7 +21,11 @@ def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
     assert found["same operations"]
     assert [time["bare ms"] > 0 for time in found["time"].values()] == [True, True]
     assert min(found["bare MiB"], found["inference"]) > 0
-    assert "| ResNet-18, 32, BYOL |" in (tmp_path / "table.md").read_text()
+    # all, and the eight that grew most
+    assert len(found["added ms"]) == 9
+    text = (tmp_path / "table.md").read_text()
+    assert "| ResNet-18, 32, BYOL |" in text
+    assert "ResNet-18, 32, BYOL adds, in ms a step: all " in text
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
