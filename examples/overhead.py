@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -278,26 +279,37 @@ def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Which operations take how much longer in a step, attached, on the device, in milliseconds."""
+    """Tell which operations a step has more of, attached, and how long they take on the device.
+
+    How long it takes to begin them, and that the device may wait for that, isn't in these times.
+    """
     device = trained_on(args)
     activities = [torch.profiler.ProfilerActivity.CPU]
+    time_of = "self_cpu_time_total"
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    taken: list[dict[str, float]] = []
+        time_of = "self_device_time_total"
+    counts: Counter[str] = Counter()
+    times: Counter[str] = Counter()
     for attached in (False, True):
         arm = OwnLoop(case, args, attached=attached)
         for _ in range(WARM_UP):
             arm.step()
+        now(device)
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(args.steps):
                 arm.step()
             now(device)
-        time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        events = [event for event in profile.key_averages() if "::" in event.key]
-        taken.append({e.key: getattr(e, time_of) / 1000 / args.steps for e in events})
-    more = {key: round(time - taken[0].get(key, 0), 3) for key, time in taken[1].items()}
-    most = sorted(more, key=lambda key: more[key], reverse=True)[:8]
-    return {"added ms": {"all": round(sum(more.values()), 3)} | {key: more[key] for key in most}}
+        sign = 1 if attached else -1
+        for event in profile.key_averages():
+            # kernels have events of their own, whose time the operations' have in them already
+            if event.key.startswith("aten::") and getattr(event, time_of):
+                counts[event.key] += sign * event.count
+                times[event.key] += sign * getattr(event, time_of) / 1000
+    more = sorted((key for key in counts if counts[key] > 0), key=lambda key: -times[key])
+    found = {key: (counts[key] / args.steps, times[key] / args.steps) for key in more}
+    total = tuple(sum(values) for values in zip(*found.values(), strict=True))
+    return {"added": {"all": total} | {key: found[key] for key in more[:8]}}
 
 
 def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> float:
@@ -381,12 +393,16 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def details(runs: list[dict[str, Any]]) -> str:
-    """What the time that is added goes to, case by case, as the profiler sees it."""
+    """Tell what operations are added, case by case, as the profiler sees it."""
     lines = []
     for run in runs:
-        found = run["results"].get("added ms", {})
-        parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.2f}" for key, ms in found.items())
-        lines += [f"{_name(run['case'])} adds, in ms a step: {parts}"] if found else []
+        found = run["results"].get("added", {})
+        parts = [
+            f"{key.removeprefix('aten::')} {count:.0f} ({ms:.2f})"
+            for key, (count, ms) in found.items()
+        ]
+        if found:
+            lines.append(f"{_name(run['case'])} adds operations (ms) a step: {', '.join(parts)}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ _KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def resize_view(view: Tensor, target_size: int) -> Tensor:
     """Resize a view to ``target_size`` pixels square, antialiased, in float32 without gradient.
 
+    By products, as precise as ``torch.set_float32_matmul_precision`` says.
+
     Args:
         view: ``(B, C, H, W)``, any float type.
         target_size: height and width of the result, in pixels.
@@ -36,14 +38,15 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
     view = view.detach().float()
     if view.shape[-2:] == (target_size, target_size):
         return view
-    rows, columns = (_resizing(side, target_size, view.device) for side in view.shape[2:])
+    height, width = view.shape[2:]
+    rows = _resizing(height, target_size, view.device)
+    columns = rows if width == height else _resizing(width, target_size, view.device)
     with torch.autocast(view.device.type, enabled=False):
         return rows @ (view @ columns.mT)
 
 
 def _resizing(side: int, target_size: int, device: torch.device) -> Tensor:
     """Make the matrix ``(target_size, side)`` that resizes a line of pixels, antialiased."""
-    # products take half the time of resizing the images themselves
     lines = torch.eye(side, dtype=torch.float32, device=device)[None, None]
     size = (target_size, side)
     return F.interpolate(lines, size, mode="bilinear", align_corners=False, antialias=True)[0, 0]

@@ -54,8 +54,8 @@ class Registration(nn.Module):
             scalar: 0 where one is the other one moved, 2 where they have nothing in common.
         """
         pose = self.pose(equivariant)
-        # the views as they are, then mirrored; first ones, then others: all in one, since a GPU
-        # takes as long to begin an operation as to do it
+        # in the first dimension views as they are and mirrored, in the second first and others: all
+        # at once, since a GPU takes as long to begin an operation as to do it
         matrix, shift = _affine(torch.cat([pose, _mirror(pose)]))
         matrix, shift = matrix.view(2, 2, -1, 2, 2), shift.view(2, 2, -1, 2)
         # what each target shows is looked for in the other view
@@ -99,14 +99,14 @@ def _inverse(affine: Affine) -> Affine:
     # torch's would ask the device whether there is one
     inverse = torch.stack([d, -b, -c, a], dim=-1) / (a * d - b * c)[..., None]
     inverse = inverse.view(matrix.shape)
-    return inverse, -_apply(inverse, shift)
+    return inverse, -_times(inverse, shift)
 
 
 def _compose(outer: Affine, inner: Affine) -> Affine:
-    return outer[0] @ inner[0], _apply(outer[0], inner[1]) + outer[1]
+    return outer[0] @ inner[0], _times(outer[0], inner[1]) + outer[1]
 
 
-def _apply(matrix: Tensor, shift: Tensor) -> Tensor:
+def _times(matrix: Tensor, shift: Tensor) -> Tensor:
     moved: Tensor = (matrix @ shift[..., None])[..., 0]
     return moved
 

@@ -510,7 +510,7 @@ def test_it_is_told_before_weights_are_saved(sent: list[Sent]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_is_not_waited_for() -> None:
-    views, features = (x.cuda() for x in views_and_features())
+    views, features = torch.rand(2, 4, 3, 48, 40).cuda(), torch.rand(2, 4, 8).cuda()
     aux = ReconAux(8).cuda()
     aux(views, features)
     side = torch.cuda.Stream()
