@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import tiny_encoder
 from test_neutrality import off, on_and_off_again, trained
+from test_precision import scaled_step
 from torch import Tensor
 from torch._dynamo.utils import counters
 from training import (
@@ -96,14 +97,9 @@ def test_fp16_skips_an_overflow_and_trains() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     before = decoder_of(model)
+    views = [view.cuda() for view in views_of_a_batch()]
     for _ in range(40):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", torch.float16):
-            z0, z1 = (model(view.cuda()) for view in views_of_a_batch())
-            loss = recon_aux.add_loss(model, siamese_loss(z0, z1))
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        scaled_step(model, optimizer, scaler, views)
     assert scaler.get_scale() < 2.0**40
     assert_trained(model, before)
 

@@ -67,7 +67,7 @@ def scaled_step(
     model: InALoop, optimizer: Any, scaler: Any, views: list[Tensor], magnify: float = 1.0
 ) -> Tensor:
     optimizer.zero_grad()
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(views[0].device.type, torch.float16):
         z0, z1 = (model(view) for view in views)
         loss = recon_aux.add_loss(model, magnify * siamese_loss(z0, z1))
     scaler.scale(loss).backward()
