@@ -140,6 +140,11 @@ class OwnLoop:
         self.attached = attached
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
 
+    def warm_up(self) -> None:
+        """Take the steps that don't count: checks are made in the first."""
+        for _ in range(WARM_UP):
+            self.step()
+
     def step(self) -> None:
         """Train for one step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -152,8 +157,7 @@ class OwnLoop:
 
     def seconds(self, steps: int) -> float:
         """How long a step takes, of some after those that don't count."""
-        for _ in range(WARM_UP):
-            self.step()
+        self.warm_up()
         started = now(self.device)
         for _ in range(steps):
             self.step()
@@ -237,8 +241,7 @@ def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
     counted = []
     for attached in (False, True):
         arm = OwnLoop(case, args, attached=attached)
-        # the first step makes checks
-        arm.step()
+        arm.warm_up()
         with FlopCounterMode(display=False) as counter:
             arm.step()
         counted.append(counter.get_total_flops())
@@ -293,8 +296,7 @@ def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     times: Counter[str] = Counter()
     for attached in (False, True):
         arm = OwnLoop(case, args, attached=attached)
-        for _ in range(WARM_UP):
-            arm.step()
+        arm.warm_up()
         now(device)
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(args.steps):
@@ -315,8 +317,8 @@ def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> float:
     """Peak memory in MiB of a process that trains for a few steps."""
     arm = OwnLoop(case, args, attached=attached)
-    for _ in range(WARM_UP + 1):
-        arm.step()
+    arm.warm_up()
+    arm.step()
     if arm.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "darwin":
@@ -346,8 +348,7 @@ def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
     found = []
     for attached in (False, True):
         arm = OwnLoop(case, args, attached=attached)
-        for _ in range(WARM_UP):
-            arm.step()
+        arm.warm_up()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")

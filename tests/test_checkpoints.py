@@ -21,7 +21,17 @@ from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet34
-from training import InALoop, Siamese, Views, decoder_of, fit, plain_encoder, run_script, trainer
+from training import (
+    InALoop,
+    Siamese,
+    Views,
+    assert_same,
+    decoder_of,
+    fit,
+    plain_encoder,
+    run_script,
+    trainer,
+)
 
 import recon_aux
 from recon_aux.integrations.lightly import attach
@@ -43,10 +53,7 @@ def test_killed_and_resumed_is_bit_identical_to_never_stopped(
     assert not (killed / "final.pt").exists()
     assert run_script("killed.py", killed, reconstruct, 0).returncode == 0
     expected, resumed = (torch.load(folder / "final.pt") for folder in (whole, killed))
-    assert expected.keys() == resumed.keys()
-    for name, value in expected.items():
-        same = torch.equal(value, resumed[name]) if isinstance(value, Tensor) else None
-        assert value == resumed[name] if same is None else same, name
+    assert_same(resumed, expected)
 
 
 # --- attached <-> bare ---

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from training import (
     InALoop,
     Siamese,
+    assert_same,
     assert_trained,
     decoder_of,
     fit,
@@ -54,9 +55,7 @@ def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(
         return {**found, "random on the GPU": torch.cuda.get_rng_state()}
 
     bare, changed = random_too(lambda model: model), random_too(change)
-    assert bare.keys() == changed.keys()
-    for name, value in bare.items():
-        assert torch.equal(value, changed[name]), name
+    assert_same(changed, bare)
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -70,8 +69,7 @@ def test_attached_it_trains_the_same_each_time(precision: Any) -> None:
         fit(model, precision=precision, accelerator="gpu", max_steps=5)
         assert_trained(model, before)
         weights.append(model.state_dict())
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
+    assert_same(*weights)
 
 
 @pytest.mark.parametrize("options", [{}, {"spatial": True}])

@@ -16,6 +16,7 @@ from lightly.models.modules import SimCLRProjectionHead
 from models import batch, build, tiny_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from training import assert_same
 
 import recon_aux
 from recon_aux.integrations.lightly import attach
@@ -122,9 +123,7 @@ def weights_after(model: Any, **kw: Any) -> tuple[dict[str, Tensor], Tensor]:
 def assert_identical(
     a: tuple[dict[str, Tensor], Tensor], b: tuple[dict[str, Tensor], Tensor]
 ) -> None:
-    assert a[0].keys() == b[0].keys()
-    for name in a[0]:
-        assert torch.equal(a[0][name], b[0][name]), name
+    assert_same(a[0], b[0])
     assert torch.equal(a[1], b[1])
 
 

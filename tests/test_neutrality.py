@@ -12,7 +12,7 @@ from lightly.utils.lars import LARS
 from models import tiny_encoder
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
-from training import Siamese, fit, run_script
+from training import Siamese, assert_same, fit, run_script
 
 import recon_aux
 from recon_aux.integrations.lightly import attach
@@ -66,9 +66,7 @@ def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(
 ) -> None:
     bare = trained(lambda model: model, optimizer, precision, dropout)
     changed = trained(change, optimizer, precision, dropout)
-    assert bare.keys() == changed.keys()
-    for name, value in bare.items():
-        assert torch.equal(value, changed[name]), name
+    assert_same(changed, bare)
 
 
 def test_nothing_global_changes() -> None:

@@ -25,6 +25,7 @@ from training import (
     InALoop,
     Siamese,
     Views,
+    assert_same,
     assert_trained,
     decoder_of,
     fit,
@@ -157,9 +158,7 @@ def test_validation_between_steps_changes_no_step() -> None:
         options = {"val_check_interval": 1} if validated else {"limit_val_batches": 0}
         trainer(max_steps=4, **options).fit(model, data, data)
         trained.append(model.state_dict())
-    for name, value in trained[0].items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, trained[1][name]), name
+    assert_same(*trained)
 
 
 # --- torch.compile ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,15 @@ def assert_trained(model: Any, before: dict[str, Tensor]) -> None:
     for name, parameter in model.recon_aux.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert not torch.equal(parameter, before[name]), name
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Both have the same names, and by each the same tensor, bit for bit, or the same value."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        other = found[name]
+        same = torch.equal(other, value) if isinstance(value, Tensor) else other == value
+        assert same, name
 
 
 def run_script(
