@@ -111,18 +111,7 @@ def attach(
         )
     _refuse_unknown(options)
     encoder = find_module(model, backbone, "backbone")
-    # a criterion that takes the features may stand outside the model
-    masked = [
-        head if isinstance(head, nn.Module) else find_module(model, head, "heads")
-        for head in ([heads] if isinstance(heads, (str, nn.Module)) else heads)
-    ]
-    for head in masked:
-        if any(head is inner for inner in encoder.modules()):
-            raise ValueError(
-                f"expected heads outside the encoder, got {type(head).__name__} within a "
-                f"{type(encoder).__name__}; backbone= tells the encoder, which may be a part of "
-                'it, as "student.backbone", heads= the heads'
-            )
+    masked = _find_heads(model, heads, encoder)
     shape = encoder_shape(
         unwrap(encoder),
         method=backbone_method,
@@ -312,6 +301,24 @@ def _attachment(model: nn.Module) -> Attachment:
         )
     attachment: Attachment = getattr(inner, _ATTACHMENT)
     return attachment
+
+
+def _find_heads(
+    model: nn.Module, heads: Sequence[str | nn.Module], encoder: nn.Module
+) -> list[nn.Module]:
+    # a criterion that takes the features may stand outside the model
+    found = [
+        head if isinstance(head, nn.Module) else find_module(model, head, "heads")
+        for head in ([heads] if isinstance(heads, (str, nn.Module)) else heads)
+    ]
+    for head in found:
+        if any(head is inner for inner in encoder.modules()):
+            raise ValueError(
+                f"expected heads outside the encoder, got {type(head).__name__} within a "
+                f"{type(encoder).__name__}; backbone= tells the encoder, which may be a part of "
+                'it, as "student.backbone", heads= the heads'
+            )
+    return found
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:

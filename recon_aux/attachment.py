@@ -24,7 +24,7 @@ from .graph import reached
 from .intercept import Capture, Door, EncoderCall, Mask, watch
 from .optimizers import Settings, enroll
 from .verify import (
-    Progress,
+    TrainedTogether,
     are_fed_by_others,
     gradients_of,
     gradients_to,
@@ -68,7 +68,7 @@ class Attachment:
         self.was_frozen = False
         # whether the model's own optimizers train the decoder; if not, see whether any does
         self.enrolled = False
-        self.progress = Progress()
+        self.trained_together = TrainedTogether()
         self.in_a_loop = not trains_by_itself(model)
         if not self.in_a_loop:
             self.doors += [
@@ -85,7 +85,7 @@ class Attachment:
     @property
     def trained_encoder(self) -> nn.Module:
         """The encoder that is trained, also before the first step after a checkpoint was loaded."""
-        saved = self.aux.encoder
+        saved = self.aux.encoder_name
         named = ((uncompiled(name), module) for name, module in self.model.named_modules())
         return next((module for name, module in named if name and name == saved), self.encoder)
 
@@ -170,15 +170,7 @@ class Attachment:
     @not_compiled
     def add_loss(self, loss: Tensor, given: Any) -> Tensor:
         """Add the reconstruction loss to the method's."""
-        calls = self.capture.calls
-        if self.in_a_loop and loss.requires_grad:
-            # the loop may have encoded other images since: with gradient, the loss tells them
-            # apart, without, the batch, or else the last are the step's
-            belongs = reached(loss, [call.output for call in calls])
-            its = [call for call, is_its in zip(calls, belongs, strict=True) if is_its]
-            others = [call for call in calls if not call.output.requires_grad]
-            shown = [call for call in others if is_of(given, call.image)]
-            calls = its + shown + [c for c in reversed(others) if not is_of(given, c.image)]
+        calls = self._calls_of(loss, given)
         online = [call for call in calls if call.output.requires_grad]
         if not self.verified and online and loss.requires_grad:
             self._verify_encoder(loss, online)
@@ -199,11 +191,23 @@ class Attachment:
         if not self.aux.enabled:
             return loss
         if not self.enrolled:
-            self.progress.verify(self.encoder, self.aux)
+            self.trained_together.verify(self.encoder, self.aux)
         output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
         total: Tensor = loss + output.loss
         return total
+
+    def _calls_of(self, loss: Tensor, given: Any) -> list[EncoderCall]:
+        """Give the step's calls; a loop may have encoded other images since the last one."""
+        calls = self.capture.calls
+        if not (self.in_a_loop and loss.requires_grad):
+            return calls
+        # with gradient, the loss tells them apart, without, the batch, or else the last are its
+        belongs = reached(loss, [call.output for call in calls])
+        its = [call for call, is_its in zip(calls, belongs, strict=True) if is_its]
+        others = [call for call in calls if not call.output.requires_grad]
+        shown = [call for call in others if is_of(given, call.image)]
+        return its + shown + [call for call in reversed(others) if not is_of(given, call.image)]
 
     def enroll(self, model: nn.Module, configure: Callable[..., Any], args: Any, kw: Any) -> Any:
         """Let the optimizers that the model configures train the decoder, too."""
@@ -245,7 +249,7 @@ class Attachment:
             )
         # names are a first guess: a teacher may be called backbone
         (self.encoder,) = encoders
-        self.aux.encoder = self._name(self.encoder)
+        self.aux.encoder_name = self._name(self.encoder)
 
     def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
         """Check every step, since heads may be exchanged, but not always look at gradients."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import saved
-from .checks import check_views
+from .checks import check_nonnegative, check_views
 from .decoder import CrossAttentionDecoder
 from .edges import Edges
 from .encoder import as_feature
@@ -35,7 +35,7 @@ class ReconAuxOutput:
 
     Attributes:
         loss: what to add to the method's loss: ``weight`` times ``unweighted_loss``.
-        unweighted_loss: the sum of the four terms, detached.
+        unweighted_loss: the four terms, summed with their weights among each other, detached.
         reconstruction_loss: the decoder's, detached.
         registration_loss: detached; 0 where ``registration=0``.
         statistics_loss: detached; 0 where ``statistics=0``.
@@ -62,7 +62,8 @@ class ReconAux(nn.Module):
     """The image-reconstruction task that keeps what augmentation changes.
 
     Wang, Krajsek & Scharr, "Equivariant Representation Learning for Augmentation-based
-    Self-Supervised Learning via Image Reconstruction", 2024, arXiv 2412.03314.
+    Self-Supervised Learning via Image Reconstruction", 2024, arXiv 2412.03314; registration,
+    statistics and edges are not theirs.
 
     Args:
         feature_dim: D, the number of channels of the encoder's features.
@@ -159,9 +160,7 @@ class ReconAux(nn.Module):
         self._options = {name: saved.plain(name, value) for name, value in options.items()}
         del self._options["seed"]
         for name in ("weight", *saved.TERMS):
-            value = self._options[name]
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"expected a finite {name} of 0 or more, got {value!r}")
+            check_nonnegative(name, self._options[name])
         _require("context", context, get_args(Context))
         _require("reconstruct", reconstruct, get_args(Reconstruct))
         self.weight = weight
@@ -209,7 +208,7 @@ class ReconAux(nn.Module):
         self._calls = 0
         self.refuse_not_finite = FiniteCheck()
         # where attach put this on a model, the name of the encoder that was seen to be trained
-        self.encoder = ""
+        self.encoder_name = ""
 
     @property
     def enabled(self) -> bool:
@@ -255,8 +254,8 @@ class ReconAux(nn.Module):
                 or it was built with ``weight=0`` and then given a weight.
             TypeError: if a view is complex or a feature isn't of a floating-point type.
             FloatingPointError: if the sum of the terms is not finite, on a GPU that of an earlier
-                call; in float16, where a loss scaler skips such steps, if it is so in 200 in a row,
-                or if the views aren't.
+                call; in float16, where a loss scaler skips such steps, if it is so in more than 200
+                in a row, or if the views aren't.
         """
         features = [self._as_feature(feature) for feature in features]
         check_views(
@@ -385,14 +384,15 @@ class ReconAux(nn.Module):
             "calls": self._calls,
             "seed": self._seed,
             "options": self._options,
-            "encoder": self.encoder,
+            "encoder": self.encoder_name,
         }
         return saved.pack(state)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore which view comes next, unless that can't be read."""
         if found := saved.unpack(state):
-            self._calls, self._seed, self.encoder = found["calls"], found["seed"], found["encoder"]
+            self._calls, self._seed = found["calls"], found["seed"]
+            self.encoder_name = found["encoder"]
 
     def _load_from_state_dict(
         self,

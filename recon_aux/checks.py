@@ -1,13 +1,30 @@
-"""Are these two views of the same images, and their features?"""
+"""What is refused: options out of range, views and features that don't belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .splitter import channel_dim
+
+
+def check_nonnegative(option: str, value: Any) -> None:
+    """Refuse what is no finite number of 0 or more.
+
+    Raises:
+        ValueError: that names the option.
+
+    Example:
+        >>> check_nonnegative("weight", -1)
+        Traceback (most recent call last):
+        ...
+        ValueError: expected weight= as a finite number of 0 or more, got -1
+    """
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"expected {option}= as a finite number of 0 or more, got {value!r}")
 
 
 def check_views(

@@ -84,8 +84,9 @@ class CrossAttentionBlock(nn.Module):
 class CrossAttentionDecoder(nn.Module):
     """Rebuild a view from its own equivariant feature and the other view's context.
 
-    Learned patch queries attend to tokens made from both features (Wang, Krajsek & Scharr, 2024,
-    arXiv 2412.03314); each query becomes one patch of the image.
+    Cross-attention blends the features of both views, as in Wang, Krajsek & Scharr (2024, arXiv
+    2412.03314); that learned queries attend to tokens made of them, and each query becomes one
+    patch of the image, is ours.
 
     Args:
         equivariant_dim: channels of the feature of the view to rebuild.

@@ -111,10 +111,7 @@ def encoder_shape(
             "image_size= and image_channels= tell what it takes"
         ) from error
     feature = as_feature(take_tensor(output, features))
-    if feature.ndim not in (2, 3, 4):
-        channel_dim(feature, feature.shape[-1])
-    feature_dim = feature.shape[2 if feature.ndim == 3 else 1]
-    return EncoderShape(channels, feature_dim, feature.ndim)
+    return EncoderShape(channels, feature.shape[channel_dim(feature)], feature.ndim)
 
 
 def _first_conv_channels(encoder: nn.Module) -> int:

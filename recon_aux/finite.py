@@ -61,7 +61,7 @@ class FiniteCheck:
 
         Raises:
             FloatingPointError: if a loss is not finite; in float16, where a loss scaler skips such
-                steps, if it is so in 200 in a row, or if the views aren't finite.
+                steps, if it is so in more than 200 in a row, or if the views aren't finite.
         """
         scaled = any(feature.dtype == torch.float16 for feature in features) or (
             torch.is_autocast_enabled(loss.device.type)

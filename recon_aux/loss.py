@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .checks import check_nonnegative
+
 LossKind = Literal["mse", "l1", "smooth_l1"]
 
 _KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -82,8 +84,7 @@ class ReconstructionLoss(nn.Module):
         patch_size: int = 8,
     ) -> None:
         super().__init__()
-        if not 0 <= structure < float("inf"):
-            raise ValueError(f"expected a finite structure= of 0 or more, got {structure}")
+        check_nonnegative("structure", structure)
         if kind not in _KINDS:
             raise ValueError(f"expected loss= to be one of {get_args(LossKind)}, got {kind!r}")
         self.kind = kind

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from .checks import check_nonnegative
+
 Group = dict[str, Any]
 
 # what a group and a scheduler's lists, one entry for each group, may hold
@@ -28,14 +30,13 @@ class Settings(NamedTuple):
     weight_decay: float | None = None
 
     def check(self) -> None:
-        """Check that both are numbers of 0 or more.
+        """Check that both are finite numbers of 0 or more.
 
         Raises:
             ValueError: if one is not.
         """
         for option, value in self.given().items():
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"expected decoder_{option}= of 0 or more, got {value!r}")
+            check_nonnegative(f"decoder_{option}", value)
 
     def given(self) -> Group:
         """Give those that are set, as entries of a parameter group."""

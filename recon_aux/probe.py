@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .encoder import evaluating
-from .splitter import FeatureSplitter
+from .splitter import FeatureSplitter, channel_dim
 
 try:
     import kornia
@@ -323,7 +323,7 @@ def probe(
 def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     if not equivariant_dim:
         return {"whole": feature}
-    channels = feature.shape[2 if feature.ndim == 3 else 1]
+    channels = feature.shape[channel_dim(feature)]
     invariant, equivariant = FeatureSplitter(channels, equivariant_dim)(feature)
     parts = {"whole": feature, "invariant": invariant, "equivariant": equivariant}
     return {name: part for name, part in parts.items() if part.numel()}

@@ -77,9 +77,7 @@ def differences(state: dict[str, Any] | None, options: dict[str, Any]) -> tuple[
         >>> differences({"options": was}, {**was, "edges": 0})
         ('edges=16.0, not 0', True)
     """
-    # before there were these terms
-    former = dict.fromkeys(TERMS, 0)
-    was = {**former, **state["options"]} if state else {}
+    was: dict[str, Any] = state["options"] if state else {}
     differing = [key for key, value in was.items() if options.get(key) != value]
     told = ", ".join(f"{key}={was[key]!r}, not {options.get(key)!r}" for key in differing)
     # a term that is there may get another weight

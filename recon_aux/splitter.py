@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-def channel_dim(feature: Tensor, feature_dim: int) -> int:
+def channel_dim(feature: Tensor, feature_dim: int | None = None) -> int:
     """Say which dimension of ``feature`` holds its channels.
 
     Args:
         feature: ``(B, D)``, a feature map ``(B, D, H, W)``, or tokens ``(B, N, D)``.
-        feature_dim: D.
+        feature_dim: D, where it is known.
 
     Returns:
         1 for ``(B, D)`` and ``(B, D, H, W)``, 2 for ``(B, N, D)``.
@@ -19,11 +19,13 @@ def channel_dim(feature: Tensor, feature_dim: int) -> int:
         ValueError: if the rank is none of these or the channels are not D.
     """
     dim = {2: 1, 3: 2, 4: 1}.get(feature.ndim)
-    if dim is None or feature.shape[dim] != feature_dim:
+    if dim is None or feature_dim not in (None, feature.shape[dim]):
+        d = "D" if feature_dim is None else feature_dim
         raise ValueError(
-            f"expected features (B, {feature_dim}), (B, {feature_dim}, H, W) or "
-            f"(B, N, {feature_dim}), got {tuple(feature.shape)}; "
-            "feature_dim= tells how wide the encoder's features are"
+            f"expected features (B, {d}), (B, {d}, H, W) or (B, N, {d}), got "
+            f"{tuple(feature.shape)}"
+            + "; feature_dim= tells how wide the encoder's features are"
+            * (feature_dim is not None)
         )
     return dim
 

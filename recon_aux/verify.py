@@ -75,7 +75,7 @@ def gradients_of(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-class Progress:
+class TrainedTogether:
     """Sees to it that the decoder is trained where the encoder is."""
 
     def __init__(self) -> None:

@@ -530,8 +530,8 @@ def test_a_gpu_is_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, r"finite weight of 0 or more, got -1"),
-        ({"weight": float("nan")}, r"finite weight"),
+        ({"weight": -1.0}, r"weight= as a finite number of 0 or more, got -1"),
+        ({"weight": float("nan")}, r"weight= as a finite"),
         ({"context": "all"}, r"context= to be one of .*invariant.* got 'all'"),
         ({"reconstruct": "none"}, r"reconstruct= to be one of"),
         ({"equivariant_dim": 8}, r"context= .*'invariant', which has none .*equivariant_dim=8"),

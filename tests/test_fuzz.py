@@ -51,7 +51,7 @@ BAD: dict[str, list[Any]] = {
     "decoder_heads": [0, 3],
     "decoder_tokens": [0],
     "loss": ["l2"],
-    "structure": [-1, math.nan],
+    "structure": [-1, math.nan, "1", None],
     "reconstruct": ["all"],
     "image_channels": [0, 1, 4],
 }

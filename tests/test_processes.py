@@ -35,7 +35,7 @@ def alone() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (start[name], value) for name, value in tensors(model.state_dict()).items()}
 
 
-@pytest.mark.parametrize("case", ["loop", "sharded", "lightning"])
+@pytest.mark.parametrize("case", ["loop", "sharded", "lightning", "searching"])
 def test_two_processes_train_what_one_would(
     case: str, alone: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -354,18 +353,6 @@ def test_dead_features_get_no_burst_of_gradient() -> None:
     aux(views, (feature, torch.rand(4, 64))).loss.backward()
     assert feature.grad is not None
     assert feature.grad.abs().max() < 20
-
-
-def test_a_checkpoint_from_before_these_terms_is_named() -> None:
-    none = {"registration": 0, "statistics": 0, "edges": 0}
-    old = ReconAux(8, **none).state_dict()
-    options = json.loads(bytes(old["_extra_state"].tolist()))
-    for name in none:
-        del options["options"][name]
-    old["_extra_state"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
-    ReconAux(8, **none).load_state_dict(old)
-    with pytest.raises(RuntimeError, match=r"=0, not 4\.0, statistics=0, not 8\.0, edges=0, not"):
-        ReconAux(8).load_state_dict(old)
 
 
 def test_the_weight_of_a_term_may_change() -> None:

@@ -116,13 +116,18 @@ class Halves(DistributedSampler[Any]):
         return iter([8 * step + 4 * rank() + i for step in range(STEPS) for i in range(4)])
 
 
-def lightning(folder: Path, broken: int | None = None) -> None:
+def lightning(folder: Path, broken: int | None = None, strategy: str = "ddp") -> None:
     """Lightning's DDP, as solo-learn uses it: no search for unused parameters."""
     model = attach(Siamese(), **OPTIONS)
     views = GlobalBatches(broken)
-    trained = trainer(strategy="ddp", devices=2, max_steps=STEPS)
+    trained = trainer(strategy=strategy, devices=2, max_steps=STEPS)
     trained.fit(model, DataLoader(views, batch_size=4, sampler=Halves(views)))
     torch.save(model.state_dict(), folder / f"{rank()}.pt")
+
+
+def searching(folder: Path) -> None:
+    """Lightning's DDP with a search for unused parameters."""
+    lightning(folder, strategy="ddp_find_unused_parameters_true")
 
 
 def failing(folder: Path, broken: int) -> None:
@@ -145,18 +150,21 @@ def unused(folder: Path) -> None:
 if __name__ == "__main__":
     case, folder, *broken = sys.argv[1:]
     torch.set_num_threads(1)
-    if case not in ("lightning", "loaded"):
+    if case not in ("lightning", "searching", "loaded"):
         distributed.init_process_group("gloo")
     cases: dict[str, Any] = {
         "loop": loop,
         "loaded": loaded,
         "sharded": sharded,
         "lightning": lightning,
+        "searching": searching,
         "failing": failing,
         "unused": unused,
     }
     cases[case](Path(folder), *map(int, broken))
     if distributed.is_initialized():
-        # gloo may abort a process whose partner has gone already
+        # gloo may abort a process whose partner has gone already, or one whose threads are left
         distributed.barrier()
         distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
