@@ -82,7 +82,7 @@ def _is_head(name: str, module: nn.Module) -> bool:
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    losses = {base.__name__ for child in model.children() for base in type(child).__mro__}
+    losses = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)
     # a loss on patches needs tokens, which lightly's masked transformers give through encode
     method = "encode" if _PATCH_LOSSES & losses else "forward"

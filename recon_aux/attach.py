@@ -55,9 +55,9 @@ def attach(
         image_size: side of the blank image that is encoded once to find the feature's width, or
             its height and width, for an encoder that accepts one size alone.
         features: takes the feature from what the encoder returns, if that isn't a tensor.
-        views: how many views one call of the encoder gets concatenated; by default read off the
-            batch that the training step gets. 1 says that a momentum encoder's view, made within
-            the step, is in the order of the encoder's.
+        views: how many views one call of the encoder gets concatenated, one after the other, not
+            interleaved; by default read off the batch that the training step gets. 1 says that a
+            momentum encoder's view, made within the step, is in the order of the encoder's.
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
@@ -99,8 +99,8 @@ def attach(
             f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
             "makes it"
         )
-    if views is not None and views < 1:
-        raise ValueError(f"expected views= of 1 or more, got {views}")
+    if views is not None and not (isinstance(views, int) and views >= 1):
+        raise ValueError(f"expected views= as a whole number of 1 or more, got {views!r}")
     settings = Settings(decoder_lr, decoder_weight_decay)
     settings.check()
     if settings.given() and not trains_by_itself(model):
@@ -186,7 +186,8 @@ def attach_by(
 def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     """Add the reconstruction loss in a loop of your own, for an attached model without a trainer.
 
-    It rebuilds what went through the encoder since the last call, so call it once for each loss.
+    It rebuilds what went through the encoder since the last call, so call it once for each loss,
+    and where gradients are accumulated divide what it returns, not what it is given.
     Make the optimizer after attaching: the decoder is among ``model.parameters()``.
 
     Args:
@@ -316,7 +317,8 @@ def _find_heads(
             raise ValueError(
                 f"expected heads outside the encoder, got {type(head).__name__} within a "
                 f"{type(encoder).__name__}; backbone= tells the encoder, which may be a part of "
-                'it, as "student.backbone", heads= the heads'
+                'it, as "student.backbone", heads= the heads; one that is its last layer, as a '
+                "ResNet's fc, is to stand beside it, with nn.Identity() in its place"
             )
     return found
 

@@ -66,10 +66,12 @@ class Attachment:
         self.was_past = False
         self.other_is_a_copys = False
         self.was_frozen = False
+        # whether a step may encode what isn't its views, as a loop between steps
+        self.encodes_others = self.in_a_loop = not trains_by_itself(model)
+        self.usual_calls = 0
         # whether the model's own optimizers train the decoder; if not, see whether any does
         self.enrolled = False
         self.trained_together = TrainedTogether()
-        self.in_a_loop = not trains_by_itself(model)
         if not self.in_a_loop:
             self.doors += [
                 Door(model, "training_step", self.step),
@@ -100,7 +102,8 @@ class Attachment:
         """Hide the equivariant channels from momentum heads, too, unless one was named."""
         if self.mask and not any(map(is_frozen, self.heads)):
             copies = [known for known in self.watched if known is not self.encoder]
-            self.hide_from(find_momentum_heads(self.model, copies, self.heads), self.mask)
+            copied = find_momentum_heads(self.model, self.encoder, copies, self.heads)
+            self.hide_from(copied, self.mask)
 
     def _with_method(self, encoder: nn.Module) -> nn.Module:
         # torch.compile's wrapper has no methods of its own but forward
@@ -174,6 +177,8 @@ class Attachment:
         online = [call for call in calls if call.output.requires_grad]
         if not self.verified and online and loss.requires_grad:
             self._verify_encoder(loss, online)
+        if not self.verified and self.mask and online:
+            self._tell_of_unmasked(calls)
         online = [call for call in online if call.encoder is self.encoder]
         if not online:
             candidates = [self.encoder] if self.verified else self.watched
@@ -190,7 +195,7 @@ class Attachment:
         self.other_is_a_copys = not outputs[1].requires_grad
         if not self.aux.enabled:
             return loss
-        if not self.enrolled:
+        if not self.enrolled and self.aux.weight > 0:
             self.trained_together.verify(self.encoder, self.aux)
         output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
@@ -198,13 +203,24 @@ class Attachment:
         return total
 
     def _calls_of(self, loss: Tensor, given: Any) -> list[EncoderCall]:
-        """Give the step's calls; a loop may have encoded other images since the last one."""
+        """Give the step's calls, without what the loss doesn't depend on: a probe's, say."""
         calls = self.capture.calls
-        if not (self.in_a_loop and loss.requires_grad):
+        is_usual = self.verified and len(calls) == self.usual_calls
+        if not loss.requires_grad or (is_usual and not self.encodes_others):
             return calls
-        # with gradient, the loss tells them apart, without, the batch, or else the last are its
         belongs = reached(loss, [call.output for call in calls])
         its = [call for call, is_its in zip(calls, belongs, strict=True) if is_its]
+        if not self.in_a_loop:
+            self.usual_calls = len(calls)
+            # a view may be encoded with gradient, and then detached
+            if len({id(call.image) for call in its}) < 2:
+                return calls
+            known = {id(call) for call in its}
+            trained = {id(call.encoder) for call in its}
+            kept = [c for c in calls if id(c) in known or id(c.encoder) not in trained]
+            self.encodes_others |= len(kept) < len(calls)
+            return kept
+        # in a loop, calls without gradient may be others': the batch tells, or the last are its
         others = [call for call in calls if not call.output.requires_grad]
         shown = [call for call in others if is_of(given, call.image)]
         return its + shown + [call for call in reversed(others) if not is_of(given, call.image)]
@@ -226,6 +242,19 @@ class Attachment:
             )
         self.was_frozen = True
 
+    def _tell_of_unmasked(self, calls: Sequence[EncoderCall]) -> None:
+        momentum = [call for call in calls if call.encoder is not self.encoder]
+        if momentum and self.mask and not self.mask.without_gradient:
+            warnings.warn(
+                "recon_aux: expected a momentum encoder's features to go through a head that is "
+                f"masked, saw {self._name(momentum[0].encoder)} called and none of "
+                f"{[self._name(head) for head in self.heads]} without gradient; if the method's "
+                "loss compares with what it gives, it sees the equivariant channels: heads= tells "
+                "the momentum encoder's heads, too, of these: "
+                f"{describe_children(self.model)}; equivariant_dim=0 trains without a split",
+                stacklevel=2,
+            )
+
     def _no_call(self) -> str:
         where = "each step, before add_loss," if self.in_a_loop else "training_step"
         return (
@@ -244,12 +273,27 @@ class Attachment:
                 "expected the method's loss to train one encoder, but it depends on "
                 f"{[self._name(encoder) for encoder in encoders] or 'none'} of those like "
                 f"{self._name(self.encoder)}; backbone= tells which it is, of these: "
-                f"{describe_children(self.model)}; what a momentum encoder gives is to be "
-                "detached, and two that are alike can't both be trained"
+                f"{describe_children(self.model)}; {self._advice(encoders)}"
             )
         # names are a first guess: a teacher may be called backbone
         (self.encoder,) = encoders
         self.aux.encoder_name = self._name(self.encoder)
+
+    def _advice(self, encoders: Sequence[nn.Module]) -> str:
+        if encoders:
+            return (
+                "what a momentum encoder gives is to be detached, and two that are alike can't "
+                "both be trained"
+            )
+        if self.capture.features is not None:
+            return (
+                "features= has to give a tensor that is in the output, as last_hidden_state, not "
+                "one that is made of it, as last_hidden_state[:, 0]"
+            )
+        return (
+            "a warm-up of the heads needs encoder.requires_grad_(False), not a feature that is "
+            "detached"
+        )
 
     def _verify_mask(self, loss: Tensor, outputs: list[Tensor], masked: list[Tensor]) -> None:
         """Check every step, since heads may be exchanged, but not always look at gradients."""

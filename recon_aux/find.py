@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -67,7 +68,8 @@ class Conventions:
         def walk(parent: nn.Module, prefix: str) -> None:
             for name, child in parent.named_children():
                 if self.is_head(prefix + name, unwrap(child)):
-                    heads.append(child)
+                    several = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+                    heads.extend(map(_averaged, child.children() if several else [child]))
                 else:
                     walk(child, f"{prefix}{name}.")
 
@@ -112,25 +114,70 @@ def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
 
 
 def find_momentum_heads(
-    model: nn.Module, momentum_encoders: Sequence[nn.Module], heads: Sequence[nn.Module]
+    model: nn.Module,
+    encoder: nn.Module,
+    momentum_encoders: Sequence[nn.Module],
+    heads: Sequence[nn.Module],
 ) -> list[nn.Module]:
-    """Find the heads' frozen copies: next to a momentum encoder, in the order of what is trained.
+    """Find the heads' copies, which take what a momentum encoder gives.
 
-    Of modules that are alike, a projection head and a predictor, say, the first frozen one is the
-    first trained one's.
+    First by name: what a momentum encoder's is to the encoder's, theirs are to the heads'. Else
+    those that are frozen next to a momentum encoder, in the order of what is trained: of modules
+    that are alike, a projection head and a predictor, say, the first frozen one is the first
+    trained one's.
     """
     around = [module for module in model.modules() if _is_around(module, momentum_encoders)]
     if not around:
         return []
+    names = {id(module): name for name, module in model.named_modules()}
     found: list[nn.Module] = []
     for head in heads:
         alike = {id(module) for module in (head, *find_copies(model, head))}
+        named = [
+            module
+            for copy in momentum_encoders
+            for name in _analogous(names[id(encoder)], names[id(copy)], names.get(id(head), ""))
+            for known, module in model.named_modules()
+            if known == name and id(module) in alike and module is not head
+        ]
+        if named:
+            found += named
+            continue
         trained = [m for m in model.modules() if id(m) in alike and not is_frozen(m)]
         for parent in around:
             frozen = [m for m in parent.children() if id(m) in alike and is_frozen(m)]
             pairs = zip(frozen, trained, strict=False)
             found += [copy for copy, original in pairs if original is head]
     return found
+
+
+def _analogous(name: str, copy: str, other: str) -> list[str]:
+    """Change another name as a name was changed into its copy's: a word in it, before or behind.
+
+    Example:
+        >>> _analogous("online.encoder", "target.encoder", "online.projector")
+        ['target.projector']
+        >>> _analogous("backbone", "backbone_ema", "projector")
+        ['projector_ema', '_emaprojector']
+    """
+    start = _shared(name, copy)
+    end = _shared(name[start:][::-1], copy[start:][::-1])
+    was, now = name[start : len(name) - end], copy[start : len(copy) - end]
+    if was:
+        return [other.replace(was, now, 1)] if was in other else []
+    return [other + now, now + other]
+
+
+def _shared(name: str, other: str) -> int:
+    """Count the letters at the start that two names share."""
+    pairs = zip(name, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _averaged(module: nn.Module) -> nn.Module:
+    """Look into an average of weights, as torch's and timm's, which may be called or its module."""
+    inner = dict(module.named_children())
+    return _averaged(inner["module"]) if inner.keys() == {"module"} else module
 
 
 def _is_around(module: nn.Module, encoders: Sequence[nn.Module]) -> bool:

@@ -151,7 +151,9 @@ class Capture:
         result = call(*args, **kwargs)
         if self.recording and not is_recomputing():
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if not tensors or tensors[0].ndim != 4:
+            # a mask may come first
+            image = next((x for x in tensors if x.ndim == 4), None)
+            if image is None:
                 raise ValueError(
                     "expected the encoder to be called with images (B, C, H, W), got "
                     f"{[tuple(x.shape) for x in tensors]}"
@@ -161,7 +163,7 @@ class Capture:
             may_be = () if torch.compiler.is_compiling() else self.encoders
             is_training = encoder.training or any(known.training for known in may_be)
             if not self.in_a_loop or output.requires_grad or is_training:
-                self.remember(EncoderCall(encoder, tensors[0], output, encoder.training))
+                self.remember(EncoderCall(encoder, image, output, encoder.training))
         return result
 
     def remember(self, call: EncoderCall) -> None:
@@ -231,12 +233,14 @@ class Mask:
         self.feature_rank = feature_rank
         # what the heads received in a running step
         self.masked: list[Tensor] | None = None
+        # how often one received something without gradient
+        self.without_gradient = 0
         # of each head's parameters, when a backward pass past the step went through it
         self.versions: dict[int, int] = {}
 
     def start(self) -> None:
         """Note what the heads receive, from here on."""
-        self.masked, self.versions = [], {}
+        self.masked, self.versions, self.without_gradient = [], {}, 0
 
     def expect_a_step(self, head: nn.Module, masked: Tensor) -> None:
         """See to it that the heads aren't trained past the step that adds the loss."""
@@ -291,7 +295,10 @@ class Mask:
         dim = 1 if maps_first else feature.ndim - 1
         positions, rest = divmod(feature.shape[dim], self.feature_dim)
         flattened = positions > 1 and feature.ndim == 2 and self.feature_rank != 2
-        if feature.ndim not in (2, 3, 4) or rest or (positions != 1 and not flattened):
+        # images, perhaps, which a layer before the encoder receives
+        is_other = feature.ndim == 4 and not maps_first and self.feature_rank == 2
+        is_other |= feature.ndim not in (2, 3, 4)
+        if is_other or rest or (positions != 1 and not flattened):
             raise ValueError(
                 f"expected the head {type(head).__name__} to receive the encoder's "
                 f"{self.feature_dim} channels, got {tuple(feature.shape)}; "
@@ -306,6 +313,8 @@ class Mask:
         masked = F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
         if self.masked is None:
             self.expect_a_step(head, masked)
-        elif masked.requires_grad and not is_recomputing():
+        elif not masked.requires_grad:
+            self.without_gradient += 1
+        elif not is_recomputing():
             self.masked.append(masked)
         return masked

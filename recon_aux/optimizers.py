@@ -83,7 +83,9 @@ def enroll(
         if settings.given():
             _move_to_own_groups(optimizer, ours, settings, list(_schedulers(configured)))
         hooked = _with_hooks(optimizer)
-        hooked.register_load_state_dict_pre_hook(_FillIn(ours))
+        # timm's Lookahead has no such hooks, and doesn't go on from a bare run
+        if hasattr(hooked, "_optimizer_load_state_dict_pre_hooks"):
+            hooked.register_load_state_dict_pre_hook(_FillIn(ours))
         trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
         params = [p for group in optimizer.param_groups for p in group["params"]]
         takes_notice = _TakesNotice(
@@ -223,8 +225,9 @@ class _InProportion:
         """Set it before a step."""
         for own, like in self.likes.items():
             group = optimizer.param_groups[like]
-            # a schedule that was made later has noted another base
-            ratio = _ratio(self.lr, {**group, "lr": self.bases[own]})
+            # a schedule that was made later may have a maximum; what else notes an initial rate,
+            # as Lightning's search for one, means no base
+            ratio = _ratio(self.lr, {"lr": group.get("max_lr", self.bases[own])})
             optimizer.param_groups[own]["lr"] = group["lr"] * ratio
 
 

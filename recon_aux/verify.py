@@ -79,8 +79,11 @@ class TrainedTogether:
     """Sees to it that the decoder is trained where the encoder is."""
 
     def __init__(self) -> None:
-        self.seen: tuple[int, int] | None = None
+        self.versions: tuple[int, int] | None = None
         self.steps_of_encoder_alone = 0
+        # fused optimizers change no version: until the decoder's has grown, values are compared
+        self.has_grown = self.was_changed = False
+        self.values: list[list[Tensor]] = []
 
     def verify(self, encoder: nn.Module, aux: nn.Module) -> None:
         """Count steps after which the encoder was changed and the decoder not, unless frozen.
@@ -88,16 +91,43 @@ class TrainedTogether:
         Raises:
             RuntimeError: at the second.
         """
-        if not any(parameter.requires_grad for parameter in aux.parameters()):
+        ours = [parameter for parameter in aux.parameters() if parameter.requires_grad]
+        if self.was_changed or not ours:
             return
-        versions = version(encoder), version(aux)
-        if self.seen is not None and versions[0] != self.seen[0]:
-            alone = versions[1] == self.seen[1]
+        versions, seen = (version(encoder), version(aux)), self.versions
+        moved = [now != was for now, was in zip(versions, seen or versions, strict=True)]
+        self.versions = versions
+        self.has_grown |= moved[1]
+        if self.has_grown:
+            self.values = []
+        else:
+            # one weight of the encoder's tells, and takes little memory
+            one = [parameter for parameter in encoder.parameters() if parameter.requires_grad][:1]
+            values = [[_own_part(parameter) for parameter in some] for some in (one, ours)]
+            if self.values:
+                changed = [_differ(*some) for some in zip(values, self.values, strict=True)]
+                moved[0] |= changed[0]
+                self.was_changed = changed[1]
+            self.values = [] if self.was_changed else [[x.clone() for x in some] for some in values]
+        if moved[0]:
+            alone = not (moved[1] or self.was_changed)
             self.steps_of_encoder_alone = self.steps_of_encoder_alone + 1 if alone else 0
-        self.seen = versions
         if self.steps_of_encoder_alone == 2:
             raise RuntimeError(
                 "expected the optimizer to train the decoder with the encoder, whose weights alone "
-                "were changed in place after the last two steps; make the optimizer after "
+                "were changed in the last two steps; make the optimizer after "
                 "attaching, or optimizer.add_param_group({'params': model.recon_aux.parameters()})"
             )
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    """Give a parameter's values, of a sharded one those that this process has."""
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.detach()
+
+
+def _differ(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return any(
+        x.shape != y.shape or x.device != y.device or not torch.equal(x, y)
+        for x, y in zip(some, others, strict=True)
+    )

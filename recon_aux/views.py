@@ -66,7 +66,8 @@ def two_views(
             f"{[tuple(call.image.shape) for call in others]} for the encoder's "
             f"{tuple(first.image.shape)}, which aren't in the batch: made within the step, or "
             "another process's, where a batch is shuffled over processes. views=1 says that they "
-            "are in the order of the encoder's own; those of another process can't be used"
+            "are in the order of the encoder's own, where nothing is shuffled; to shuffle, let the "
+            "views stand in the batch; those of another process can't be used"
         )
     raise RuntimeError(
         "expected two views, one in each call of the encoder or concatenated in one, or one of "

@@ -17,12 +17,12 @@ from methods import tiny_vit
 from models import batch, build, rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from training import Siamese
 
 import recon_aux
-from recon_aux.attach import Mask
 from recon_aux.encoder import encoder_shape
 from recon_aux.integrations.lightly import attach
-from recon_aux.intercept import Door, doors
+from recon_aux.intercept import Door, Mask, doors
 
 
 class Method(nn.Module):
@@ -559,3 +559,39 @@ def test_gradients_of_the_methods_loss_are_those_of_the_bare_model_where_nothing
 
     pairs = zip(gradients(False), gradients(True), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_feature_that_is_made_of_the_output_is_refused() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_encoder()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": self.inner(x).flatten(1)[:, None]}
+
+    class Method(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.projection_head(self.backbone(x)["hidden"][:, 0])
+            return z
+
+    model = attach(Method(Tokens()), features=lambda output: output["hidden"][:, 0])
+    with pytest.raises(RuntimeError, match="features= has to give a tensor that is in the output"):
+        model.training_step(([*torch.rand(2, 4, 3, 32, 32)], torch.arange(4)), 0)
+
+
+def test_a_warm_up_of_the_heads_by_detaching_is_told_how_to_be_one() -> None:
+    class Warm(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.projection_head(self.backbone(x).flatten(1).detach())
+            return z
+
+    with pytest.raises(RuntimeError, match=r"warm-up of the heads needs encoder\.requires_grad_"):
+        attach(Warm()).training_step(([*torch.rand(2, 4, 3, 32, 32)], torch.arange(4)), 0)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda loss: nn.ModuleDict({"ssl": loss})])
+def test_the_weight_is_the_losss_wherever_it_stands(wrap: Any) -> None:
+    model = Siamese()
+    model.criterion = wrap(model.criterion)
+    assert attach(model).recon_aux.weight == 0.2

@@ -128,6 +128,27 @@ def test_an_optimizer_without_the_decoder_is_noticed() -> None:
     steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
 
 
+def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:
+    model = InALoop()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    attach(model)
+    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
+        steps_with(model, optimizer, 3, forget=False)
+    model = attach(InALoop())
+    steps_with(model, torch.optim.AdamW(model.parameters(), fused=True), 5, forget=False)
+
+
+def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
+    model = attach(InALoop())
+    its = [*model.backbone.parameters(), *model.projection_head.parameters()]
+    optimizers = [
+        torch.optim.SGD(its, lr=0.1),
+        torch.optim.AdamW(model.recon_aux.parameters(), fused=True),
+    ]
+    optimizers[0].register_step_post_hook(lambda *_: optimizers[1].step())
+    steps_with(model, optimizers[0], 5, forget=False)
+
+
 def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
     model = attach(InALoop())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

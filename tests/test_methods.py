@@ -22,7 +22,7 @@ from methods import (
     map_encoder,
     smooth,
 )
-from models import rebuilt_from
+from models import rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -155,6 +155,7 @@ def test_the_momentum_encoders_feature_is_put_in_the_views_order() -> None:
 def test_a_later_step_compares_no_values(method: type[Method]) -> None:
     """Which would wait for a GPU, but where a momentum encoder's images aren't the batch's."""
     model = built(method)
+    model.configure_optimizers()
     for step in range(2):
         model.training_step(model.batch(), step)
     with torch.profiler.profile() as profile:
@@ -199,6 +200,82 @@ def test_an_encoder_that_is_frozen_is_not_the_one() -> None:
     model.backbone = nn.Linear(4, 4).requires_grad_(False)
     attach(model)
     assert model._recon_aux_attachment.encoder is model.my_encoder
+
+
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("side", [32, 48])
+def test_what_a_probe_encodes_first_is_no_view(side: int, detached: bool) -> None:
+    class Probed(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            clean = torch.rand(4, 3, side, side)
+            if batch_idx:
+                probed = self.backbone(clean)
+                self.probed = probed.detach() if detached else probed
+            return super().training_step(batch)
+
+    model = built(Probed)
+    seen = rebuilt_from(model)
+    views, labels = model.batch()
+    for index in (0, 1, 2):
+        model.training_step((views, labels), index)
+    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], views, strict=True))
+    assert len(seen) == 3
+
+
+def test_an_encoder_may_take_a_mask_before_the_images() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_encoder(dim=16)
+
+        def forward(self, pixel_values: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.inner(pixel_values)
+
+    class MaskFirst(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            (x0, x1), mask = batch
+            z = [
+                self.projection_head(self.backbone(mask=mask, pixel_values=x).flatten(1))
+                for x in (x0, x1)
+            ]
+            return self.criterion(*z)
+
+    model = attach(MaskFirst(Masked()))
+    seen = rebuilt_from(model)
+    views, labels = model.batch()
+    model.training_step((views, labels), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+
+
+def test_heads_in_a_list_are_heads() -> None:
+    class Several(Method):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection_heads = nn.ModuleList([self.projection_head, nn.Linear(16, 8)])
+            del self.projection_head
+
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            y0, y1 = (self.backbone(x).flatten(1) for x in batch[0])
+            return sum(self.criterion(head(y0), head(y1)) for head in self.projection_heads)
+
+    model = attach(Several())
+    model.training_step(model.batch(), 0)
+    assert len(model._recon_aux_attachment.heads) == 2
+
+
+def test_images_are_no_features_whatever_the_layer_is_called() -> None:
+    class Input(Method):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input_projection = nn.Conv2d(3, 3, 1)
+
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            views, labels = batch
+            return super().training_step(([self.input_projection(x) for x in views], labels))
+
+    model = attach(Input())
+    with pytest.raises(ValueError, match=r"receive the encoder's 16 channels, got \(4, 3, 16, 1"):
+        model.training_step((list(torch.rand(2, 4, 3, 16, 16)), torch.arange(4)), 0)
 
 
 def test_images_of_another_process_are_refused() -> None:
@@ -468,7 +545,7 @@ def test_an_encoder_that_is_called_past_its_forward() -> None:
 
 
 def test_fewer_than_two_views() -> None:
-    with pytest.raises(ValueError, match="expected views= of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="expected views= as a whole number of 1 or more, got 0"):
         built(Method, views=0)
 
 

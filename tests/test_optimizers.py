@@ -16,6 +16,7 @@ from lightly.utils.scheduler import CosineWarmupScheduler
 from models import batch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
+from timm.optim import Lookahead
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
@@ -269,6 +270,23 @@ def test_a_learning_rate_of_its_own_follows_one_that_is_set_by_hand() -> None:
     model.on_train_batch_start = warm_up
     rates = rates_in_training(model, 4)
     assert rates == [pytest.approx((0.05 * step / 4, 0.1 * step / 4)) for step in range(4)]
+
+
+def test_a_learning_rate_of_its_own_is_of_its_base_whatever_notes_another() -> None:
+    """As Lightning's search for a rate and its SWA callback do, which set all groups alike."""
+    model = attach(Siamese(), decoder_lr=0.2)
+    made = model.configure_optimizers()
+    for group in made.param_groups:
+        group["lr"] = group["initial_lr"] = 1e-4
+    made.step()
+    assert made.param_groups[1]["lr"] == pytest.approx(0.2 / 0.05 * 1e-4)
+
+
+def test_an_optimizer_without_hooks_for_loading_trains_the_decoder() -> None:
+    model = attach(Siamese(configure=lambda m: Lookahead(SGD(m.parameters(), lr=0.05))))
+    before = decoder_of(model)
+    fit(model)
+    assert_trained(model, before)
 
 
 def test_a_learning_rate_of_zero_leaves_the_decoder_as_it_is() -> None:
