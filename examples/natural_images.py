@@ -22,21 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bars import Measure, draw
-from common import (
-    Split,
-    TwoViews,
-    build_encoder,
-    flip_half,
-    load,
-    normalize,
-    save_reconstructions,
-    width_of,
-)
+from encoders import build_encoder, width_of
+from images import Split, TwoViews, as_input, flip_half, load, normalize
 from lightly.transforms import SimCLRTransform
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from options import parse_options
+from pictures import save_reconstructions
 from pytorch_lightning import LightningModule, seed_everything
 from records import as_text, file_name, kept, record, results_of, with_spread
 from resuming import fit, is_done, keep, refuse_mixed, trained_on
@@ -159,7 +152,7 @@ def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> tuple[Any,
 @torch.no_grad()
 def encode(encoder: nn.Module, images: Tensor, device: torch.device) -> np.ndarray:
     """Features of images as they are."""
-    parts = (encoder(normalize(x.to(device).float() / 255)) for x in images.split(256))
+    parts = (encoder(as_input(x.to(device))) for x in images.split(256))
     return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
 
 
@@ -354,6 +347,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     refuse_mixed(args.out, args)
+    if unnamed := [part for part in args.data if "=" not in part]:
+        raise SystemExit(f"--data expects NAME=FOLDER, got {', '.join(unnamed)}")
     folders = dict(part.split("=", 1) for part in args.data)
     if len(folders) > 2:
         raise SystemExit(f"--data expects one data set, or two to transfer between, got {folders}")

@@ -28,7 +28,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import build_encoder, small_resnet18, width_of
+from encoders import build_encoder, small_resnet18, width_of
 from lightly.models.utils import update_momentum
 from lightly_byol import BYOL
 from lightly_simclr import SimCLR

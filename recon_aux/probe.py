@@ -170,11 +170,6 @@ class ProbeResult:
         """Give plain numbers, ready for JSON."""
         return {name: asdict(part) for name, part in self.parts.items()}
 
-    @classmethod
-    def from_dict(cls, parts: Mapping[str, Mapping[str, Any]]) -> ProbeResult:
-        """Rebuild a result from :meth:`to_dict`."""
-        return cls({name: PartResult(**part) for name, part in parts.items()})
-
     def __str__(self) -> str:
         return render({"": self})
 

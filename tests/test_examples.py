@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torchvision
-from common import load
-
-from recon_aux.probe import COMBINED
+from images import load
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--epochs", "1", "--limit", "128", "--batch-size", "64", "--device", "cpu"]
@@ -51,23 +49,6 @@ def test_without_comparison_and_with_options(
     assert record["options"]["weight"] == "2.0"
     assert record["seconds"].keys() == {"attached"}
     run(monkeypatch, "lightly_simclr.py", *SMALL, *options, "--overwrite")
-
-
-def test_a_summary_of_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    part = {"linear": 50.0, "knn": 40.0, "alone": {}, "combined": dict.fromkeys(COMBINED, 0.25)}
-    folders = []
-    for i in range(3):
-        results = {"bare": {"whole": {**part, "linear": 50.0 + i}}}
-        folders.append(str(tmp_path / str(i)))
-        Path(folders[-1]).mkdir()
-        record = {"command": "x", "seconds": {}, "results": results}
-        (Path(folders[-1]) / "results.json").write_text(json.dumps(record))
-    run(monkeypatch, "summary.py", *folders)
-    assert "| bare whole | 51.0 ± 1.0 | 40.0 ± 0.0 | 0.250 ± 0.000 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"has no results\.json"):
-        run(monkeypatch, "summary.py", str(tmp_path))
 
 
 def pictures(folder: Path, splits: tuple[str, ...], classes: int, count: int) -> None:

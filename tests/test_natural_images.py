@@ -11,7 +11,7 @@ import natural_images
 import numpy as np
 import pytest
 import torch
-from common import build_encoder
+from encoders import build_encoder
 from options import go_on, options_of
 from resuming import is_done, keep, refuse_mixed
 from test_examples import pictures
@@ -170,6 +170,12 @@ def test_options_are_attachs_or_else_the_methods_own() -> None:
 def test_options_that_are_none_are_refused(options: str) -> None:
     with pytest.raises(SystemExit, match="expected options as name=value"):
         natural_images.parse_arm(f"SimCLR, attached, {options}")
+
+
+def test_data_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--data", "CIFAR", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="--data expects NAME=FOLDER, got CIFAR"):
+        natural_images.main()
 
 
 def test_views_of_lightly_are_in_the_encoders_units() -> None:

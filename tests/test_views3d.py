@@ -67,6 +67,11 @@ def test_a_folder_of_other_objects_is_refused(
         render.main()
 
 
+def test_a_folder_without_objects_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"expected .*train_images\.npy, as render\.py makes it"):
+        Objects(tmp_path, "train")
+
+
 def test_a_pairs_target_is_what_changed(folder: Path) -> None:
     data = Objects(folder, "val", size=32, views=4, cached=False)
     torch.manual_seed(0)

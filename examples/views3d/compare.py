@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import Objects, normalize, targets
 from pytorch_lightning import LightningModule, seed_everything
 from rich.progress import track
 from sklearn.metrics import r2_score
@@ -28,7 +27,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 sys.path.append(str(Path(__file__).parent.parent))
 from bars import Measure
 from bars import draw as draw_bars
-from common import small_resnet18
+from data import Objects, targets
+from encoders import small_resnet18
+from images import as_input
 from lightly_simclr import SimCLR
 from lightly_vicreg import VICReg
 from options import parse_options
@@ -124,7 +125,7 @@ def encode(model: LightningModule, data: Objects, device: torch.device, workers:
     encoder = model.backbone.to(device).eval()
     loader = DataLoader(_AllViews(data), batch_size=None, num_workers=workers)
     features = [
-        encoder(normalize(views.to(device))).flatten(1).float().cpu()
+        encoder(as_input(views.to(device))).flatten(1).float().cpu()
         for views in track(loader, "encoding all views")
     ]
     return torch.stack(features)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from images import as_input
 from PIL import Image
 from rich.progress import track
 from scipy.spatial.transform import Rotation
@@ -48,7 +49,13 @@ class Objects(Dataset[Any]):
         limit: int | None = None,
         cached: bool = True,
     ) -> None:
-        paths = np.load((lists or root) / f"{split}_images.npy")
+        listed = (lists or root) / f"{split}_images.npy"
+        if not listed.is_file():
+            raise SystemExit(
+                f"expected {listed}, as render.py makes it; --lists tells where the lists are, if "
+                "not in the data set's folder"
+            )
+        paths = np.load(listed)
         labels = np.load((lists or root) / f"{split}_labels.npy")
         rows = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths))).astype(int)
         # the official lists' paths begin with a slash
@@ -73,7 +80,7 @@ class Objects(Dataset[Any]):
 
     def __getitem__(self, row: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         pair = torch.randperm(self.views)[:2]
-        views = [normalize(self.image(row, int(view))) for view in pair]
+        views = [as_input(self.image(row, int(view))) for view in pair]
         target = targets(self.latents[row, pair[:1].numpy()], self.latents[row, pair[1:].numpy()])
         return views, (self.labels[row], target[0])
 
@@ -106,8 +113,3 @@ def targets(first: np.ndarray, second: np.ndarray) -> Tensor:
         [(start.inv() * end).as_quat(), second[:, COLORS] - first[:, COLORS]], axis=1
     )
     return torch.from_numpy(change).float()
-
-
-def normalize(images: Tensor) -> Tensor:
-    """From 0..255 to about -2..2, what the encoders see."""
-    return (images.float() / 255 - 0.5) / 0.25

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import save_pictures
-from data import Objects, normalize
+from data import Objects
+from images import as_input
+from pictures import save_pictures
 
 # of an object, next to each other
 _VIEWS = 9
@@ -32,10 +33,10 @@ def draw(model: Any, data: Objects, path: Path, device: torch.device) -> None:
     rows, labels = [], []
     for turning in (classes[0], classes[len(classes) // 2]):
         views = torch.stack([data.image(turning, view) for view in range(shown + 1)])
-        views = normalize(views).to(device)
+        views = as_input(views).to(device)
         others = [row for row in (classes[1], classes[-1]) if row != turning]
         contexts = [views[-1]]
-        contexts += [normalize(data.image(row, 0)).to(device) for row in others]
+        contexts += [as_input(data.image(row, 0)).to(device) for row in others]
         features = encoder(views[:-1])
         rows.append([torch.zeros_like(views[0]), *views[:-1]])
         labels.append("context, and views")
