@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-import pytorch_lightning
 import torch
 from lightly.models.modules import SimCLRProjectionHead
 from methods import tiny_vit
-from models import batch, build, rebuilt_from, tiny_encoder
+from models import batch, rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from training import Siamese
@@ -546,19 +545,6 @@ def test_images_that_are_encoded_twice_are_one_view() -> None:
     views, labels = batch()
     model.training_step((views, labels), 0)
     assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
-
-
-def test_gradients_of_the_methods_loss_are_those_of_the_bare_model_where_nothing_is_split() -> None:
-    def gradients(attached: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = build(pytorch_lightning.LightningModule, "SimCLR", "one_by_one")
-        if attached:
-            attach(model, weight=0, equivariant_dim=0)
-        model.training_step(batch(), 0).backward()
-        return [p.grad for p in model.backbone.parameters()]
-
-    pairs = zip(gradients(False), gradients(True), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_feature_that_is_made_of_the_output_is_refused() -> None:

@@ -122,3 +122,21 @@ def test_a_model_and_a_decoder_that_inductor_compiled_give_the_same_losses() -> 
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=1e-4)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    views, features = torch.rand(2, 4, 3, 48, 40).cuda(), torch.rand(2, 4, 8).cuda()
+    aux = ReconAux(8).cuda()
+    aux(views, features)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            aux(views, features)
+            aux(views, features * float("nan"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with pytest.raises(FloatingPointError, match=r"got nan in step 3; "):
+        aux(views, features)

@@ -78,6 +78,7 @@ def test_a_step_that_fails_keeps_nothing() -> None:
     assert kept(seen.references) == 0
     attachment = model._recon_aux_attachment
     assert (attachment.capture.calls, attachment.mask.masked) == ([], None)
+    assert not attachment.capture.recording
 
 
 def test_a_reconstruction_that_fails_keeps_nothing() -> None:
