@@ -25,9 +25,8 @@ from bars import Measure, draw
 from encoders import build_encoder, width_of
 from images import Split, TwoViews, as_input, flip_half, load, normalize
 from lightly.transforms import SimCLRTransform
-from lightly_byol import BYOL
+from lightly_methods import METHODS
 from lightly_simclr import SimCLR
-from lightly_vicreg import VICReg
 from options import parse_options
 from pictures import save_reconstructions
 from pytorch_lightning import LightningModule, seed_everything
@@ -48,7 +47,6 @@ from recon_aux.probe import (
     transform,
 )
 
-METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 CEILING = "ceiling"
 UNTRAINED = "untrained"
 ARMS = [UNTRAINED, *(m + kind for m in METHODS for kind in ("", ", attached")), CEILING]
