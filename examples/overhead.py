@@ -77,7 +77,7 @@ def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
             arm.step()
         counted.append(counter.get_total_flops())
     return {
-        "GFLOPs per image": counted[0] / case.batch_size / 1e9,
+        "GFLOPs per pair": counted[0] / case.batch_size / 1e9,
         "FLOPs": counted[1] / counted[0],
     }
 
