@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +100,8 @@ def attach(
             f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
             "makes it"
         )
-    if views is not None and not (isinstance(views, int) and views >= 1):
+    given: Any = views
+    if given is not None and not (isinstance(given, Integral) and int(given) >= 1):
         raise ValueError(f"expected views= as a whole number of 1 or more, got {views!r}")
     settings = Settings(decoder_lr, decoder_weight_decay)
     settings.check()

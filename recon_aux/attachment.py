@@ -21,7 +21,7 @@ from .find import (
     unwrap,
 )
 from .graph import reached
-from .intercept import Capture, Door, EncoderCall, Mask, watch
+from .intercept import Capture, Door, EncoderCall, Mask, doors, watch
 from .optimizers import Settings, enroll
 from .verify import (
     TrainedTogether,
@@ -100,7 +100,8 @@ class Attachment:
 
     def hide_from_copies(self) -> None:
         """Hide the equivariant channels from momentum heads, too, unless one was named."""
-        if self.mask and not any(map(is_frozen, self.heads)):
+        inside = {id(module) for module in self.model.modules()}
+        if self.mask and not any(is_frozen(head) and id(head) in inside for head in self.heads):
             copies = [known for known in self.watched if known is not self.encoder]
             copied = find_momentum_heads(self.model, self.encoder, copies, self.heads)
             self.hide_from(copied, self.mask)
@@ -162,6 +163,8 @@ class Attachment:
         self.capture.start(in_a_loop=self.in_a_loop)
         if self.mask:
             self.mask.start()
+            # no more where it is compiled, perhaps, after the first step
+            self.mask.without_gradient &= self.verified
 
     @not_compiled
     def stop(self) -> None:
@@ -177,8 +180,8 @@ class Attachment:
         online = [call for call in calls if call.output.requires_grad]
         if not self.verified and online and loss.requires_grad:
             self._verify_encoder(loss, online)
-        if not self.verified and self.mask and online:
-            self._tell_of_unmasked(calls)
+        if not self.verified and online:
+            self._tell_of_unmasked(calls, online, given)
         online = [call for call in online if call.encoder is self.encoder]
         if not online:
             candidates = [self.encoder] if self.verified else self.watched
@@ -212,8 +215,10 @@ class Attachment:
         its = [call for call, is_its in zip(calls, belongs, strict=True) if is_its]
         if not self.in_a_loop:
             self.usual_calls = len(calls)
-            # a view may be encoded with gradient, and then detached
-            if len({id(call.image) for call in its}) < 2:
+            # one may be encoded without gradient, or detached: both have to be among the loss's
+            sizes = [call.image.shape[-2:].numel() for call in its]
+            views = {id(c.image) for c, size in zip(its, sizes, strict=True) if size == max(sizes)}
+            if len(views) < 2:
                 return calls
             known = {id(call) for call in its}
             trained = {id(call.encoder) for call in its}
@@ -242,9 +247,15 @@ class Attachment:
             )
         self.was_frozen = True
 
-    def _tell_of_unmasked(self, calls: Sequence[EncoderCall]) -> None:
+    def _tell_of_unmasked(
+        self, calls: Sequence[EncoderCall], online: Sequence[EncoderCall], given: Any
+    ) -> None:
         momentum = [call for call in calls if call.encoder is not self.encoder]
-        if momentum and self.mask and not self.mask.without_gradient:
+        if self.in_a_loop:
+            # it may be evaluated between steps
+            trained = {id(call.image) for call in online}
+            momentum = [c for c in momentum if id(c.image) in trained or is_of(given, c.image)]
+        if self.mask and momentum and not self._is_masked([call.output for call in momentum]):
             warnings.warn(
                 "recon_aux: expected a momentum encoder's features to go through a head that is "
                 f"masked, saw {self._name(momentum[0].encoder)} called and none of "
@@ -254,6 +265,20 @@ class Attachment:
                 f"{describe_children(self.model)}; equivariant_dim=0 trains without a split",
                 stacklevel=2,
             )
+
+    def _is_masked(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether some head, as far as can be told, gets what a momentum encoder gave."""
+        assert self.mask is not None
+        live = [output for output in outputs if output.requires_grad]
+        return (
+            self.mask.without_gradient
+            or any(any(reached(x, live)) for x in self.mask.masked or [] if live)
+            # a head that was copied brought a mask along
+            or any(
+                isinstance(door.guard, Mask) and door.guard is not self.mask
+                for door in doors(self.model)
+            )
+        )
 
     def _no_call(self) -> str:
         where = "each step, before add_loss," if self.in_a_loop else "training_step"

@@ -171,7 +171,10 @@ class ReconAux(nn.Module):
         self.splitter = FeatureSplitter(feature_dim, self._options["equivariant_dim"])
         self._options["equivariant_dim"] = self.splitter.equivariant_dim
         self.reconstruction_loss = ReconstructionLoss(
-            loss, structure=structure, normalize_patches=normalize_patches, patch_size=patch_size
+            loss,
+            structure=self._options["structure"],
+            normalize_patches=normalize_patches,
+            patch_size=patch_size,
         )
         if patch_size**2 * image_channels == 1 and (structure or normalize_patches):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def check_nonnegative(option: str, value: Any) -> None:
         ...
         ValueError: expected weight= as a finite number of 0 or more, got -1
     """
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
         raise ValueError(f"expected {option}= as a finite number of 0 or more, got {value!r}")
 
 

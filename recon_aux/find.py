@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Conventions:
         def walk(parent: nn.Module, prefix: str) -> None:
             for name, child in parent.named_children():
                 if self.is_head(prefix + name, unwrap(child)):
-                    several = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+                    several = type(child) in (nn.ModuleList, nn.ModuleDict)
                     heads.extend(map(_averaged, child.children() if several else [child]))
                 else:
                     walk(child, f"{prefix}{name}.")
@@ -129,25 +130,26 @@ def find_momentum_heads(
     around = [module for module in model.modules() if _is_around(module, momentum_encoders)]
     if not around:
         return []
-    names = {id(module): name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
     found: list[nn.Module] = []
     for head in heads:
         alike = {id(module) for module in (head, *find_copies(model, head))}
-        named = [
-            module
-            for copy in momentum_encoders
-            for name in _analogous(names[id(encoder)], names[id(copy)], names.get(id(head), ""))
-            for known, module in model.named_modules()
-            if known == name and id(module) in alike and module is not head
+        # what was replaced since has no name
+        pairs = [(names.get(id(encoder)), names.get(id(copy))) for copy in momentum_encoders]
+        candidates = [
+            modules.get(name)
+            for own, other in pairs
+            if own is not None and other is not None and id(head) in names
+            for name in _analogous(own, other, names[id(head)])
         ]
-        if named:
-            found += named
-            continue
+        named = [m for m in candidates if m is not None and m is not head and id(m) in alike]
         trained = [m for m in model.modules() if id(m) in alike and not is_frozen(m)]
+        in_order = []
         for parent in around:
             frozen = [m for m in parent.children() if id(m) in alike and is_frozen(m)]
-            pairs = zip(frozen, trained, strict=False)
-            found += [copy for copy, original in pairs if original is head]
+            in_order += [c for c, own in zip(frozen, trained, strict=False) if own is head]
+        found += [m for m in named if is_frozen(m)] or in_order or named
     return found
 
 
@@ -165,7 +167,8 @@ def _analogous(name: str, copy: str, other: str) -> list[str]:
     was, now = name[start : len(name) - end], copy[start : len(copy) - end]
     if was:
         return [other.replace(was, now, 1)] if was in other else []
-    return [other + now, now + other]
+    within = [other[:start] + now + other[start:]] if other.startswith(name[:start]) else []
+    return [*within, other + now, now + other]
 
 
 def _shared(name: str, other: str) -> int:
@@ -175,9 +178,9 @@ def _shared(name: str, other: str) -> int:
 
 
 def _averaged(module: nn.Module) -> nn.Module:
-    """Look into an average of weights, as torch's and timm's, which may be called or its module."""
-    inner = dict(module.named_children())
-    return _averaged(inner["module"]) if inner.keys() == {"module"} else module
+    """Look into an average of weights, torch's or timm's: it may be called, or its module."""
+    is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
+    return module.get_submodule("module") if is_average else module
 
 
 def _is_around(module: nn.Module, encoders: Sequence[nn.Module]) -> bool:

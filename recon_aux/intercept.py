@@ -151,7 +151,7 @@ class Capture:
         result = call(*args, **kwargs)
         if self.recording and not is_recomputing():
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            # a mask may come first
+            # a mask of patches may come first
             image = next((x for x in tensors if x.ndim == 4), None)
             if image is None:
                 raise ValueError(
@@ -233,14 +233,14 @@ class Mask:
         self.feature_rank = feature_rank
         # what the heads received in a running step
         self.masked: list[Tensor] | None = None
-        # how often one received something without gradient
-        self.without_gradient = 0
+        # whether one received something without gradient
+        self.without_gradient = False
         # of each head's parameters, when a backward pass past the step went through it
         self.versions: dict[int, int] = {}
 
     def start(self) -> None:
         """Note what the heads receive, from here on."""
-        self.masked, self.versions, self.without_gradient = [], {}, 0
+        self.masked, self.versions = [], {}
 
     def expect_a_step(self, head: nn.Module, masked: Tensor) -> None:
         """See to it that the heads aren't trained past the step that adds the loss."""
@@ -296,7 +296,9 @@ class Mask:
         positions, rest = divmod(feature.shape[dim], self.feature_dim)
         flattened = positions > 1 and feature.ndim == 2 and self.feature_rank != 2
         # images, perhaps, which a layer before the encoder receives
-        is_other = feature.ndim == 4 and not maps_first and self.feature_rank == 2
+        is_other = (
+            feature.ndim == 4 and not maps_first and self.feature_rank == 2 and feature.shape[2] > 1
+        )
         is_other |= feature.ndim not in (2, 3, 4)
         if is_other or rest or (positions != 1 and not flattened):
             raise ValueError(
@@ -314,7 +316,8 @@ class Mask:
         if self.masked is None:
             self.expect_a_step(head, masked)
         elif not masked.requires_grad:
-            self.without_gradient += 1
+            if not self.without_gradient:
+                self.without_gradient = True
         elif not is_recomputing():
             self.masked.append(masked)
         return masked

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,13 @@ def gradients_of(
     return [gradient for gradient in gradients if gradient is not None]
 
 
+_ADVICE = (
+    "the optimizer to train the decoder with the encoder, whose weights alone were changed in the "
+    "last two steps; make the optimizer after attaching, or "
+    "optimizer.add_param_group({'params': model.recon_aux.parameters()})"
+)
+
+
 class TrainedTogether:
     """Sees to it that the decoder is trained where the encoder is."""
 
@@ -83,7 +92,12 @@ class TrainedTogether:
         self.steps_of_encoder_alone = 0
         # fused optimizers change no version: until the decoder's has grown, values are compared
         self.has_grown = self.was_changed = False
-        self.values: list[list[Tensor]] = []
+        self.values_alone = 0
+        self.values: list[dict[int, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the values out of copies."""
+        return {**vars(self), "values": []}
 
     def verify(self, encoder: nn.Module, aux: nn.Module) -> None:
         """Count steps after which the encoder was changed and the decoder not, unless frozen.
@@ -103,21 +117,23 @@ class TrainedTogether:
         else:
             # one weight of the encoder's tells, and takes little memory
             one = [parameter for parameter in encoder.parameters() if parameter.requires_grad][:1]
-            values = [[_own_part(parameter) for parameter in some] for some in (one, ours)]
+            values = [{id(p): _own_part(p) for p in some} for some in (one, ours)]
             if self.values:
                 changed = [_differ(*some) for some in zip(values, self.values, strict=True)]
-                moved[0] |= changed[0]
                 self.was_changed = changed[1]
-            self.values = [] if self.was_changed else [[x.clone() for x in some] for some in values]
+                self._tell(encoder_alone=changed[0] and not moved[0] and not changed[1])
+            self.values = [] if self.was_changed else [_cloned(some) for some in values]
         if moved[0]:
             alone = not (moved[1] or self.was_changed)
             self.steps_of_encoder_alone = self.steps_of_encoder_alone + 1 if alone else 0
         if self.steps_of_encoder_alone == 2:
-            raise RuntimeError(
-                "expected the optimizer to train the decoder with the encoder, whose weights alone "
-                "were changed in the last two steps; make the optimizer after "
-                "attaching, or optimizer.add_param_group({'params': model.recon_aux.parameters()})"
-            )
+            raise RuntimeError(f"expected {_ADVICE}")
+
+    def _tell(self, *, encoder_alone: bool) -> None:
+        """Warn where only values tell, which a learning rate of 0 leaves as they are, too."""
+        self.values_alone += encoder_alone
+        if encoder_alone and self.values_alone == 2:
+            warnings.warn(f"recon_aux: expected {_ADVICE}", stacklevel=2)
 
 
 def _own_part(parameter: Tensor) -> Tensor:
@@ -126,8 +142,12 @@ def _own_part(parameter: Tensor) -> Tensor:
     return local.detach()
 
 
-def _differ(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+def _cloned(values: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {key: value.clone() for key, value in values.items()}
+
+
+def _differ(some: dict[int, Tensor], others: dict[int, Tensor]) -> bool:
+    pairs = [(x, others[key]) for key, x in some.items() if key in others]
     return any(
-        x.shape != y.shape or x.device != y.device or not torch.equal(x, y)
-        for x, y in zip(some, others, strict=True)
+        x.shape != y.shape or x.device != y.device or not torch.equal(x, y) for x, y in pairs
     )

@@ -132,10 +132,12 @@ def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:
     model = InALoop()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     attach(model)
-    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
+    with pytest.warns(UserWarning, match=r"train the decoder .*add_param_group"):
         steps_with(model, optimizer, 3, forget=False)
     model = attach(InALoop())
-    steps_with(model, torch.optim.AdamW(model.parameters(), fused=True), 5, forget=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps_with(model, torch.optim.AdamW(model.parameters(), fused=True), 5, forget=False)
 
 
 def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
@@ -147,6 +149,26 @@ def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
     ]
     optimizers[0].register_step_post_hook(lambda *_: optimizers[1].step())
     steps_with(model, optimizers[0], 5, forget=False)
+
+
+def test_an_average_that_is_evaluated_between_steps_is_no_teacher() -> None:
+    model = InALoop()
+    model.average = copy.deepcopy(model.backbone)
+    attach(model)
+    views, _ = Method().batch()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.average(torch.rand(4, 3, 32, 32))
+        with torch.enable_grad():
+            recon_aux.add_loss(model, sum(model(view).var() for view in views))
+
+
+def test_a_part_of_the_decoder_may_be_frozen_between_steps() -> None:
+    model = attach(InALoop())
+    views, _ = Method().batch()
+    for _ in range(2):
+        recon_aux.add_loss(model, sum(model(view).var() for view in views)).backward()
+        model.recon_aux.edges.requires_grad_(False)
 
 
 def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -220,6 +221,59 @@ def test_what_a_probe_encodes_first_is_no_view(side: int, detached: bool) -> Non
         model.training_step((views, labels), index)
     assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], views, strict=True))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_small_crops_leave_a_view_without_gradient_a_view(detached: bool) -> None:
+    class Crops(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            (x0, x1), _ = batch
+            with torch.set_grad_enabled(detached):
+                told = self.projection_head(self.backbone(x1).flatten(1)).detach()
+            z = [self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x0[..., ::2, ::2])]
+            return self.criterion(z[0], told) + self.criterion(z[1], told)
+
+    model = built(Crops)
+    seen = rebuilt_from(model)
+    views, labels = model.batch()
+    model.training_step((views, labels), 0)
+    assert {id(view) for view in seen[0][0]} == {id(view) for view in views}
+
+
+@every_method
+def test_what_is_masked_is_not_told_of(method: type[Method]) -> None:
+    model = built(method)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="recon_aux")
+        model.training_step(model.batch(), 0)
+
+
+def test_a_head_whose_only_child_is_called_module_is_a_head() -> None:
+    class Normalizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(16, 8)
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.module(nn.functional.normalize(y))
+
+    class Sequenced(nn.ModuleList):
+        def forward(self, y: Tensor) -> Tensor:
+            return self[1](self[0](y).relu())
+
+    for head in (Normalizing(), Sequenced([nn.Linear(16, 8), nn.Linear(8, 8)])):
+        model = Method()
+        model.projection_head = head
+        attach(model)
+        model.training_step(model.batch(), 0)
+        assert model._recon_aux_attachment.heads == [head]
+
+
+def test_an_encoder_may_be_replaced_before_the_first_step() -> None:
+    model = built(Method)
+    model.backbone = copy.deepcopy(model.backbone)
+    model.training_step(model.batch(), 0)
+    assert model._recon_aux_attachment.encoder is model.backbone
 
 
 def test_an_encoder_may_take_a_mask_before_the_images() -> None:

@@ -135,6 +135,15 @@ def test_a_teacher_s_head_that_is_named_is_masked() -> None:
     assert first == second
 
 
+def test_a_teacher_s_head_that_is_copied_after_attaching_brings_its_mask() -> None:
+    model = attach(Taught(OtherHead), **ONLINE)
+    model.target = copy.deepcopy(nn.Sequential(model.online.encoder, model.online.projector))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="recon_aux")
+        first, second = method_s_losses(model)
+    assert first == second
+
+
 class Side(LightningModule):
     """Without a common parent: a word in the names tells."""
 

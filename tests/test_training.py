@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.compile import from_compiled
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import cosine_similarity
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -325,6 +326,33 @@ def test_compiled_the_first_step_still_sees_mixed_channels(compiled: Any) -> Non
     step = compiled(attach(Mixed()), "aot_eager")
     with pytest.raises(RuntimeError, match="mixed into what the heads"):
         step(a_batch(), 0)
+
+
+def test_a_compiled_momentum_head_is_compiled_no_more_for_many_views() -> None:
+    class Many(Siamese):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+            self.projection_head_momentum = copy.deepcopy(self.projection_head)
+            self.projection_head_momentum.requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                for _ in range(2 + batch_idx):
+                    y = self.backbone_momentum(batch[0][1]).flatten(1)
+                    z1 = self.projection_head_momentum(y)
+            return -cosine_similarity(self(batch[0][0]), z1).mean()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = attach(Many())
+    model.projection_head_momentum.compile(backend=counter)
+    counts = []
+    for step in range(6):
+        model.training_step(a_batch(), step)
+        counts.append(counter.frame_count)
+    # the first step runs as it is
+    assert counts == [0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}])
