@@ -216,8 +216,8 @@ class Attachment:
         if not self.in_a_loop:
             self.usual_calls = len(calls)
             # one may be encoded without gradient, or detached: both have to be among the loss's
-            sizes = [call.image.shape[-2:].numel() for call in its]
-            views = {id(c.image) for c, size in zip(its, sizes, strict=True) if size == max(sizes)}
+            largest = max((call.pixels for call in its), default=0)
+            views = {id(call.image) for call in its if call.pixels == largest}
             if len(views) < 2:
                 return calls
             known = {id(call) for call in its}

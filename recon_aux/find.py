@@ -132,11 +132,11 @@ def find_momentum_heads(
         return []
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
+    # what was replaced since has no name
+    pairs = [(names.get(id(encoder)), names.get(id(copy))) for copy in momentum_encoders]
     found: list[nn.Module] = []
     for head in heads:
         alike = {id(module) for module in (head, *find_copies(model, head))}
-        # what was replaced since has no name
-        pairs = [(names.get(id(encoder)), names.get(id(copy))) for copy in momentum_encoders]
         candidates = [
             modules.get(name)
             for own, other in pairs

@@ -110,6 +110,11 @@ class EncoderCall(NamedTuple):
     in_training: bool
 
     @property
+    def pixels(self) -> int:
+        """How many pixels an image has."""
+        return self.image.shape[-2:].numel()
+
+    @property
     def evaluates(self) -> bool:
         """Whether this is no call of the encoder that is trained, as far as it shows."""
         return not (self.output.requires_grad and self.in_training)

@@ -30,11 +30,11 @@ def two_views(
     Raises:
         RuntimeError: if there are no two; the message lists the calls.
     """
-    largest = max(call.image.shape[-2:].numel() for call in online)
+    largest = max(call.pixels for call in online)
     # of several calls with the same images the first counts
     views: dict[int, EncoderCall] = {}
     for call in online:
-        if call.image.shape[-2:].numel() == largest:
+        if call.pixels == largest:
             views.setdefault(id(call.image), call)
     first, *more = views.values()
     if more:

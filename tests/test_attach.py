@@ -389,17 +389,18 @@ def test_a_loss_that_is_not_finite() -> None:
             model.training_step((views, labels), 0)
 
 
+class InADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = tiny_encoder()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"pooled": self.encoder(x)}
+
+
 def test_an_encoder_that_returns_no_tensor() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = tiny_encoder()
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"pooled": self.encoder(x)}
-
     model = method()
-    model.backbone = Wrapped()
+    model.backbone = InADict()
     with pytest.raises(TypeError, match=r"pooled.*tensor \(1, 16, 1, 1\).*features="):
         attach(model)
     attach(model, features=lambda output: output["pooled"])
@@ -548,20 +549,12 @@ def test_images_that_are_encoded_twice_are_one_view() -> None:
 
 
 def test_a_feature_that_is_made_of_the_output_is_refused() -> None:
-    class Tokens(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = tiny_encoder()
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"hidden": self.inner(x).flatten(1)[:, None]}
-
-    class Method(Siamese):
+    class OfADict(Siamese):
         def forward(self, x: Tensor) -> Tensor:
-            z: Tensor = self.projection_head(self.backbone(x)["hidden"][:, 0])
+            z: Tensor = self.projection_head(self.backbone(x)["pooled"][..., 0, 0])
             return z
 
-    model = attach(Method(Tokens()), features=lambda output: output["hidden"][:, 0])
+    model = attach(OfADict(InADict()), features=lambda output: output["pooled"][..., 0, 0])
     with pytest.raises(RuntimeError, match="features= has to give a tensor that is in the output"):
         model.training_step(([*torch.rand(2, 4, 3, 32, 32)], torch.arange(4)), 0)
 
