@@ -21,7 +21,7 @@ except ImportError as error:
 Model = TypeVar("Model", bound=nn.Module)
 
 # what balances each loss with ours; the README says how they were measured
-_WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 1.0, "NegativeCosineSimilarity": 0.2}
+_WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 0.3, "NegativeCosineSimilarity": 0.2}
 
 _PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}
 

@@ -36,7 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # what balances each method's loss with ours, from the same losses in lightly;
 # BYOL's and NNBYOL's is four times lightly's: two views are summed, and their distance is squared
-_WEIGHTS = {"SimCLR": 1.0, "VICReg": 1.0}
+_WEIGHTS = {"SimCLR": 1.0, "VICReg": 0.3}
 _WEIGHTS |= {"BYOL": 0.8, "NNBYOL": 0.8, "SimSiam": 0.2, "NNSiam": 0.2}
 
 _HEADS = {"projector", "momentum_projector", "head", "momentum_head"}
