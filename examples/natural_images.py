@@ -366,10 +366,11 @@ def main() -> None:
                 print(f"{own}: {arm}, seed {seed}")
                 model, seconds = train(arm, data[own][0], seed, path, args)
                 results = measure(model, own, data, args)
+                which = {"data": own, "arm": arm, "seed": seed}
                 if hasattr(model, "recon_aux"):
+                    which["recon_aux"] = model.recon_aux.options
                     shown = data[own][1][0], seed, path.with_suffix(".png")
                     save_reconstructions(model.backbone, model.recon_aux, *shown)
-                which = {"data": own, "arm": arm, "seed": seed}
                 keep(path, record(args, trained_on(args), seconds, results, **which))
     done = kept(args.out)
     text = tables(done)

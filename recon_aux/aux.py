@@ -444,9 +444,21 @@ class ReconAux(nn.Module):
             error_msgs,
         )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options it was built with, defaults included, but the seed: plain, to be logged.
+
+        Example:
+            >>> options = ReconAux(feature_dim=512, edges=0).options
+            >>> options["equivariant_dim"], options["edges"], options["weight"]
+            (256, 0, 1.0)
+        """
+        return dict(self._options)
+
     def extra_repr(self) -> str:
-        """Show the options in the module's printout."""
-        return f"weight={self.weight}, context={self.context!r}, reconstruct={self.reconstruct!r}"
+        """Show the options in the module's printout, the weight as it is now."""
+        shown = self._options | {"weight": self.weight}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def _pooled(feature: Tensor) -> Tensor:

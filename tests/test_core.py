@@ -524,6 +524,17 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -
         ReconAux(8, **options)
 
 
+def test_a_printout_shows_the_options_and_the_weight_as_it_is_now() -> None:
+    aux = ReconAux(8, edges=0, weight=2.0)
+    aux.weight = 0.5
+    assert aux.options["weight"] == 2.0
+    aux.options["edges"] = 16
+    shown = str(aux).splitlines()[1]
+    assert "equivariant_dim=4" in shown
+    assert "weight=0.5" in shown
+    assert "edges=0" in shown
+
+
 def test_the_core_imports_no_framework() -> None:
     frameworks = "{'lightly', 'lightning', 'pytorch_lightning', 'torchvision', 'kornia', 'sklearn'}"
     code = f"import sys, recon_aux; print(sorted({frameworks} & set(sys.modules)))"

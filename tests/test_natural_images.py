@@ -44,6 +44,9 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     assert {"linear", "knn", "1 % of labels", "10 % of labels", "transfer"} <= whole.keys()
     assert set(whole["alone"]) == set(TRANSFORMATIONS)
     assert {"commit", "command", "machine", "seconds", "torch"} <= json.loads(first).keys()
+    attached_with = {run["arm"]: run["recon_aux"] for run in runs if "recon_aux" in run}
+    assert attached_with.keys() == set(arms[1:])
+    assert [attached_with[arm]["context"] for arm in arms[1:]] == ["invariant", "both"]
     table = (out / "table.md").read_text()
     assert (out / "table.png").is_file()
     drawn = {path.stem for path in out.glob("*-0.png")}

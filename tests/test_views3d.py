@@ -201,6 +201,9 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == ["VICReg-recon_aux-edges=1-0.png", "table.png"]
     assert {"MRR", "H@1"} <= json.loads(first)["results"]["whole"].keys()
+    attached = json.loads((tmp_path / "VICReg-recon_aux-edges=1-0.json").read_text())
+    assert attached["recon_aux"]["edges"] == 1
+    assert attached["recon_aux"]["weight"] == 0.3
 
 
 def test_an_interrupted_arm_goes_on_from_its_last_tenth(

@@ -281,11 +281,13 @@ def run(
         part: measure((features[0][..., cut], features[1][..., cut]), data, device, args.mlp_steps)
         for part, cut in parts.items()
     }
+    which: dict[str, Any] = {"arm": arm, "seed": seed}
     if hasattr(model, "recon_aux"):
+        which["recon_aux"] = model.recon_aux.options
         draw_steering(model, data[1], path.with_suffix(".png"), device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
-    return record(args, device, seconds, results, arm=arm, seed=seed)
+    return record(args, device, seconds, results, **which)
 
 
 # --- the table and the picture ---
