@@ -321,7 +321,12 @@ def main() -> None:
         fromfile_prefix_chars="@",
     )
     add = parser.add_argument
-    add("--data", nargs="+", required=True, help="NAME=FOLDER with train/ and test/ (or val/)")
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        help="NAME=FOLDER with train/ and test/ (or val/), or NAME=cifar10, which is downloaded",
+    )
     add("--arms", nargs="+", default=ARMS, help="with options behind, after a comma")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", type=Path, default=Path("runs/natural"))

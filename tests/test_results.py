@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import compare
 import natural_images
 import pytest
-from records import kept
+from records import kept, results_of
 from training import rows
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +67,46 @@ def test_the_readmes_tables_are_those_of_the_records(
     assert len(shown) > 5
     for name in shown[0]:
         assert column(shown, name) == column(whole, name), name
+
+
+def over_seeds(
+    runs: list[dict[str, Any]], arm: str, value: Callable[[dict[str, Any]], float]
+) -> float:
+    """Mean over three seeds."""
+    results = results_of(runs, arm)
+    assert len(results) == 3
+    return mean(value(result) for result in results)
+
+
+@pytest.mark.parametrize("data", ["CIFAR-10", "Tiny-ImageNet-50"])
+@pytest.mark.parametrize("method", ["SimCLR", "BYOL", "VICReg"])
+def test_natural_images_meet_the_targets(data: str, method: str) -> None:
+    runs = [run for run in kept(RESULTS / "natural") if run["data"] == data]
+
+    def of(arm: str, part: str) -> tuple[float, float]:
+        r2 = over_seeds(runs, arm, lambda found: natural_images.mean_r2(found[part]))
+        return r2, over_seeds(runs, arm, lambda found: found[part]["linear"])
+
+    bare, attached = of(method, "whole"), of(f"{method}, attached", "whole")
+    assert attached[0] >= bare[0] + 0.15
+    assert attached[1] > bare[1]
+    assert of(f"{method}, attached", "equivariant")[0] > bare[0]
+
+
+def test_objects_meet_the_targets() -> None:
+    runs = kept(RESULTS / "views3d")
+    accuracy, rotation, colour = (
+        {
+            arm: over_seeds(runs, arm, lambda found, key=key: found["whole"][key])
+            for arm in ("VICReg", "SIE", "VICReg + recon_aux")
+        }
+        for key in ("accuracy", "rotation mlp", "color mlp")
+    )
+    ours = "VICReg + recon_aux"
+    assert accuracy[ours] >= accuracy["VICReg"] - 0.5
+    assert rotation[ours] >= rotation["SIE"] - 0.02
+    assert rotation[ours] >= rotation["VICReg"] + 0.15
+    assert colour[ours] >= colour["SIE"]
 
 
 def test_the_readmes_ablations_are_those_of_the_records() -> None:
