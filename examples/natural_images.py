@@ -25,7 +25,7 @@ from bars import Measure, draw
 from encoders import build_encoder, width_of
 from images import Split, TwoViews, as_input, flip_half, load, normalize
 from lightly.transforms import SimCLRTransform
-from lightly_methods import METHODS
+from lightly_methods import METHODS, MORE_METHODS
 from lightly_simclr import SimCLR
 from options import parse_options
 from pictures import save_reconstructions
@@ -49,6 +49,7 @@ from recon_aux.probe import (
 
 CEILING = "ceiling"
 UNTRAINED = "untrained"
+ALL_METHODS = METHODS | MORE_METHODS
 ARMS = [UNTRAINED, *(m + kind for m in METHODS for kind in ("", ", attached")), CEILING]
 
 
@@ -116,8 +117,10 @@ def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
     attached = options.split(", ")[0] == "attached"
     if attached:
         options = options.removeprefix("attached").removeprefix(", ")
-    if arm not in (UNTRAINED, CEILING) and name not in METHODS:
-        raise SystemExit(f"--arms expects {ARMS}, with options behind, got {arm!r}")
+    if arm not in (UNTRAINED, CEILING) and name not in ALL_METHODS:
+        raise SystemExit(
+            f"--arms expects {ARMS}, or {list(MORE_METHODS)}, with options behind, got {arm!r}"
+        )
     return name, attached, parse_options(options)
 
 
@@ -127,7 +130,7 @@ def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> tuple[Any,
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
     width = width_of(encoder, args.image_size)
-    method = Ceiling if name == CEILING else METHODS.get(name, SimCLR)
+    method = Ceiling if name == CEILING else ALL_METHODS.get(name, SimCLR)
     model = method(encoder, width, **{"lr": args.lr} | ({} if attached else options))
     if name == UNTRAINED:
         return model, 0.0
@@ -218,7 +221,7 @@ def picture(done: list[dict[str, Any]], path: Path) -> None:
     """Draw accuracy and mean R² of whole features, one row for each data set."""
     names = dict.fromkeys(run["data"] for run in done)
     groups = {name: [run for run in done if run["data"] == name] for name in names}
-    draw(groups, list(METHODS), ", attached", [ACCURACY, R2], path)
+    draw(groups, list(ALL_METHODS), ", attached", [ACCURACY, R2], path)
 
 
 def tables(done: list[dict[str, Any]]) -> str:
@@ -227,8 +230,8 @@ def tables(done: list[dict[str, Any]]) -> str:
     for own in dict.fromkeys(run["data"] for run in done):
         runs = [run for run in done if run["data"] == own]
         arms = sorted({run["arm"] for run in runs}, key=_order)
-        shipped = [arm for arm in arms if arm in ARMS]
-        others = [arm for arm in arms if arm not in ARMS]
+        others = [arm for arm in arms if parse_arm(arm)[2]]
+        shipped = [arm for arm in arms if arm not in others]
         text += [f"{own}: the whole feature, R² with all transformations combined"]
         text += [as_text(_wholes(runs, shipped))]
         if others:
@@ -295,7 +298,7 @@ def _means(found: list[dict[str, Any]], kind: str) -> list[str]:
 
 def _order(arm: str) -> tuple[int, str]:
     """Methods as they are listed, each bare first, the ceiling last."""
-    return [UNTRAINED, *METHODS, CEILING].index(parse_arm(arm)[0]), arm
+    return [UNTRAINED, *ALL_METHODS, CEILING].index(parse_arm(arm)[0]), arm
 
 
 def _closed(runs: list[dict[str, Any]], arm: str) -> str:
