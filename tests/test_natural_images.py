@@ -15,6 +15,7 @@ from encoders import build_encoder
 from options import go_on, options_of
 from resuming import is_done, keep, refuse_mixed
 from test_examples import pictures
+from torch import Tensor
 from training import fail_once, rows, run_example
 
 from recon_aux.integrations.lightly import attach
@@ -93,24 +94,29 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     assert (shown[5][0], shown[5][gap]) == ("SimCLR, attached, weight=3", "50 %")
 
 
+def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]:
+    """What a small run is told: the command line's options, and images with their labels."""
+    small = {"backbone": "tiny-resnet18", "image_size": 16, "batch_size": 8, "lr": 1e-3}
+    small |= {"optimizer": "AdamW", "views": "probed", "workers": 0, "epochs": 1}
+    small |= {"precision": "32-true", "device": "cpu"}
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+    return argparse.Namespace(**small | options), (images, torch.arange(24) % 2)
+
+
+@pytest.mark.parametrize("method", natural_images.MORE_METHODS)
+def test_more_methods_train_bare_and_attached(tmp_path: Path, method: str) -> None:
+    args, data = training()
+    for arm in (method, f"{method}, attached"):
+        model, _ = natural_images.train(arm, data, 0, tmp_path / f"{arm}.json", args)
+        assert torch.isfinite(model.trainer.callback_metrics["loss"])
+    assert "recon_aux/loss" in model.trainer.callback_metrics
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_an_interrupted_run_goes_on_from_its_last_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    args = argparse.Namespace(
-        backbone="tiny-resnet18",
-        image_size=16,
-        optimizer=optimizer,
-        lr=1e-3,
-        batch_size=8,
-        workers=0,
-        precision="32-true",
-        device="cpu",
-        views="probed",
-        epochs=2,
-    )
-    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
-    data = (images, torch.arange(24) % 2)
+    args, data = training(optimizer=optimizer, epochs=2)
     arm = "SimCLR, attached"
     whole, _ = natural_images.train(arm, data, 0, tmp_path / "whole.json", args)
     begun = fail_once(monkeypatch, natural_images.SimCLR, at=5)
