@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -20,7 +20,7 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# what balances each loss with ours; the README says how they were measured
+# what was measured to balance each loss with ours; the README says how
 _WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 0.3, "NegativeCosineSimilarity": 0.2}
 
 _PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}
@@ -31,7 +31,7 @@ def attach(
     *,
     backbone: str | nn.Module | None = None,
     heads: Sequence[str | nn.Module] | None = None,
-    weight: float | None = None,
+    weight: float | Literal["auto"] | None = None,
     **options: Any,
 ) -> Model:
     """Attach to a model; the one line.
@@ -83,7 +83,7 @@ def _is_head(name: str, module: nn.Module) -> bool:
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     losses = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)
+    weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), "auto")
     # a loss on patches needs tokens, which lightly's masked transformers give through encode
     method = "encode" if _PATCH_LOSSES & losses else "forward"
     return {"weight": weight, "backbone_method": method}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -49,7 +49,7 @@ def attach(
     *,
     backbone: str | nn.Module | None = None,
     heads: Sequence[str | nn.Module] | None = None,
-    weight: float | None = None,
+    weight: float | Literal["auto"] | None = None,
     **options: Any,
 ) -> Model:
     """Attach to a method; the one line.
@@ -86,7 +86,7 @@ def attach(
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     classes = (base.__name__ for base in type(model).__mro__)
-    return {"weight": next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), 1.0)}
+    return {"weight": next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), "auto")}
 
 
 _SOLO_LEARN = Conventions(
@@ -137,7 +137,7 @@ class _Attached:
         options = _options(cfg.get("recon_aux", {}))
         model: nn.Module = attach(self.method(cfg), **options)
         aux: ReconAux = model.get_submodule("recon_aux")  # type: ignore[assignment]
-        found = {"weight": aux.weight, "equivariant_dim": aux.splitter.equivariant_dim}
+        found = {"weight": aux.options["weight"], "equivariant_dim": aux.splitter.equivariant_dim}
         # the checkpointer saves cfg
         cfg.recon_aux = {**options, **found}
         print(f"recon_aux is attached to {type(model).__name__}: {dict(cfg.recon_aux)}")

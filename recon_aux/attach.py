@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -121,12 +121,15 @@ def attach(
         image_size=image_size,
         features=features,
     )
+    automatic = options.get("weight", "auto") == "auto"
     aux = ReconAux(
         shape.feature_dim,
         image_channels=shape.image_channels,
         spatial=shape.feature_rank != 2,
-        **options,
+        **options | ({"weight": 1.0} if automatic else {}),
     )
+    if automatic:
+        aux.expect_weight()
     if aux.splitter.invariant_dim == 0:
         raise ValueError(
             f"expected equivariant_dim below the feature's {shape.feature_dim} channels, got "
@@ -151,7 +154,7 @@ def attach_by(
     *,
     backbone: str | nn.Module | None = None,
     heads: Sequence[str | nn.Module] | None = None,
-    weight: float | None = None,
+    weight: float | Literal["auto"] | None = None,
     **options: Any,
 ) -> Model:
     """Attach, and find by a framework's conventions what isn't given.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .aux import ReconAux
+from .balance import Balance
 from .compiled import around_compiled, not_compiled, run_eagerly
 from .encoder import as_feature
 from .find import (
@@ -72,6 +73,7 @@ class Attachment:
         # whether the model's own optimizers train the decoder; if not, see whether any does
         self.enrolled = False
         self.trained_together = TrainedTogether()
+        self.balance: Balance | None = None
         if not self.in_a_loop:
             self.doors += [
                 Door(model, "training_step", self.step),
@@ -191,6 +193,10 @@ class Attachment:
             raise RuntimeError(self._no_call())
         if self.mask and loss.requires_grad:
             self._verify_mask(loss, [call.output for call in online], self.mask.masked or [])
+        if self.aux.weight_is_due and loss.requires_grad:
+            calls = self._weigh(calls)
+            online = [call for call in calls if call.output.requires_grad]
+            online = [call for call in online if call.encoder is self.encoder]
         views, outputs = two_views(calls, online, given, self.views)
         if not self.verified:
             verify_views(views, given, self.views)
@@ -202,8 +208,24 @@ class Attachment:
             self.trained_together.verify(self.encoder, self.aux)
         output = self.aux(views, [self._feature(y) for y in outputs])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
+        if self.aux.options["weight"] == "auto":
+            self._log("recon_aux/weight", torch.tensor(self.aux.weight), len(views[0]))
         total: Tensor = loss + output.loss
         return total
+
+    def _weigh(self, calls: Sequence[EncoderCall]) -> list[EncoderCall]:
+        """Set the weight by the last step's gradients, or else watch this step's."""
+        if self.balance is None:
+            self.balance = Balance()
+        elif (weight := self.balance.weigh()) is not None:
+            self.aux.weight, self.balance = weight, None
+            return list(calls)
+        watched = {
+            id(call): call._replace(output=self.balance.watch(call.output))
+            for call in calls
+            if call.output.requires_grad
+        }
+        return [watched.get(id(call), call) for call in calls]
 
     def _calls_of(self, loss: Tensor, given: Any) -> list[EncoderCall]:
         """Give the step's calls, without what the loss doesn't depend on: a probe's, say."""

@@ -163,7 +163,7 @@ class ReconAux(nn.Module):
             check_nonnegative(name, self._options[name])
         _require("context", context, get_args(Context))
         _require("reconstruct", reconstruct, get_args(Reconstruct))
-        self.weight = weight
+        self._weight = weight
         self.context = context
         self.reconstruct = reconstruct
         self.target_size = target_size
@@ -206,12 +206,29 @@ class ReconAux(nn.Module):
             self.statistics = Telling(own, Statistics(image_channels)) if statistics else None
             self.edges = Telling(own, Edges()) if edges else None
         self._frozen = weight == 0
+        # whether attach is to set it, by what the first step's gradients are
+        self.weight_is_due = False
         self.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
         self.refuse_not_finite = FiniteCheck()
         # where attach put this on a model, the name of the encoder that was seen to be trained
         self.encoder_name = ""
+
+    @property
+    def weight(self) -> float:
+        """What the sum of the terms is multiplied with; may be set at any time."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self._weight = weight
+        self.weight_is_due = False
+
+    def expect_weight(self) -> None:
+        """Be ``weight="auto"``: 1, until attach sets it."""
+        self._options["weight"] = "auto"
+        self.weight_is_due = True
 
     @property
     def enabled(self) -> bool:
@@ -388,6 +405,7 @@ class ReconAux(nn.Module):
             "seed": self._seed,
             "options": self._options,
             "encoder": self.encoder_name,
+            "weight": None if self.weight_is_due else self.weight,
         }
         return saved.pack(state)
 
@@ -396,6 +414,8 @@ class ReconAux(nn.Module):
         if found := saved.unpack(state):
             self._calls, self._seed = found["calls"], found["seed"]
             self.encoder_name = found["encoder"]
+            if self.weight_is_due and found["options"]["weight"] == "auto" and found["weight"]:
+                self.weight = found["weight"]
 
     def _load_from_state_dict(
         self,

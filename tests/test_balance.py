@@ -1,0 +1,181 @@
+"""The weight that is set by what the losses' gradients are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from methods import METHODS, Method
+from torch import Tensor
+from training import InALoop, Siamese, fit, siamese_loss, views_of_a_batch
+
+import recon_aux
+from recon_aux.integrations.lightly import attach
+
+
+class Scaled(Siamese):
+    """The same loss in other units, under a name that nothing was measured of."""
+
+    def __init__(self, by: float = 1.0) -> None:
+        super().__init__()
+        self.criterion = Unknown()
+        self.by = by
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.by * super().training_step(batch, batch_idx)
+
+
+class Unknown(torch.nn.Module):
+    def forward(self, p: Tensor, z: Tensor) -> Tensor:
+        return -torch.nn.functional.cosine_similarity(p, z).mean()
+
+
+def two_steps(model: Any) -> Any:
+    """Train for two steps; in the second the weight is set."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batch = model.batch()
+    for index in range(2):
+        optimizer.zero_grad()
+        model.training_step(batch, index).backward()
+        optimizer.step()
+    return model
+
+
+def pulls(model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Norms of the gradients of the method's loss and of the task's, on the features, by hand."""
+    features: list[Tensor] = []
+    model.backbone.register_forward_hook(lambda _, __, y: features.append(y))
+    method = model.training_step(batch, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(recon_aux.ReconAux, "weight", 0.0)
+        alone = model.training_step(batch, 0)
+    assert not torch.equal(alone, method)
+    whole = torch.autograd.grad(method, features[:2], retain_graph=True)
+    bare = torch.autograd.grad(alone, features[2:])
+    task = [y - x for x, y in zip(bare, whole, strict=True)]
+    norms = [torch.cat([g.flatten() for g in some]).norm().item() for some in (bare, task)]
+    return norms[0], norms[1]
+
+
+def test_the_task_pulls_twice_as_strongly_as_the_methods_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = views_of_a_batch(), torch.zeros(8)
+    # a step that sets no weight leaves the choice of view as it was
+    method, task = pulls(attach(Scaled(), weight=1.0, reconstruct="both"), batch, monkeypatch)
+    model = attach(Scaled(), reconstruct="both")
+    for index in range(2):
+        assert model.recon_aux.weight == 1.0
+        model.training_step(batch, index).backward()
+    model.training_step(batch, 2)
+    assert model.recon_aux.weight == pytest.approx(2 * method / task, rel=0.05)
+
+
+@pytest.mark.parametrize("by", [1e-3, 1.0, 1e3])
+def test_the_weight_follows_the_losss_units(by: float) -> None:
+    weights = []
+    for scale in (1.0, by):
+        model = attach(Scaled(scale), seed=0)
+        fit(model, max_steps=2)
+        weights.append(model.recon_aux.weight)
+    assert weights[1] == pytest.approx(by * weights[0], rel=0.06)
+    assert weights[0] != 1.0
+
+
+def test_it_is_logged() -> None:
+    model = attach(Scaled())
+    trained = fit(model, max_steps=3)
+    told = trained.callback_metrics["recon_aux/weight"]
+    assert told == pytest.approx(model.recon_aux.weight)
+    assert "weight=0." in str(model.recon_aux).splitlines()[1]
+    assert model.recon_aux.options["weight"] == "auto"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("options", [{}, {"equivariant_dim": 0}], ids=["split", "whole"])
+def test_it_is_set_for_every_shape_of_method(method: type[Method], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    weight = two_steps(attach(method(), weight="auto", **options)).recon_aux.weight
+    assert 0 < weight < 1e3
+    assert weight != 1.0
+
+
+def test_nothing_runs_for_it() -> None:
+    def trained(weight: Any) -> Any:
+        model = attach(Scaled(), weight=weight, seed=0)
+        batch = views_of_a_batch(), torch.zeros(8)
+        model.training_step(batch, 0).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    for (name, found), expected in zip(trained("auto").items(), trained(1.0).values(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_a_weight_that_is_given_since_stays() -> None:
+    model = attach(Scaled())
+    model.recon_aux.weight = 0.7
+    fit(model, max_steps=3)
+    assert model.recon_aux.weight == 0.7
+
+
+def test_it_is_saved_and_a_resumed_run_goes_on_with_it(tmp_path: Any) -> None:
+    whole, half = attach(Scaled(10.0), seed=0), attach(Scaled(10.0), seed=0)
+    fit(whole, max_steps=4)
+    begun = fit(half, max_steps=2, max_epochs=4)
+    begun.save_checkpoint(tmp_path / "half.ckpt")
+    again = attach(Scaled(10.0), seed=0)
+    loaded = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    again.load_state_dict(loaded["state_dict"])
+    assert again.recon_aux.weight == half.recon_aux.weight == whole.recon_aux.weight
+    fit(again, max_steps=3)
+    assert again.recon_aux.weight == half.recon_aux.weight
+    with pytest.warns(UserWarning, match="weight='auto', not 2.0"):
+        attach(Scaled(), weight=2.0).load_state_dict(half.state_dict())
+    with pytest.warns(UserWarning, match="weight=2.0, not 'auto'"):
+        half.load_state_dict(attach(Scaled(), weight=2.0).state_dict())
+
+
+def test_in_a_loop_of_ones_own_micro_batches_too() -> None:
+    def trained(parts: int) -> Any:
+        model = attach(InALoop(), seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for views in zip(*(view.chunk(parts) for view in views_of_a_batch()), strict=True):
+                loss = siamese_loss(*(model(view) for view in views))
+                (recon_aux.add_loss(model, loss) / parts).backward()
+            optimizer.step()
+        return model.recon_aux.weight
+
+    weights = [trained(parts) for parts in (1, 2)]
+    assert weights[1] == pytest.approx(weights[0], rel=0.5)
+    assert 0 < weights[0] < 1
+
+
+def test_a_copy_in_between_sets_its_own() -> None:
+    model = attach(Scaled())
+    batch = views_of_a_batch(), torch.zeros(8)
+    model.training_step(batch, 0).backward()
+    clone = copy.deepcopy(model)
+    for each in (model, clone):
+        each.training_step(batch, 1).backward()
+        each.training_step(batch, 2)
+    assert model.recon_aux.weight == clone.recon_aux.weight != 1.0
+
+
+def test_an_overflow_under_a_loss_scaler_sets_nothing() -> None:
+    model = attach(InALoop(), seed=0)
+    for scale in (torch.inf, 2.0**10):
+        loss = siamese_loss(*(model(view) for view in views_of_a_batch()))
+        (scale * recon_aux.add_loss(model, loss)).backward()
+    assert model.recon_aux.weight == 1.0
+    loss = siamese_loss(*(model(view) for view in views_of_a_batch()))
+    recon_aux.add_loss(model, loss)
+    assert model.recon_aux.weight != 1.0
+
+
+def test_the_module_alone_has_nobody_to_set_it() -> None:
+    with pytest.raises(ValueError, match="expected weight= as a finite number"):
+        recon_aux.ReconAux(8, weight="auto")  # type: ignore[arg-type]
