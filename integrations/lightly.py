@@ -42,7 +42,8 @@ def attach(
         backbone: the encoder, or its name; by default found by its usual names.
         heads: the modules that take the encoder's features, or their names; by default lightly's
             projection heads and what is called one, momentum ones too.
-        weight: weight of the reconstruction loss; the default depends on the method's loss.
+        weight: weight of the reconstruction loss; the default depends on the method's loss, and is
+            ``"auto"`` where nothing was measured.
         options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:

@@ -62,7 +62,8 @@ def attach(
         backbone: the encoder, or its name; by default ``backbone`` (``encoder`` in 1.0.2).
         heads: the modules that take the encoder's features, or their names; by default the
             projector or head, and the momentum one.
-        weight: weight of the reconstruction loss; the default depends on the method.
+        weight: weight of the reconstruction loss; the default depends on the method, and is
+            ``"auto"`` where nothing was measured.
         options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:

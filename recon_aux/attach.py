@@ -62,7 +62,9 @@ def attach(
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
-        options: those of :class:`ReconAux`.
+        options: those of :class:`ReconAux`. ``weight`` is ``"auto"`` by default, which sets it
+            after the first step, so that the task's gradient on the features is twice that of the
+            method's loss; ``model.recon_aux.weight`` tells, and ``recon_aux/weight`` in the log.
 
     Returns:
         The same model.
