@@ -131,7 +131,7 @@ def attach(
         **options | ({"weight": 1.0} if automatic else {}),
     )
     if automatic:
-        aux.expect_weight()
+        aux.expect_balance()
     if aux.splitter.invariant_dim == 0:
         raise ValueError(
             f"expected equivariant_dim below the feature's {shape.feature_dim} channels, got "

@@ -73,7 +73,8 @@ class Attachment:
         # whether the model's own optimizers train the decoder; if not, see whether any does
         self.enrolled = False
         self.trained_together = TrainedTogether()
-        self.balance: Balance | None = None
+        self.balance = Balance()
+        self.is_watched = False
         if not self.in_a_loop:
             self.doors += [
                 Door(model, "training_step", self.step),
@@ -136,7 +137,8 @@ class Attachment:
             return training_step(*args, **kw)
         self.start()
         try:
-            if self.verified:
+            # where the weight is due, gradients are to be seen
+            if self.verified and not self.aux.weight_is_due:
                 result = training_step(*args, **kw)
             else:
                 result = run_eagerly(training_step, *args, **kw)
@@ -193,10 +195,6 @@ class Attachment:
             raise RuntimeError(self._no_call())
         if self.mask and loss.requires_grad:
             self._verify_mask(loss, [call.output for call in online], self.mask.masked or [])
-        if self.aux.weight_is_due and loss.requires_grad:
-            calls = self._weigh(calls)
-            online = [call for call in calls if call.output.requires_grad]
-            online = [call for call in online if call.encoder is self.encoder]
         views, outputs = two_views(calls, online, given, self.views)
         if not self.verified:
             verify_views(views, given, self.views)
@@ -206,26 +204,36 @@ class Attachment:
             return loss
         if not self.enrolled and self.aux.weight > 0:
             self.trained_together.verify(self.encoder, self.aux)
-        output = self.aux(views, [self._feature(y) for y in outputs])
+        features = list(outputs)
+        automatic = self.aux.options["weight"] == "auto"
+        if automatic and loss.requires_grad:
+            features = self._balance(features, [call.output for call in online])
+        output = self.aux(views, [self._feature(y) for y in features])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
-        if self.aux.options["weight"] == "auto":
+        if automatic:
             self._log("recon_aux/weight", torch.tensor(self.aux.weight), len(views[0]))
         total: Tensor = loss + output.loss
         return total
 
-    def _weigh(self, calls: Sequence[EncoderCall]) -> list[EncoderCall]:
-        """Set the weight by the last step's gradients, or else watch this step's."""
-        if self.balance is None:
-            self.balance = Balance()
-        elif (weight := self.balance.weigh()) is not None:
-            self.aux.weight, self.balance = weight, None
-            return list(calls)
-        watched = {
-            id(call): call._replace(output=self.balance.watch(call.output))
-            for call in calls
-            if call.output.requires_grad
-        }
-        return [watched.get(id(call), call) for call in calls]
+    def _balance(self, features: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        """Set the weight by the last batch's gradients, or else watch this one's."""
+        device = self.aux.decoder.queries.device
+        known = None if self.aux.weight_is_due else self.aux.weight
+        weight = self.balance.agree(known, device)
+        if weight is None and self.is_watched:
+            weight = self.balance.weigh(device)
+            if weight is None and self.balance.gives_up():
+                weight = self.aux.weight
+        if weight is not None:
+            if known is None:
+                self.aux.balance_at(weight)
+            return features
+        self.is_watched = True
+        live = [i for i, feature in enumerate(features) if feature.requires_grad]
+        watched = self.balance.watch([features[i] for i in live], outputs)
+        for i, own in zip(live, watched, strict=True):
+            features[i] = own
+        return features
 
     def _calls_of(self, loss: Tensor, given: Any) -> list[EncoderCall]:
         """Give the step's calls, without what the loss doesn't depend on: a probe's, say."""

@@ -163,7 +163,7 @@ class ReconAux(nn.Module):
             check_nonnegative(name, self._options[name])
         _require("context", context, get_args(Context))
         _require("reconstruct", reconstruct, get_args(Reconstruct))
-        self._weight = weight
+        self._weight: float = self._options["weight"]
         self.context = context
         self.reconstruct = reconstruct
         self.target_size = target_size
@@ -206,8 +206,8 @@ class ReconAux(nn.Module):
             self.statistics = Telling(own, Statistics(image_channels)) if statistics else None
             self.edges = Telling(own, Edges()) if edges else None
         self._frozen = weight == 0
-        # whether attach is to set it, by what the first step's gradients are
-        self.weight_is_due = False
+        # whether it is yet to be set, and whether the user did
+        self.weight_is_due = self._weight_is_given = False
         self.requires_grad_(not self._frozen)
         self._seed = seed
         self._calls = 0
@@ -222,13 +222,18 @@ class ReconAux(nn.Module):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        self._weight = weight
-        self.weight_is_due = False
+        self.balance_at(saved.plain("weight", weight))
+        self._weight_is_given = True
 
-    def expect_weight(self) -> None:
-        """Be ``weight="auto"``: 1, until attach sets it."""
+    def balance_at(self, weight: float | None) -> None:
+        """Set what ``weight="auto"`` stands for, until its user sets another; None: 1 for now."""
+        self._weight = 1.0 if weight is None else weight
+        self.weight_is_due = weight is None
+
+    def expect_balance(self) -> None:
+        """Be ``weight="auto"``, which the engine of attach sets."""
         self._options["weight"] = "auto"
-        self.weight_is_due = True
+        self.balance_at(None)
 
     @property
     def enabled(self) -> bool:
@@ -405,8 +410,9 @@ class ReconAux(nn.Module):
             "seed": self._seed,
             "options": self._options,
             "encoder": self.encoder_name,
-            "weight": None if self.weight_is_due else self.weight,
         }
+        if self._options["weight"] == "auto":
+            state["weight"] = "due" if self.weight_is_due else self.weight
         return saved.pack(state)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -414,8 +420,8 @@ class ReconAux(nn.Module):
         if found := saved.unpack(state):
             self._calls, self._seed = found["calls"], found["seed"]
             self.encoder_name = found["encoder"]
-            if self.weight_is_due and found["options"]["weight"] == "auto" and found["weight"]:
-                self.weight = found["weight"]
+            if self._options["weight"] == "auto" and not self._weight_is_given:
+                self.balance_at(saved.weight_of(found))
 
     def _load_from_state_dict(
         self,

@@ -2,66 +2,110 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from .compiled import not_compiled
-from .scale import mean_over_processes
+from .graph import reached
+from .scale import are_many, mean_over_processes
 
 # how much more strongly than the method's loss the task is to pull on the features
 _SHARE = 2.0
+
+# batches without any gradient of the method's on the features
+_MANY_TRIES = 3
 
 
 class Balance:
     """Reads how strongly the method's loss and the task's pull on the encoder's features.
 
-    By hooks in the training's own backward pass: in some methods it can run once only.
+    By hooks in the training's own backward pass, which in some methods can run once only. Until
+    the weight is known the task's gradient is kept from the encoder.
 
     Example:
-        >>> feature = torch.ones(4, 8, requires_grad=True) * 1
+        >>> features = [torch.ones(4, 8, requires_grad=True) * 1 for _ in range(2)]
         >>> balance = Balance()
-        >>> theirs = balance.watch(feature)
-        >>> (300 * feature.sum() + theirs.sum()).backward()
-        >>> balance.weigh()
+        >>> theirs = balance.watch(features, features)
+        >>> (300 * sum(y.sum() for y in features) + sum(y.sum() for y in theirs)).backward()
+        >>> balance.weigh("cpu")
         600.0
     """
 
     def __init__(self) -> None:
-        # squared norms of the method's gradients and of ours
-        self.pulls: list[Tensor] = []
+        self.agreed = False
+        self.tries = 0
+        # norms of gradients on one batch's features: the method's, the task's
+        self.pulls: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def __getstate__(self) -> dict[str, list[Tensor]]:
+    def __getstate__(self) -> dict[str, Any]:
         """Leave a running step out of copies."""
-        return {"pulls": []}
+        return {**vars(self), "pulls": ([], [])}
 
-    def watch(self, output: Tensor) -> Tensor:
-        """Note what flows back to an output of the encoder; give what the task takes instead."""
-        own, ours = output.view_as(output), list[Tensor]()
-        # in this order: an output's gradient is whole when all that was made of it has its own
-        own.register_hook(partial(_note, ours))  # type: ignore[no-untyped-call]
-        output.register_hook(partial(self._compare, ours))  # type: ignore[no-untyped-call]
+    def agree(self, weight: float | None, device: torch.device) -> float | None:
+        """Take the weight over, where one process alone has loaded it."""
+        if self.agreed or not are_many():
+            return weight
+        self.agreed = True
+        known = torch.tensor([weight is not None, weight or 0.0], device=device)
+        distributed.all_reduce(known)
+        count, total = known.tolist()
+        return total / count if count else None
+
+    def watch(self, features: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Note what flows back to features; give what the task is to take instead.
+
+        Args:
+            features: of the views, as far as they have gradient, first those of the encoder's.
+            outputs: what the encoder gave, of which these are, or are the first rows.
+        """
+        self.pulls = method, task = [], []
+        rows = sum(len(feature) for feature in features)
+
+        def note(gradient: Tensor) -> None:
+            method.append(_norm(gradient[:rows]))
+
+        def keep(gradient: Tensor) -> Tensor:
+            task.append(_norm(gradient))
+            return torch.zeros_like(gradient)
+
+        for output in outputs:
+            if any(reached(feature, [output])[0] for feature in features):
+                output.register_hook(note)  # type: ignore[no-untyped-call]
+        own = [feature.view_as(feature) for feature in features]
+        for feature in own:
+            feature.register_hook(keep)  # type: ignore[no-untyped-call]
         return own
 
-    def _compare(self, ours: list[Tensor], whole: Tensor) -> None:
-        if ours:
-            both = torch.stack([whole.detach() - ours[0], ours[0]])
-            self.pulls.append(both.flatten(1).double().square().sum(1))
-
-    @not_compiled
-    def weigh(self) -> float | None:
+    def weigh(self, device: torch.device | str) -> float | None:
         """Give the weight, of two digits; None if it isn't known yet.
 
         All processes that train together give the same, and have to ask together.
         """
-        some = self.pulls or [torch.zeros(2, dtype=torch.float64)]
-        method, task = mean_over_processes(torch.stack(some).sum(0), 1).sqrt().tolist()
-        self.pulls = []
+        norms = [math.hypot(*(norm.item() for norm in some)) for some in self.pulls]
+        method, task = mean_over_processes(torch.tensor(norms, device=device), 1).tolist()
         weight = _SHARE * method / task if task else 0.0
         # an overflow is skipped by a loss scaler
-        return float(f"{weight:.1e}") if 0 < weight < torch.inf else None
+        if math.isfinite(weight):
+            self.tries += 1
+        return float(f"{weight:.1e}") if 0 < weight < math.inf else None
+
+    def gives_up(self) -> bool:
+        """Say, and say so once, that no gradient of the method's was seen."""
+        if self.tries < _MANY_TRIES:
+            return False
+        warnings.warn(
+            'recon_aux: expected to see the gradients of the method\'s loss, by which weight="auto"'
+            f" is set, saw none in {self.tries} batches, as where encoder and loss are compiled "
+            "together; the weight stays 1; give weight=",
+            stacklevel=2,
+        )
+        return True
 
 
-def _note(kept: list[Tensor], gradient: Tensor) -> None:
-    kept.append(gradient.detach())
+def _norm(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+    return norm

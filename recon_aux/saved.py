@@ -47,6 +47,8 @@ def pack(state: dict[str, Any]) -> Tensor:
         1
     """
     state = {**state, "calls": f"{state['calls']:012d}"}
+    if "weight" in state:
+        state["weight"] = "due" if state["weight"] == "due" else f"{state['weight']:.6e}"
     return torch.tensor(list(json.dumps(state).ljust(1024).encode()), dtype=torch.uint8)
 
 
@@ -56,6 +58,23 @@ def unpack(packed: Tensor) -> dict[str, Any] | None:
         # an average may be a hair off
         state: dict[str, Any] = json.loads(bytes(packed.float().round().to(torch.uint8).tolist()))
         return {**state, "calls": int(state["calls"])}
+    except ValueError:
+        return None
+
+
+def weight_of(state: dict[str, Any]) -> float | None:
+    """Give the weight that a model was trained with; None if it was yet to be set, or unreadable.
+
+    Example:
+        >>> state = {"calls": 9, "options": {"weight": "auto"}}
+        >>> [weight_of(unpack(pack({**state, "weight": w}))) for w in (0.25, "due")]
+        [0.25, None]
+        >>> weight_of({"options": {"weight": 2.0}})
+        2.0
+    """
+    weight = state["options"]["weight"]
+    try:
+        return float(state["weight"] if weight == "auto" else weight)
     except ValueError:
         return None
 

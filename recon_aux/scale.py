@@ -38,7 +38,7 @@ class Calibrated(nn.Module):
 
     def _agree(self) -> None:
         """Take the buffers over where one process alone has loaded them."""
-        if self._agreed or not _are_many():
+        if self._agreed or not are_many():
             return
         self._agreed = True
         buffers = list(self.buffers(recurse=False))
@@ -145,12 +145,13 @@ def color_axes(images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def mean_over_processes(mean: Tensor, count: int) -> Tensor:
     """Weigh each process's mean with its number of images."""
-    if not _are_many():
+    if not are_many():
         return mean
     weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
     distributed.all_reduce(weighted)
     return (weighted[:-1] / weighted[-1]).view_as(mean)
 
 
-def _are_many() -> bool:
+def are_many() -> bool:
+    """Whether processes train together."""
     return distributed.is_available() and distributed.is_initialized()
