@@ -38,7 +38,7 @@ class Balance:
     def __init__(self) -> None:
         self.agreed = False
         self.tries = 0
-        # norms of gradients on one batch's features: the method's, the task's
+        # squared norms of gradients on one batch's features: the method's, the task's
         self.pulls: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,10 +66,10 @@ class Balance:
         rows = sum(len(feature) for feature in features)
 
         def note(gradient: Tensor) -> None:
-            method.append(_norm(gradient[:rows]))
+            method.append(_square(gradient[:rows]))
 
         def keep(gradient: Tensor) -> Tensor:
-            task.append(_norm(gradient))
+            task.append(_square(gradient))
             return torch.zeros_like(gradient)
 
         for output in outputs:
@@ -85,9 +85,9 @@ class Balance:
 
         All processes that train together give the same, and have to ask together.
         """
-        norms = [math.hypot(*(norm.item() for norm in some)) for some in self.pulls]
-        method, task = mean_over_processes(torch.tensor(norms, device=device), 1).tolist()
-        weight = _SHARE * method / task if task else 0.0
+        squares = torch.tensor([sum(x.item() for x in some) for some in self.pulls], device=device)
+        method, task = mean_over_processes(squares, 1).tolist()
+        weight = _SHARE * math.sqrt(method / task) if task else 0.0
         # an overflow is skipped by a loss scaler
         if math.isfinite(weight):
             self.tries += 1
@@ -106,6 +106,5 @@ class Balance:
         return True
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-    return norm
+def _square(gradient: Tensor) -> Tensor:
+    return gradient.detach().float().square().sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from methods import METHODS, Method
@@ -102,15 +103,74 @@ def test_it_is_set_for_every_shape_of_method(method: type[Method], options: dict
     assert weight != 1.0
 
 
-def test_nothing_runs_for_it() -> None:
-    def trained(weight: Any) -> Any:
+def test_until_then_the_encoder_trains_as_without_the_task() -> None:
+    def gradients(weight: Any) -> dict[str, Tensor | None]:
         model = attach(Scaled(), weight=weight, seed=0)
         batch = views_of_a_batch(), torch.zeros(8)
         model.training_step(batch, 0).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
-    for (name, found), expected in zip(trained("auto").items(), trained(1.0).values(), strict=True):
-        torch.testing.assert_close(found, expected, msg=name)
+    found, off, one = (gradients(weight) for weight in ("auto", 0.0, 1.0))
+    for name, gradient in found.items():
+        assert gradient is not None
+        expected = one[name] if name.startswith("recon_aux.") else off[name]
+        assert expected is not None
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0, msg=name)
+
+
+def test_where_the_methods_gradient_cannot_be_seen_it_says_so() -> None:
+    torch._dynamo.reset()
+    model = attach(InALoop())
+    called = torch.compile(model, backend="aot_eager")
+    views = views_of_a_batch()
+    for _ in range(3):
+        recon_aux.add_loss(model, siamese_loss(*(called(view) for view in views))).backward()
+    with pytest.warns(UserWarning, match=r"saw none in 3 batches.*the weight stays 1; give weight"):
+        recon_aux.add_loss(model, siamese_loss(*(called(view) for view in views)))
+    assert model.recon_aux.weight == 1.0
+    assert not model.recon_aux.weight_is_due
+
+
+def test_the_views_alone_are_compared_however_they_are_encoded() -> None:
+    def trained(*, at_once: bool) -> float:
+        model = attach(InALoop(), seed=0)
+        views = [view.roll(shift, -1) for shift in (0, 5) for view in views_of_a_batch()]
+        batch = torch.cat(views)
+        for _ in range(2):
+            z = model(batch).chunk(4) if at_once else [model(view) for view in views]
+            loss = siamese_loss(*z[:2]) + siamese_loss(*z[2:])
+            recon_aux.add_loss(model, loss, views).backward()
+        return float(model.recon_aux.weight)
+
+    assert trained(at_once=True) == pytest.approx(trained(at_once=False), rel=0.05)
+
+
+@pytest.mark.parametrize("weight", [torch.tensor(0.5), numpy.float32(0.5)])
+def test_a_weight_may_be_set_by_any_number(weight: Any) -> None:
+    model = attach(Scaled())
+    model.recon_aux.weight = weight
+    again = attach(Scaled())
+    again.load_state_dict(model.state_dict())
+    assert again.recon_aux.weight == 0.5
+
+
+def test_a_measured_weight_gives_way_to_a_loaded_one() -> None:
+    one, other = (attach(Scaled(by), seed=0) for by in (1.0, 50.0))
+    for model in (one, other):
+        fit(model, max_steps=2)
+    assert one.recon_aux.weight != other.recon_aux.weight
+    one.load_state_dict(other.state_dict())
+    assert one.recon_aux.weight == other.recon_aux.weight
+    one.load_state_dict(attach(Scaled(), seed=0).state_dict())
+    assert one.recon_aux.weight_is_due
+
+
+def test_a_checkpoint_of_a_given_weight_goes_on_with_it() -> None:
+    model = attach(Scaled())
+    with pytest.warns(UserWarning, match="weight=2.0, not 'auto'"):
+        model.load_state_dict(attach(Scaled(), weight=2.0).state_dict())
+    fit(model, max_steps=2)
+    assert model.recon_aux.weight == 2.0
 
 
 def test_a_weight_that_is_given_since_stays() -> None:
@@ -133,8 +193,6 @@ def test_it_is_saved_and_a_resumed_run_goes_on_with_it(tmp_path: Any) -> None:
     assert again.recon_aux.weight == half.recon_aux.weight
     with pytest.warns(UserWarning, match="weight='auto', not 2.0"):
         attach(Scaled(), weight=2.0).load_state_dict(half.state_dict())
-    with pytest.warns(UserWarning, match="weight=2.0, not 'auto'"):
-        half.load_state_dict(attach(Scaled(), weight=2.0).state_dict())
 
 
 def test_in_a_loop_of_ones_own_micro_batches_too() -> None:

@@ -19,7 +19,7 @@ from recon_aux.integrations.lightly import attach
 
 STEPS = 6
 # where a view fits about as well as its mirror image, rounding would decide for registration
-OPTIONS: dict[str, Any] = {"weight": 2.0, "seed": 1, "registration": 0}
+OPTIONS: dict[str, Any] = {"weight": "auto", "seed": 1, "registration": 0}
 WITH_REGISTRATION = {**OPTIONS, "registration": 4.0}
 
 
