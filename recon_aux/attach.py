@@ -63,8 +63,9 @@ def attach(
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
         options: those of :class:`ReconAux`. ``weight`` is ``"auto"`` by default, which sets it
-            after the first step, so that the task's gradient on the features is twice that of the
-            method's loss; ``model.recon_aux.weight`` tells, and ``recon_aux/weight`` in the log.
+            after the first batch, so that the task's gradient on the views' features is twice
+            that of the method's loss; until then the task trains the decoder alone.
+            ``model.recon_aux.weight`` tells, and ``recon_aux/weight`` in the log.
 
     Returns:
         The same model.
