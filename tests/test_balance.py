@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy
@@ -13,7 +14,9 @@ from torch import Tensor
 from training import InALoop, Siamese, fit, siamese_loss, views_of_a_batch
 
 import recon_aux
-from recon_aux.integrations.lightly import attach
+from recon_aux.integrations import lightly
+
+attach = partial(lightly.attach, weight="auto")
 
 
 class Scaled(Siamese):

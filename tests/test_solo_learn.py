@@ -376,8 +376,8 @@ def test_the_online_classifier_sees_the_whole_feature() -> None:
 
 
 def test_the_weight_depends_on_the_method() -> None:
-    expected = {"simclr": 1.0, "vicreg": 0.3, "dino": "auto", "byol": 0.8, "nnsiam": 0.2}
-    assert {name: attach(build(name)).recon_aux.options["weight"] for name in expected} == expected
+    expected = {"simclr": 1.0, "vicreg": 0.3, "dino": 1.0, "byol": 0.8, "nnsiam": 0.2}
+    assert {name: attach(build(name)).recon_aux.weight for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["linear", "mae"])
