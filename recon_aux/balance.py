@@ -50,7 +50,8 @@ class Balance:
         if self.agreed or not are_many():
             return weight
         self.agreed = True
-        known = torch.tensor([weight is not None, weight or 0.0], device=device)
+        told = [float(weight is not None), weight or 0.0]
+        known = torch.tensor(told, dtype=torch.float64, device=device)
         distributed.all_reduce(known)
         count, total = known.tolist()
         return total / count if count else None
@@ -85,7 +86,8 @@ class Balance:
 
         All processes that train together give the same, and have to ask together.
         """
-        squares = torch.tensor([sum(x.item() for x in some) for some in self.pulls], device=device)
+        told = [sum(square.item() for square in some) for some in self.pulls]
+        squares = torch.tensor(told, dtype=torch.float32, device=device)
         method, task = mean_over_processes(squares, 1).tolist()
         weight = _SHARE * math.sqrt(method / task) if task else 0.0
         # an overflow is skipped by a loss scaler
