@@ -205,12 +205,11 @@ class Attachment:
         if not self.enrolled and self.aux.weight > 0:
             self.trained_together.verify(self.encoder, self.aux)
         features = list(outputs)
-        automatic = self.aux.options["weight"] == "auto"
-        if automatic and loss.requires_grad:
+        if self.aux.is_balanced and loss.requires_grad:
             features = self._balance(features, [call.output for call in online])
         output = self.aux(views, [self._feature(y) for y in features])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
-        if automatic:
+        if self.aux.is_balanced:
             self._log("recon_aux/weight", torch.tensor(self.aux.weight), len(views[0]))
         total: Tensor = loss + output.loss
         return total

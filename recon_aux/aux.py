@@ -225,6 +225,11 @@ class ReconAux(nn.Module):
         self.balance_at(saved.plain("weight", weight))
         self._weight_is_given = True
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether it is ``weight="auto"``."""
+        return bool(self._options["weight"] == "auto")
+
     def balance_at(self, weight: float | None) -> None:
         """Set what ``weight="auto"`` stands for, until its user sets another; None: 1 for now."""
         self._weight = 1.0 if weight is None else weight
@@ -411,7 +416,7 @@ class ReconAux(nn.Module):
             "options": self._options,
             "encoder": self.encoder_name,
         }
-        if self._options["weight"] == "auto":
+        if self.is_balanced:
             state["weight"] = "due" if self.weight_is_due else self.weight
         return saved.pack(state)
 
@@ -420,7 +425,7 @@ class ReconAux(nn.Module):
         if found := saved.unpack(state):
             self._calls, self._seed = found["calls"], found["seed"]
             self.encoder_name = found["encoder"]
-            if self._options["weight"] == "auto" and not self._weight_is_given:
+            if self.is_balanced and not self._weight_is_given:
                 self.balance_at(saved.weight_of(found))
 
     def _load_from_state_dict(
