@@ -14,6 +14,9 @@ _SIDES = (16, 8)
 # how far a pose is from none at the start, of the farthest
 _GAIN = 0.3
 
+# of the variance of a standardised image
+_FLOOR = 1e-3
+
 Affine = tuple[Tensor, Tensor]
 
 
@@ -60,18 +63,16 @@ class Registration(nn.Module):
         matrix, shift = matrix.view(2, 2, -1, 2, 2), shift.view(2, 2, -1, 2)
         # what each target shows is looked for in the other view
         matrix, shift = _compose((matrix.flip(1), shift.flip(1)), _inverse((matrix[0], shift[0])))
-        likeness = shift.new_zeros(shift.shape[:-1])
+        motion = torch.cat([matrix, shift[..., None]], dim=-1).flatten(1, 2)
+        found = []
         for side in _SIDES:
             targets = _standardized(F.adaptive_avg_pool2d(images, side))
-            targets = targets.view(2, -1, *targets.shape[1:])
-            others = targets.flip(0)
-            moved = _sample(
-                torch.stack([others, others.flip(-1)]).flatten(0, 2),
-                matrix.flatten(0, 2),
-                shift.flatten(0, 2),
-            )
-            moved = _standardized(moved).view(2, *targets.shape)
-            likeness = likeness + (moved * targets).mean(dim=(-3, -2, -1)) / len(_SIDES)
+            others = targets.roll(len(targets) // 2, dims=0)
+            both = torch.stack([others, others.flip(-1)])
+            found.append(_likeness(both, targets, motion.detach()))
+        likeness, pull = (torch.stack(x).mean(dim=0) for x in zip(*found, strict=True))
+        # the same number, with this gradient
+        likeness = likeness + ((motion - motion.detach()) * pull).sum(dim=(-2, -1))
         return 2 - 2 * likeness.amax(dim=0).mean()
 
 
@@ -113,29 +114,51 @@ def _times(matrix: Tensor, shift: Tensor) -> Tensor:
 
 def _standardized(images: Tensor) -> Tensor:
     images = images - images.mean(dim=(2, 3), keepdim=True)
-    return images * (images.square().mean(dim=(1, 2, 3), keepdim=True) + 1e-3).rsqrt()
+    return images * (images.square().mean(dim=(1, 2, 3), keepdim=True) + _FLOOR).rsqrt()
 
 
-def _sample(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """Move square images bilinearly, with zeros around; differentiable in the map alone.
+@torch.no_grad()
+def _likeness(images: Tensor, targets: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+    """Move square images bilinearly, with zeros around, and tell how like their targets they are.
 
-    ``grid_sample`` has no deterministic gradient on a GPU.
+    The gradient is worked out by hand: autograd would take a GPU, which is done with an operation
+    sooner than it is begun, twice as many. ``grid_sample`` has no deterministic one there.
+
+    Args:
+        images: ``(K, B, C, side, side)``.
+        targets: standardised, ``(B, C, side, side)``.
+        motion: affine maps, matrix and shift side by side, ``(K, B, 2, 3)``.
+
+    Returns:
+        The mean product of standardised images and targets, ``(K, B)``, and its gradient for the
+        maps, ``(K, B, 2, 3)``.
     """
-    n, channels, side, _ = images.shape
+    channels, side, _ = images.shape[2:]
     line = (2 * torch.arange(side, device=images.device, dtype=images.dtype) + 1) / side - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
-    places = torch.stack([x.flatten(), y.flatten()])
-    places = torch.einsum("bij,jp->bip", matrix, places) + shift[:, :, None]
-    places = ((places + 1) * side - 1) / 2
+    grid = torch.stack([x.flatten(), y.flatten(), torch.ones_like(x).flatten()])
+    places = ((motion @ grid + 1) * side - 1) / 2
     # on a GPU, a place that is no number would end the process
-    first = places.detach().nan_to_num().floor()
-    # along each axis the two nearest lines of pixels, and how much of either
+    first = places.nan_to_num().floor()
+    x, y = (places - first)[:, :, None].unbind(3)
+    # along each axis the two nearest lines of pixels, with one of zeros around
     step = torch.arange(2, device=images.device)[:, None]
-    lines = first[:, :, None] + step
-    share = (1 - step) + (2 * step - 1) * (places - first)[:, :, None]
-    share = share * ((lines >= 0) & (lines < side))
-    (columns, rows), (right, down) = lines.clamp(0, side - 1).long().unbind(1), share.unbind(1)
-    index = (rows[:, :, None] * side + columns[:, None]).view(n, 1, -1)
-    weight = (down[:, :, None] * right[:, None]).view(n, 1, 4, -1)
-    corners = images.flatten(2).gather(2, index.expand(-1, channels, -1))
-    return (corners.view(n, channels, 4, -1) * weight).sum(dim=2).view(images.shape)
+    lines = (first[:, :, :, None] + step).clamp(-1, side).long() + 1
+    columns, rows = lines.unbind(2)
+    index = (rows[:, :, :, None] * (side + 2) + columns[:, :, None]).flatten(2)[:, :, None]
+    flat = F.pad(images, (1, 1, 1, 1)).flatten(3)
+    corners = flat.gather(3, index.expand(-1, -1, channels, -1))
+    upper, upper_right, lower, lower_right = corners.chunk(4, dim=3)
+    # how a pixel changes with its place
+    upper_by_x, lower_by_x = upper_right - upper, lower_right - lower
+    upper, lower = upper + upper_by_x * x, lower + lower_by_x * x
+    by_x, by_y = torch.lerp(upper_by_x, lower_by_x, y), lower - upper
+    moved = upper + by_y * y
+    moved = moved - moved.mean(dim=3, keepdim=True)
+    scale = (moved.square().mean(dim=(2, 3), keepdim=True) + _FLOOR).rsqrt()
+    targets = targets.flatten(2)
+    likeness = scale * (moved * targets).mean(dim=(2, 3), keepdim=True)
+    # both are of zero mean, so that a mean's own part in this is none
+    pull = (targets - likeness * scale * moved) * (scale / targets[0].numel())
+    by_place = torch.stack([(pull * by_x).sum(dim=2), (pull * by_y).sum(dim=2)], dim=2) * (side / 2)
+    return likeness[:, :, 0, 0], by_place @ grid.mT

@@ -13,7 +13,14 @@ from torch.nn.functional import layer_norm
 from recon_aux import ReconAux
 from recon_aux.edges import Edges
 from recon_aux.probe import transform
-from recon_aux.registration import Registration, _affine, _compose, _inverse, _sample
+from recon_aux.registration import (
+    Registration,
+    _affine,
+    _compose,
+    _inverse,
+    _likeness,
+    _standardized,
+)
 from recon_aux.scale import color_axes
 from recon_aux.statistics import Statistics
 from recon_aux.telling import Readout, Telling
@@ -92,21 +99,31 @@ def test_affine_maps_invert_and_never_turn_an_image_over() -> None:
 
 
 @pytest.mark.parametrize("far", [0, 2])
-def test_sampling_is_torchs_own_with_its_gradient(far: float) -> None:
+@pytest.mark.parametrize("side", [8, 16])
+def test_likeness_is_what_torchs_own_sampling_gives_and_so_is_its_gradient(
+    side: int, far: float
+) -> None:
     torch.manual_seed(0)
-    images = torch.rand(5, 3, 16, 16)
-    matrix, shift = _affine(torch.randn(5, 6) * far)
-    theta = torch.cat([matrix, shift[:, :, None]], dim=2)
-    given = [x.clone().requires_grad_() for x in (matrix, shift, theta)]
-    ours = _sample(images, given[0], given[1])
-    places = torch.nn.functional.affine_grid(given[2], [5, 3, 16, 16], align_corners=False)
-    theirs = torch.nn.functional.grid_sample(images, places, align_corners=False)
+    images, targets = torch.randn(2, 5, 3, side, side), _standardized(torch.randn(5, 3, side, side))
+    matrix, shift = _affine(torch.randn(10, 6) * far)
+    motion = torch.cat([matrix, shift[:, :, None]], dim=2).requires_grad_()
+    ours, gradient = _likeness(images, targets, motion.detach().view(2, 5, 2, 3))
+    places = torch.nn.functional.affine_grid(motion, [10, 3, side, side], align_corners=False)
+    moved = torch.nn.functional.grid_sample(images.flatten(0, 1), places, align_corners=False)
+    theirs = (_standardized(moved).view(2, *targets.shape) * targets).mean(dim=(2, 3, 4))
     torch.testing.assert_close(ours, theirs)
-    weights = torch.rand_like(ours)
-    for image in (ours, theirs):
-        (image * weights).sum().backward()
-    expected = torch.cat([given[0].grad, given[1].grad[:, :, None]], dim=2)  # type: ignore[list-item,index]
-    torch.testing.assert_close(expected, given[2].grad, rtol=1e-4, atol=1e-3)
+    (expected,) = torch.autograd.grad(theirs.sum(), motion)
+    torch.testing.assert_close(gradient, expected.view(2, 5, 2, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_registrations_gradient_is_what_small_steps_show() -> None:
+    torch.manual_seed(0)
+    registration, images = Registration(8), smooth(6)
+    features, steps = torch.randn(6, 8, requires_grad=True), 1e-2 * torch.randn(20, 6, 8)
+    (gradient,) = torch.autograd.grad(registration(features, images), features)
+    found = [registration(features + s, images) - registration(features - s, images) for s in steps]
+    expected = 2 * (gradient * steps).sum(dim=(1, 2))
+    assert (torch.stack(found) - expected).norm() < 0.03 * expected.norm()
 
 
 def test_poses_are_learned_without_being_told() -> None:
