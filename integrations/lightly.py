@@ -42,8 +42,8 @@ def attach(
         backbone: the encoder, or its name; by default found by its usual names.
         heads: the modules that take the encoder's features, or their names; by default lightly's
             projection heads and what is called one, momentum ones too.
-        weight: weight of the reconstruction loss; the default depends on the method's loss.
-            ``"auto"`` sets it after the first batch, see :func:`recon_aux.attach.attach`.
+        weight: weight of the reconstruction loss; by default what was measured for the method's
+            loss, else ``"auto"``, see :func:`recon_aux.attach.attach`.
         options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:
@@ -84,7 +84,7 @@ def _is_head(name: str, module: nn.Module) -> bool:
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     losses = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), 1.0)
+    weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), "auto")
     # a loss on patches needs tokens, which lightly's masked transformers give through encode
     method = "encode" if _PATCH_LOSSES & losses else "forward"
     return {"weight": weight, "backbone_method": method}

@@ -62,8 +62,8 @@ def attach(
         backbone: the encoder, or its name; by default ``backbone`` (``encoder`` in 1.0.2).
         heads: the modules that take the encoder's features, or their names; by default the
             projector or head, and the momentum one.
-        weight: weight of the reconstruction loss; the default depends on the method.
-            ``"auto"`` sets it after the first batch, see :func:`recon_aux.attach.attach`.
+        weight: weight of the reconstruction loss; by default what was measured for the method,
+            else ``"auto"``, see :func:`recon_aux.attach.attach`.
         options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:
@@ -87,7 +87,7 @@ def attach(
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     classes = (base.__name__ for base in type(model).__mro__)
-    return {"weight": next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), 1.0)}
+    return {"weight": next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), "auto")}
 
 
 _SOLO_LEARN = Conventions(

@@ -62,9 +62,9 @@ def attach(
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
-        options: those of :class:`ReconAux`. ``weight="auto"`` sets the weight
-            after the first batch, so that the task's gradient on the views' features is twice
-            that of the method's loss; until then the task trains the decoder alone.
+        options: those of :class:`ReconAux`, with ``weight="auto"`` by default: 1, or more where
+            the method's loss pulls on the views' features more than half as strongly, twice as
+            much. It is set after the first batch; until then the task trains the decoder alone.
             ``model.recon_aux.weight`` tells, and ``recon_aux/weight`` in the log.
 
     Returns:
@@ -124,7 +124,7 @@ def attach(
         image_size=image_size,
         features=features,
     )
-    automatic = options.get("weight") == "auto"
+    automatic = options.get("weight", "auto") == "auto"
     aux = ReconAux(
         shape.feature_dim,
         image_channels=shape.image_channels,

@@ -74,7 +74,6 @@ class Attachment:
         self.enrolled = False
         self.trained_together = TrainedTogether()
         self.balance = Balance()
-        self.is_watched = False
         if not self.in_a_loop:
             self.doors += [
                 Door(model, "training_step", self.step),
@@ -206,33 +205,13 @@ class Attachment:
             self.trained_together.verify(self.encoder, self.aux)
         features = list(outputs)
         if self.aux.is_balanced and loss.requires_grad:
-            features = self._balance(features, [call.output for call in online])
+            features = self.balance(self.aux, features, [call.output for call in online])
         output = self.aux(views, [self._feature(y) for y in features])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
         if self.aux.is_balanced:
             self._log("recon_aux/weight", torch.tensor(self.aux.weight), len(views[0]))
         total: Tensor = loss + output.loss
         return total
-
-    def _balance(self, features: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        """Set the weight by the last batch's gradients, or else watch this one's."""
-        device = self.aux.decoder.queries.device
-        known = None if self.aux.weight_is_due else self.aux.weight
-        weight = self.balance.agree(known, device)
-        if weight is None and self.is_watched:
-            weight = self.balance.weigh(device)
-            if weight is None and self.balance.gives_up():
-                weight = self.aux.weight
-        if weight is not None:
-            if known is None:
-                self.aux.balance_at(weight)
-            return features
-        self.is_watched = True
-        live = [i for i, feature in enumerate(features) if feature.requires_grad]
-        watched = self.balance.watch([features[i] for i in live], outputs)
-        for i, own in zip(live, watched, strict=True):
-            features[i] = own
-        return features
 
     def _calls_of(self, loss: Tensor, given: Any) -> list[EncoderCall]:
         """Give the step's calls, without what the loss doesn't depend on: a probe's, say."""

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from .aux import ReconAux
 from .graph import reached
 from .scale import are_many, mean_over_processes
 
-# how much more strongly than the method's loss the task is to pull on the features
+# how much more strongly than the method's loss the task is to pull on the features, at least
 _SHARE = 2.0
+# next to losses that pull weakly less was never better
+_LEAST = 1.0
 
 # batches without any gradient of the method's on the features
 _MANY_TRIES = 3
@@ -36,7 +39,7 @@ class Balance:
     """
 
     def __init__(self) -> None:
-        self.agreed = False
+        self.agreed = self.is_watching = False
         self.tries = 0
         # squared norms of gradients on one batch's features: the method's, the task's
         self.pulls: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -44,6 +47,35 @@ class Balance:
     def __getstate__(self) -> dict[str, Any]:
         """Leave a running step out of copies."""
         return {**vars(self), "pulls": ([], [])}
+
+    def __call__(
+        self, aux: ReconAux, features: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Set the weight by the last batch's gradients, or else watch this one's.
+
+        Args:
+            aux: whose weight it is.
+            features: of the two views.
+            outputs: what the encoder gave with gradient.
+
+        Returns:
+            The features for ``aux`` to take.
+        """
+        device = aux.decoder.queries.device
+        known = None if aux.weight_is_due else aux.weight
+        weight = self.agree(known, device)
+        if weight is None and self.is_watching:
+            weight = self.weigh(device)
+            if weight is None and self.gives_up():
+                weight = aux.weight
+        if weight is not None:
+            if known is None:
+                aux.balance_at(weight)
+            return list(features)
+        self.is_watching = True
+        live = [feature for feature in features if feature.requires_grad]
+        watched = iter(self.watch(live, outputs))
+        return [next(watched) if feature.requires_grad else feature for feature in features]
 
     def agree(self, weight: float | None, device: torch.device) -> float | None:
         """Take the weight over, where one process alone has loaded it."""
@@ -93,7 +125,7 @@ class Balance:
         # an overflow is skipped by a loss scaler
         if math.isfinite(weight):
             self.tries += 1
-        return float(f"{weight:.1e}") if 0 < weight < math.inf else None
+        return max(_LEAST, float(f"{weight:.1e}")) if 0 < weight < math.inf else None
 
     def gives_up(self) -> bool:
         """Say, and say so once, that no gradient of the method's was seen."""

@@ -14,15 +14,19 @@ from torch import Tensor
 from training import InALoop, Siamese, fit, siamese_loss, views_of_a_batch
 
 import recon_aux
+from recon_aux.attach import attach as attach_by_hand
 from recon_aux.integrations import lightly
 
 attach = partial(lightly.attach, weight="auto")
+
+# of a loss, which then pulls more strongly than the task
+STRONG = 1e4
 
 
 class Scaled(Siamese):
     """The same loss in other units, under a name that nothing was measured of."""
 
-    def __init__(self, by: float = 1.0) -> None:
+    def __init__(self, by: float = STRONG) -> None:
         super().__init__()
         self.criterion = Unknown()
         self.by = by
@@ -77,15 +81,30 @@ def test_the_task_pulls_twice_as_strongly_as_the_methods_loss(
     assert model.recon_aux.weight == pytest.approx(2 * method / task, rel=0.05)
 
 
-@pytest.mark.parametrize("by", [1e-3, 1.0, 1e3])
-def test_the_weight_follows_the_losss_units(by: float) -> None:
+@pytest.mark.parametrize("by", [30.0, 1e3])
+def test_the_weight_follows_a_strong_losss_units(by: float) -> None:
     weights = []
     for scale in (1.0, by):
-        model = attach(Scaled(scale), seed=0)
+        model = attach(Scaled(STRONG * scale), seed=0)
         fit(model, max_steps=2)
         weights.append(model.recon_aux.weight)
     assert weights[1] == pytest.approx(by * weights[0], rel=0.06)
-    assert weights[0] != 1.0
+    assert weights[0] > 1
+
+
+def test_next_to_a_weak_loss_it_is_one() -> None:
+    model = attach(Scaled(1e-3))
+    fit(model, max_steps=2)
+    assert model.recon_aux.weight == 1
+    assert not model.recon_aux.weight_is_due
+
+
+def test_it_is_the_default_for_what_was_not_measured() -> None:
+    measured, other, loop = Siamese(), Scaled(), InALoop()
+    assert lightly.attach(measured).recon_aux.options["weight"] == 0.2
+    assert lightly.attach(other).recon_aux.options["weight"] == "auto"
+    heads = [loop.projection_head]
+    assert attach_by_hand(loop, backbone="backbone", heads=heads).recon_aux.is_balanced
 
 
 def test_it_is_logged() -> None:
@@ -93,7 +112,7 @@ def test_it_is_logged() -> None:
     trained = fit(model, max_steps=3)
     told = trained.callback_metrics["recon_aux/weight"]
     assert told == pytest.approx(model.recon_aux.weight)
-    assert "weight=0." in str(model.recon_aux).splitlines()[1]
+    assert f"weight={told:.3g}" in str(model.recon_aux).splitlines()[1]
     assert model.recon_aux.options["weight"] == "auto"
 
 
@@ -101,9 +120,11 @@ def test_it_is_logged() -> None:
 @pytest.mark.parametrize("options", [{}, {"equivariant_dim": 0}], ids=["split", "whole"])
 def test_it_is_set_for_every_shape_of_method(method: type[Method], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    weight = two_steps(attach(method(), weight="auto", **options)).recon_aux.weight
-    assert 0 < weight < 1e3
-    assert weight != 1.0
+    model = method()
+    step = model.training_step
+    model.training_step = lambda *given: STRONG * step(*given)
+    weight = two_steps(attach(model, **options)).recon_aux.weight
+    assert 1 < weight < 1e3 * STRONG
 
 
 def test_until_then_the_encoder_trains_as_without_the_task() -> None:
@@ -142,10 +163,10 @@ def test_the_views_alone_are_compared_however_they_are_encoded() -> None:
         for _ in range(2):
             z = model(batch).chunk(4) if at_once else [model(view) for view in views]
             loss = siamese_loss(*z[:2]) + siamese_loss(*z[2:])
-            recon_aux.add_loss(model, loss, views).backward()
+            recon_aux.add_loss(model, STRONG * loss, views).backward()
         return float(model.recon_aux.weight)
 
-    assert trained(at_once=True) == pytest.approx(trained(at_once=False), rel=0.05)
+    assert 1 < trained(at_once=True) == pytest.approx(trained(at_once=False), rel=0.05)
 
 
 @pytest.mark.parametrize("weight", [torch.tensor(0.5), numpy.float32(0.5)])
@@ -158,7 +179,7 @@ def test_a_weight_may_be_set_by_any_number(weight: Any) -> None:
 
 
 def test_a_measured_weight_gives_way_to_a_loaded_one() -> None:
-    one, other = (attach(Scaled(by), seed=0) for by in (1.0, 50.0))
+    one, other = (attach(Scaled(STRONG * by), seed=0) for by in (1.0, 50.0))
     for model in (one, other):
         fit(model, max_steps=2)
     assert one.recon_aux.weight != other.recon_aux.weight
@@ -206,13 +227,13 @@ def test_in_a_loop_of_ones_own_micro_batches_too() -> None:
             optimizer.zero_grad()
             for views in zip(*(view.chunk(parts) for view in views_of_a_batch()), strict=True):
                 loss = siamese_loss(*(model(view) for view in views))
-                (recon_aux.add_loss(model, loss) / parts).backward()
+                (recon_aux.add_loss(model, STRONG * loss) / parts).backward()
             optimizer.step()
         return model.recon_aux.weight
 
     weights = [trained(parts) for parts in (1, 2)]
     assert weights[1] == pytest.approx(weights[0], rel=0.5)
-    assert 0 < weights[0] < 1
+    assert 1 < weights[0] < STRONG
 
 
 def test_a_copy_in_between_sets_its_own() -> None:
@@ -229,10 +250,10 @@ def test_a_copy_in_between_sets_its_own() -> None:
 def test_an_overflow_under_a_loss_scaler_sets_nothing() -> None:
     model = attach(InALoop(), seed=0)
     for scale in (torch.inf, 2.0**10):
-        loss = siamese_loss(*(model(view) for view in views_of_a_batch()))
+        loss = STRONG * siamese_loss(*(model(view) for view in views_of_a_batch()))
         (scale * recon_aux.add_loss(model, loss)).backward()
     assert model.recon_aux.weight == 1.0
-    loss = siamese_loss(*(model(view) for view in views_of_a_batch()))
+    loss = STRONG * siamese_loss(*(model(view) for view in views_of_a_batch()))
     recon_aux.add_loss(model, loss)
     assert model.recon_aux.weight != 1.0
 

@@ -361,7 +361,7 @@ def test_a_compiled_loop_trains_the_same(options: dict[str, Any]) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     losses = []
     for whole in (False, True):
-        model = attach(InALoop())
+        model = attach(InALoop(), weight=1.0)
         called = torch.compile(model, backend=counter, **options) if whole else model
 
         def step(batch: Any, index: int, model: Any = model, called: Any = called) -> Tensor:
@@ -380,7 +380,7 @@ def test_a_compiled_loop_of_both_views_in_one_call_trains_the_same() -> None:
     torch._dynamo.reset()
     losses = []
     for compiled in (False, True):
-        model = attach(Both())
+        model = attach(Both(), weight=1.0)
         called = torch.compile(model, backend="aot_eager") if compiled else model
 
         def step(batch: Any, index: int, model: Any = model, called: Any = called) -> Tensor:
