@@ -376,7 +376,9 @@ def main() -> None:
                 results = measure(model, own, data, args)
                 which = {"data": own, "arm": arm, "seed": seed}
                 if hasattr(model, "recon_aux"):
-                    which["recon_aux"] = model.recon_aux.options
+                    which["recon_aux"] = model.recon_aux.options | {
+                        "weight": model.recon_aux.weight
+                    }
                     shown = data[own][1][0], seed, path.with_suffix(".png")
                     save_reconstructions(model.backbone, model.recon_aux, *shown)
                 keep(path, record(args, trained_on(args), seconds, results, **which))

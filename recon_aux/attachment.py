@@ -205,7 +205,7 @@ class Attachment:
             self.trained_together.verify(self.encoder, self.aux)
         features = list(outputs)
         if self.aux.is_balanced and loss.requires_grad:
-            features = self.balance(self.aux, features, [call.output for call in online])
+            features = self.balance(self.aux, loss, features, [call.output for call in online])
         output = self.aux(views, [self._feature(y) for y in features])
         self._log("recon_aux/loss", output.unweighted_loss, len(views[0]))
         if self.aux.is_balanced:

@@ -217,7 +217,10 @@ class ReconAux(nn.Module):
 
     @property
     def weight(self) -> float:
-        """What the sum of the terms is multiplied with; may be set at any time."""
+        """What the sum of the terms is multiplied with; may be set, for good, at any time.
+
+        Where it is ``"auto"`` it is 1 until the first batch has set it.
+        """
         return self._weight
 
     @weight.setter

@@ -19,9 +19,6 @@ _SHARE = 2.0
 # next to losses that pull weakly less was never better
 _LEAST = 1.0
 
-# batches without any gradient of the method's on the features
-_MANY_TRIES = 3
-
 
 class Balance:
     """Reads how strongly the method's loss and the task's pull on the encoder's features.
@@ -40,21 +37,25 @@ class Balance:
 
     def __init__(self) -> None:
         self.agreed = self.is_watching = False
-        self.tries = 0
         # squared norms of gradients on one batch's features: the method's, the task's
         self.pulls: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave a running step out of copies."""
-        return {**vars(self), "pulls": ([], [])}
+        return {**vars(self), "is_watching": False, "pulls": ([], [])}
 
     def __call__(
-        self, aux: ReconAux, features: Sequence[Tensor], outputs: Sequence[Tensor]
+        self,
+        aux: ReconAux,
+        loss: Tensor,
+        features: Sequence[Tensor],
+        outputs: Sequence[Tensor],
     ) -> list[Tensor]:
         """Set the weight by the last batch's gradients, or else watch this one's.
 
         Args:
             aux: whose weight it is.
+            loss: the method's.
             features: of the two views.
             outputs: what the encoder gave with gradient.
 
@@ -66,13 +67,14 @@ class Balance:
         weight = self.agree(known, device)
         if weight is None and self.is_watching:
             weight = self.weigh(device)
-            if weight is None and self.gives_up():
-                weight = aux.weight
+        if weight is None and not any(reached(loss, outputs, strictly=True)):
+            weight = aux.weight
+            _tell_of_unseen()
+        self.is_watching = weight is None
         if weight is not None:
             if known is None:
                 aux.balance_at(weight)
             return list(features)
-        self.is_watching = True
         live = [feature for feature in features if feature.requires_grad]
         watched = iter(self.watch(live, outputs))
         return [next(watched) if feature.requires_grad else feature for feature in features]
@@ -121,23 +123,19 @@ class Balance:
         told = [sum(square.item() for square in some) for some in self.pulls]
         squares = torch.tensor(told, dtype=torch.float32, device=device)
         method, task = mean_over_processes(squares, 1).tolist()
-        weight = _SHARE * math.sqrt(method / task) if task else 0.0
-        # an overflow is skipped by a loss scaler
-        if math.isfinite(weight):
-            self.tries += 1
-        return max(_LEAST, float(f"{weight:.1e}")) if 0 < weight < math.inf else None
+        # no backward pass, or an overflow, which a loss scaler skips
+        if not (0 < task < math.inf and method < math.inf):
+            return None
+        return max(_LEAST, float(f"{_SHARE * math.sqrt(method / task):.1e}"))
 
-    def gives_up(self) -> bool:
-        """Say, and say so once, that no gradient of the method's was seen."""
-        if self.tries < _MANY_TRIES:
-            return False
-        warnings.warn(
-            'recon_aux: expected to see the gradients of the method\'s loss, by which weight="auto"'
-            f" is set, saw none in {self.tries} batches, as where encoder and loss are compiled "
-            "together; the weight stays 1; give weight=",
-            stacklevel=2,
-        )
-        return True
+
+def _tell_of_unseen() -> None:
+    warnings.warn(
+        'recon_aux: expected to see the gradients of the method\'s loss, by which weight="auto" is '
+        "set, but encoder and head, or loss, are compiled together; the weight stays 1; give "
+        "weight=",
+        stacklevel=2,
+    )
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -12,7 +12,11 @@ _COMPILED = "CompiledFunctionBackward"
 
 
 def reached(
-    loss: Tensor, tensors: Sequence[Tensor], *, avoiding: Collection[Node] = ()
+    loss: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    avoiding: Collection[Node] = (),
+    strictly: bool = False,
 ) -> list[bool]:
     """Say which tensors the loss depends on, without a backward pass.
 
@@ -22,6 +26,7 @@ def reached(
         loss: with gradient.
         tensors: with gradient.
         avoiding: nodes of the graph; what the loss depends on through these alone doesn't count.
+        strictly: what is compiled with a tensor doesn't count for it: no gradient flows to that.
 
     Returns:
         One truth for each tensor.
@@ -45,7 +50,7 @@ def reached(
         if edge in edges:
             found.add(edge)
             continue
-        if edge[0].name() == _COMPILED:
+        if edge[0].name() == _COMPILED and not strictly:
             found.update(other for other in edges if other[0] is edge[0])
         ahead.extend(edge[0].next_functions)
     return [edge in found for edge in edges]

@@ -50,11 +50,13 @@ class Registration(nn.Module):
 
         Args:
             equivariant: of the first views, then of the others, ``(2*B, E)``.
-            images: the views in the same order, ``(2*B, C, H, W)`` in float32.
+            images: the views in the same order, ``(2*B, C, H, W)`` in float32, outside of autocast;
+                no gradient flows back to them.
 
         Returns:
             Mean squared difference of the images, each of zero mean and unit variance, as a float32
-            scalar: 0 where one is the other one moved, 2 where they have nothing in common.
+            scalar: 0 where one is the other one moved, 2 where they have nothing in common. Its
+            gradient can't be differentiated again.
         """
         pose = self.pose(equivariant)
         # in the first dimension views as they are and mirrored, in the second first and others: all

@@ -147,12 +147,57 @@ def test_where_the_methods_gradient_cannot_be_seen_it_says_so() -> None:
     model = attach(InALoop())
     called = torch.compile(model, backend="aot_eager")
     views = views_of_a_batch()
-    for _ in range(3):
-        recon_aux.add_loss(model, siamese_loss(*(called(view) for view in views))).backward()
-    with pytest.warns(UserWarning, match=r"saw none in 3 batches.*the weight stays 1; give weight"):
-        recon_aux.add_loss(model, siamese_loss(*(called(view) for view in views)))
+    with pytest.warns(UserWarning, match=r"compiled together; the weight stays 1; give weight"):
+        loss = recon_aux.add_loss(model, STRONG * siamese_loss(*(called(view) for view in views)))
     assert model.recon_aux.weight == 1.0
     assert not model.recon_aux.weight_is_due
+    # and the encoder is trained by the task at once
+    (gradient,) = torch.autograd.grad(loss, model.backbone[0].weight)
+    torch._dynamo.reset()
+    other = attach(InALoop(), weight=1.0, seed=model.recon_aux._seed)
+    loss = recon_aux.add_loss(other, STRONG * siamese_loss(*(other(view) for view in views)))
+    (expected,) = torch.autograd.grad(loss, other.backbone[0].weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_with_the_encoder_alone_compiled_it_is_seen() -> None:
+    torch._dynamo.reset()
+    weights = []
+    for compiled in (False, True):
+        model = attach(InALoop(), seed=0)
+        if compiled:
+            model.backbone.compile(backend="aot_eager")
+        for _ in range(2):
+            loss = STRONG * siamese_loss(*(model(view) for view in views_of_a_batch()))
+            recon_aux.add_loss(model, loss).backward()
+        weights.append(model.recon_aux.weight)
+    assert weights[1] == pytest.approx(weights[0], rel=0.05)
+    assert weights[0] > 1
+
+
+def test_steps_whose_backward_pass_comes_late_set_nothing() -> None:
+    model = attach(InALoop(), seed=0)
+    losses = [
+        recon_aux.add_loss(model, STRONG * siamese_loss(*(model(x) for x in views_of_a_batch())))
+        for _ in range(5)
+    ]
+    assert model.recon_aux.weight_is_due
+    torch.stack(losses).sum().backward()
+    recon_aux.add_loss(model, siamese_loss(*(model(view) for view in views_of_a_batch())))
+    assert model.recon_aux.weight > 1
+
+
+def test_what_is_due_again_is_measured_again() -> None:
+    weights = []
+    model = attach(Scaled(), seed=0)
+    bare = copy.deepcopy(model.state_dict())
+    for scale in (1.0, 100.0):
+        model.load_state_dict(bare)
+        model.by = STRONG * scale
+        for index in range(2):
+            model.training_step((views_of_a_batch(), torch.zeros(8)), index).backward()
+        weights.append(model.recon_aux.weight)
+    assert weights[1] == pytest.approx(100 * weights[0], rel=0.06)
 
 
 def test_the_views_alone_are_compared_however_they_are_encoded() -> None:

@@ -283,7 +283,7 @@ def run(
     }
     which: dict[str, Any] = {"arm": arm, "seed": seed}
     if hasattr(model, "recon_aux"):
-        which["recon_aux"] = model.recon_aux.options
+        which["recon_aux"] = model.recon_aux.options | {"weight": model.recon_aux.weight}
         draw_steering(model, data[1], path.with_suffix(".png"), device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
