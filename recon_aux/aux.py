@@ -309,8 +309,9 @@ class ReconAux(nn.Module):
         resized = [resize_view(view, self.target_size) for view in views]
         both = torch.cat(resized)
         target = torch.cat([resized[i] for i in chosen])
-        decoded = self._decode(own, other)
+        # its weights' casts would take a GPU's process longer than half precision saves the GPU
         with torch.autocast(target.device.type, enabled=False):
+            decoded = self._decode(own, other)
             white = self.pixel_scale.whiten(both)
             wanted = torch.cat([white.chunk(2)[i] for i in chosen])
             rebuilding = self.reconstruction_loss(decoded, wanted)
@@ -362,16 +363,15 @@ class ReconAux(nn.Module):
             )
         feature, other = self._as_feature(feature), self._as_feature(other)
         own, context = self._part("equivariant", feature), self._part(self.context, other)
-        return self.pixel_scale.restore(self._decode(own, context).float())
+        with torch.autocast(own.device.type, enabled=False):
+            return self.pixel_scale.restore(self._decode(own, context).float())
 
     def _as_feature(self, output: Tensor) -> Tensor:
         return as_feature(output, spatial=self.decoder.spatial)
 
     def _decode(self, own: Tensor, other: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(own.device.type):
-            like = self.decoder.queries
-            own, other = own.to(like.dtype), other.to(like.dtype)
-        decoded: Tensor = self.decoder(own, other)
+        like = self.decoder.queries
+        decoded: Tensor = self.decoder(own.to(like.dtype), other.to(like.dtype))
         return decoded
 
     def _part(self, name: Context, feature: Tensor) -> Tensor:
