@@ -52,6 +52,18 @@ def test_the_loss_hardly_depends_on_the_precision(precision: Any) -> None:
     torch.testing.assert_close(*map(torch.stack, losses), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_all_is_what_it_is_without(dtype: torch.dtype) -> None:
+    views, features = torch.rand(2, 4, 3, 48, 48), torch.rand(2, 4, 8)
+    plain, cast = (ReconAux(8, seed=0) for _ in range(2))
+    expected = plain(views, features)
+    with torch.autocast("cpu", dtype):
+        found = cast(views, features)
+        drawn = cast.rebuild(features[0], features[1])
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(drawn, plain.rebuild(features[0], features[1]))
+
+
 def test_views_are_whitened_in_float32_under_autocast_too() -> None:
     aux = ReconAux(8)
     compared: list[Any] = []
