@@ -32,7 +32,7 @@ from .verify import (
     past_masks,
     trained_encoders,
 )
-from .views import is_of, two_views, verify_views
+from .views import is_of, largest_views, two_views, verify_views
 
 # where LightningModule is, in either package
 _STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
@@ -224,9 +224,7 @@ class Attachment:
         if not self.in_a_loop:
             self.usual_calls = len(calls)
             # one may be encoded without gradient, or detached: both have to be among the loss's
-            largest = max((call.pixels for call in its), default=0)
-            views = {id(call.image) for call in its if call.pixels == largest}
-            if len(views) < 2:
+            if len(largest_views(its)) < 2:
                 return calls
             known = {id(call) for call in its}
             trained = {id(call.encoder) for call in its}

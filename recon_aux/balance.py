@@ -16,7 +16,7 @@ from .scale import are_many, mean_over_processes
 
 # how much more strongly than the method's loss the task is to pull on the features, at least
 _SHARE = 2.0
-# next to losses that pull weakly less was never better
+# next to losses that pull weakly, less was on the whole worse
 _LEAST = 1.0
 
 

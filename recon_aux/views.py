@@ -30,13 +30,7 @@ def two_views(
     Raises:
         RuntimeError: if there are no two; the message lists the calls.
     """
-    largest = max(call.pixels for call in online)
-    # of several calls with the same images the first counts
-    views: dict[int, EncoderCall] = {}
-    for call in online:
-        if call.pixels == largest:
-            views.setdefault(id(call.image), call)
-    first, *more = views.values()
+    first, *more = largest_views(online)
     if more:
         return (first.image, more[0].image), (first.output, more[0].output)
     size = _view_size(first.image, given, count)
@@ -77,6 +71,16 @@ def two_views(
         f"number {sorted(_batch_sizes(given))}; views= tells how many are concatenated where the "
         "batch doesn't show it; add_loss(model, loss, batch) shows it the batch"
     )
+
+
+def largest_views(calls: Sequence[EncoderCall]) -> list[EncoderCall]:
+    """Give the calls with the largest images; of several with the same images the first."""
+    largest = max((call.pixels for call in calls), default=0)
+    views: dict[int, EncoderCall] = {}
+    for call in calls:
+        if call.pixels == largest:
+            views.setdefault(id(call.image), call)
+    return list(views.values())
 
 
 def verify_views(views: Pair, given: Any, count: int | None) -> None:
