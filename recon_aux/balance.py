@@ -36,13 +36,13 @@ class Balance:
     """
 
     def __init__(self) -> None:
-        self.agreed = self.is_watching = False
+        self.agreed = False
         # squared norms of gradients on one batch's features: the method's, the task's
         self.pulls: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave a running step out of copies."""
-        return {**vars(self), "is_watching": False, "pulls": ([], [])}
+        return {**vars(self), "pulls": ([], [])}
 
     def __call__(
         self,
@@ -65,13 +65,13 @@ class Balance:
         device = aux.decoder.queries.device
         known = None if aux.weight_is_due else aux.weight
         weight = self.agree(known, device)
-        if weight is None and self.is_watching:
+        if weight is None:
             weight = self.weigh(device)
         if weight is None and not any(reached(loss, outputs, strictly=True)):
             weight = aux.weight
             _tell_of_unseen()
-        self.is_watching = weight is None
         if weight is not None:
+            self.pulls = [], []
             if known is None:
                 aux.balance_at(weight)
             return list(features)

@@ -71,7 +71,7 @@ class Registration(nn.Module):
             targets = _standardized(F.adaptive_avg_pool2d(images, side))
             others = targets.roll(len(targets) // 2, dims=0)
             both = torch.stack([others, others.flip(-1)])
-            found.append(_likeness(both, targets, motion.detach()))
+            found.append(_likeness(both, targets, motion))
         likeness, pull = (torch.stack(x).mean(dim=0) for x in zip(*found, strict=True))
         # the same number, with this gradient
         likeness = likeness + ((motion - motion.detach()) * pull).sum(dim=(-2, -1))
