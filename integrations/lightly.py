@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from recon_aux.attach import attach_by
-from recon_aux.find import Conventions
+from recon_aux.engine.api import attach_by
+from recon_aux.engine.modules import Conventions
 
 try:
     from lightly.models.modules.heads import ProjectionHead
@@ -43,8 +43,8 @@ def attach(
         heads: the modules that take the encoder's features, or their names; by default lightly's
             projection heads and what is called one, momentum ones too.
         weight: weight of the reconstruction loss; by default what was measured for the method's
-            loss, else ``"auto"``, see :func:`recon_aux.attach.attach`.
-        options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
+            loss, else ``"auto"``, see :func:`recon_aux.engine.api.attach`.
+        options: those of :func:`recon_aux.engine.api.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:
         The same model, changed in place; ``model.recon_aux`` is the :class:`recon_aux.ReconAux`.

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from recon_aux import ReconAux
-from recon_aux.attach import attach_by, decoder_groups
-from recon_aux.find import Conventions
-from recon_aux.intercept import Door
+from recon_aux.engine.api import attach_by, decoder_groups
+from recon_aux.engine.hooks import Door
+from recon_aux.engine.modules import Conventions
 
 _INSTALL = "pip install --no-deps --no-build-isolation git+https://github.com/vturrisi/solo-learn"
 
@@ -63,8 +63,8 @@ def attach(
         heads: the modules that take the encoder's features, or their names; by default the
             projector or head, and the momentum one.
         weight: weight of the reconstruction loss; by default what was measured for the method,
-            else ``"auto"``, see :func:`recon_aux.attach.attach`.
-        options: those of :func:`recon_aux.attach.attach` and :class:`recon_aux.ReconAux`.
+            else ``"auto"``, see :func:`recon_aux.engine.api.attach`.
+        options: those of :func:`recon_aux.engine.api.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:
         The same model, changed in place; ``model.recon_aux`` is the :class:`recon_aux.ReconAux`.

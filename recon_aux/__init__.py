@@ -1,11 +1,11 @@
 """Keep what augmentation changes: an image-reconstruction task for joint-embedding methods."""
 
-from .attach import add_loss, attach, detach, is_attached
-from .aux import ReconAux, ReconAuxOutput
-from .checkpoint import export_backbone, strip
-from .decoder import CrossAttentionDecoder
-from .loss import ReconstructionLoss
-from .splitter import FeatureSplitter
+from recon_aux.engine.api import add_loss, attach, detach, is_attached
+from recon_aux.engine.checkpoint import export_backbone, strip
+from recon_aux.task.decoder import CrossAttentionDecoder
+from recon_aux.task.splitter import FeatureSplitter
+from recon_aux.task.task import ReconAux, ReconAuxOutput
+from recon_aux.task.terms.reconstruction import ReconstructionLoss
 
 __all__ = [
     "CrossAttentionDecoder",

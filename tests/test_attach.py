@@ -19,9 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 from training import Siamese
 
 import recon_aux
-from recon_aux.encoder import encoder_shape
+from recon_aux.engine.encoder import encoder_shape
+from recon_aux.engine.hooks import Door, Mask, doors
 from recon_aux.integrations.lightly import attach
-from recon_aux.intercept import Door, Mask, doors
 
 
 class Method(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 from training import InALoop, Siamese, fit, siamese_loss, views_of_a_batch
 
 import recon_aux
-from recon_aux.attach import attach as attach_by_hand
+from recon_aux.engine.api import attach as attach_by_hand
 from recon_aux.integrations import lightly
 
 attach = partial(lightly.attach, weight="auto")

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss, finite
-from recon_aux.loss import resize_view
-from recon_aux.scale import PixelScale
+from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss
+from recon_aux.task import finite
+from recon_aux.task.calibration import PixelScale
+from recon_aux.task.terms.reconstruction import resize_view
 
 few = settings(max_examples=25, deadline=None)
 SHAPES = {"vector": (4, 12), "map": (4, 12, 3, 2), "tokens": (4, 7, 12)}

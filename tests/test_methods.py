@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import recon_aux
-from recon_aux import attachment as engine
-from recon_aux.graph import reached
+from recon_aux.engine import attachment as engine
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.hooks import doors
 from recon_aux.integrations.lightly import attach
-from recon_aux.intercept import doors
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from recon_aux import ReconAux
-from recon_aux.attach import attach
+from recon_aux.engine.api import attach
 from recon_aux.integrations.lightly import _WEIGHTS
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from recon_aux import ReconAux
-from recon_aux.edges import Edges
 from recon_aux.probe import transform
-from recon_aux.registration import (
+from recon_aux.task.calibration import color_axes
+from recon_aux.task.terms.edges import Edges
+from recon_aux.task.terms.prediction import Readout, Telling
+from recon_aux.task.terms.registration import (
     Registration,
     _affine,
     _compose,
@@ -21,9 +23,7 @@ from recon_aux.registration import (
     _likeness,
     _standardized,
 )
-from recon_aux.scale import color_axes
-from recon_aux.statistics import Statistics
-from recon_aux.telling import Readout, Telling
+from recon_aux.task.terms.statistics import Statistics
 
 
 def smooth(count: int, seed: int = 0) -> Tensor:

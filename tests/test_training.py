@@ -36,9 +36,9 @@ from training import (
 )
 
 import recon_aux
-from recon_aux.attachment import trains_by_itself
+from recon_aux.engine.attachment import trains_by_itself
+from recon_aux.engine.hooks import doors
 from recon_aux.integrations.lightly import attach
-from recon_aux.intercept import doors
 
 
 def a_batch(count: int = 4) -> Any:

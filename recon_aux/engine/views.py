@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .intercept import EncoderCall
+from recon_aux.engine.hooks import EncoderCall
 
 Pair = tuple[Tensor, Tensor]
 

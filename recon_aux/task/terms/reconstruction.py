@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checks import check_nonnegative
+from recon_aux.task.checks import check_nonnegative
 
 LossKind = Literal["mse", "l1", "smooth_l1"]
 

@@ -12,18 +12,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from . import saved
-from .checks import check_nonnegative, check_views
-from .decoder import CrossAttentionDecoder
-from .edges import Edges
-from .encoder import as_feature
-from .finite import FiniteCheck
-from .loss import LossKind, ReconstructionLoss, resize_view
-from .registration import Registration
-from .scale import PixelScale
-from .splitter import FeatureSplitter, channel_dim
-from .statistics import Statistics
-from .telling import Telling
+from recon_aux.engine.encoder import as_feature
+from recon_aux.task import state as saved
+from recon_aux.task.calibration import PixelScale
+from recon_aux.task.checks import check_nonnegative, check_views
+from recon_aux.task.decoder import CrossAttentionDecoder
+from recon_aux.task.finite import FiniteCheck
+from recon_aux.task.splitter import FeatureSplitter, channel_dim
+from recon_aux.task.terms.edges import Edges
+from recon_aux.task.terms.prediction import Telling
+from recon_aux.task.terms.reconstruction import LossKind, ReconstructionLoss, resize_view
+from recon_aux.task.terms.registration import Registration
+from recon_aux.task.terms.statistics import Statistics
 
 Context = Literal["invariant", "equivariant", "both", "none"]
 Reconstruct = Literal["alternate", "random", "both"]

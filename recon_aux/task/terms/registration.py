@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .telling import Readout
+from recon_aux.task.terms.prediction import Readout
 
 # sides of the images that are compared, in pixels: the coarse one pulls from afar
 _SIDES = (16, 8)

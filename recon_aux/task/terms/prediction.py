@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .scale import Calibrated, mean_over_processes
+from recon_aux.task.calibration import Calibrated, mean_over_processes
 
 # what is kept of the gradient of weights, at most, and of biases and norms
 _OF_WEIGHTS, _OF_VECTORS = 0.1, 0.03
@@ -123,7 +123,7 @@ class Telling(nn.Module):
         told: what is to be told.
 
     Example:
-        >>> from recon_aux.edges import Edges
+        >>> from recon_aux.task.terms.edges import Edges
         >>> features, images = torch.rand(4, 128), torch.rand(4, 3, 32, 32)
         >>> Telling(128, Edges())(features, images).shape
         torch.Size([])

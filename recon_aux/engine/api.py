@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment, refuse_manual_optimization, trains_by_itself
-from .aux import ReconAux
-from .encoder import Features, encoder_shape
-from .find import Conventions, find_module, unwrap
-from .intercept import Capture, Mask, doors
-from .optimizers import Settings
+from recon_aux.engine.attachment import Attachment, refuse_manual_optimization, trains_by_itself
+from recon_aux.engine.encoder import Features, encoder_shape
+from recon_aux.engine.hooks import Capture, Mask, doors
+from recon_aux.engine.modules import Conventions, find_module, unwrap
+from recon_aux.engine.optimizers import Settings
+from recon_aux.task.task import ReconAux
 
 Model = TypeVar("Model", bound=nn.Module)
 

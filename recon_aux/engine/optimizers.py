@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .checks import check_nonnegative
+from recon_aux.task.checks import check_nonnegative
 
 Group = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .compiled import not_compiled
+from recon_aux.engine.compiled import not_compiled
 
 # calls without one that is finite; torch's loss scaler comes down to 1 in 16 steps, each of as many
 # calls as are accumulated

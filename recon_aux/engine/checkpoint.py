@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import trained_encoder
-from .find import uncompiled, unwrap
+from recon_aux.engine.api import trained_encoder
+from recon_aux.engine.modules import uncompiled, unwrap
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:

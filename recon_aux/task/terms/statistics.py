@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scale import color_axes
-from .telling import Told
+from recon_aux.task.calibration import color_axes
+from recon_aux.task.terms.prediction import Told
 
 _OCTAVES = 3
 # of energies, below which they are noise

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .telling import Told
+from recon_aux.task.terms.prediction import Told
 
 # along each side of the image
 _CELLS = 8

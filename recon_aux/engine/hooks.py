@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .compiled import is_recomputing
-from .encoder import Features, take_tensor
-from .graph import reached
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.compiled import is_recomputing
+from recon_aux.engine.encoder import Features, take_tensor
 
 # what stands in a method's place gets the module, the method, and what it was called with
 Guard = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

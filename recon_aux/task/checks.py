@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .splitter import channel_dim
+from recon_aux.task.splitter import channel_dim
 
 
 def check_nonnegative(option: str, value: Any) -> None:

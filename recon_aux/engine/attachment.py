@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aux import ReconAux
-from .balance import Balance
-from .compiled import around_compiled, not_compiled, run_eagerly
-from .encoder import as_feature
-from .find import (
+from recon_aux.engine.auto_weight import Balance
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.compiled import around_compiled, not_compiled, run_eagerly
+from recon_aux.engine.encoder import as_feature
+from recon_aux.engine.hooks import Capture, Door, EncoderCall, Mask, doors, watch
+from recon_aux.engine.modules import (
     describe_children,
     find_copies,
     find_momentum_heads,
@@ -21,10 +22,8 @@ from .find import (
     uncompiled,
     unwrap,
 )
-from .graph import reached
-from .intercept import Capture, Door, EncoderCall, Mask, doors, watch
-from .optimizers import Settings, enroll
-from .verify import (
+from recon_aux.engine.optimizers import Settings, enroll
+from recon_aux.engine.verify import (
     TrainedTogether,
     are_fed_by_others,
     gradients_of,
@@ -32,7 +31,8 @@ from .verify import (
     past_masks,
     trained_encoders,
 )
-from .views import is_of, largest_views, two_views, verify_views
+from recon_aux.engine.views import is_of, largest_views, two_views, verify_views
+from recon_aux.task.task import ReconAux
 
 # where LightningModule is, in either package
 _STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from .aux import ReconAux
-from .graph import reached
-from .scale import are_many, mean_over_processes
+from recon_aux.engine.autograd import reached
+from recon_aux.task.calibration import are_many, mean_over_processes
+from recon_aux.task.task import ReconAux
 
 # how much more strongly than the method's loss the task is to pull on the features, at least
 _SHARE = 2.0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .splitter import channel_dim
+from recon_aux.task.splitter import channel_dim
 
 Features = Callable[[Any], Tensor]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .graph import reached
-from .intercept import EncoderCall, version
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.hooks import EncoderCall, version
 
 
 def trained_encoders(loss: Tensor, calls: Sequence[EncoderCall]) -> list[nn.Module]:

@@ -1,0 +1,1 @@
+"""What is learned: the image-reconstruction task. It needs torch and einops only."""
