@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from recon_aux.engine.api import attach_by
-from recon_aux.engine.modules import Conventions
+from recon_aux.engine.adapter import Conventions, attach_by
 
 try:
     from lightly.models.modules.heads import ProjectionHead

@@ -1,4 +1,4 @@
-"""Live with torch.compile: what is done around a step stays out of it."""
+"""Work beside torch.compile: what is done around a step stays out of compiled code."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def not_compiled(function: Function) -> Function:
-    """Keep a function, and what it calls, out of what is compiled."""
+    """Keep a function, and what it calls, out of compiled code."""
     kept: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return kept
 
 
 def around_compiled(function: Function) -> Function:
-    """Keep a function out of what is compiled, but not what it calls."""
+    """Keep a function out of compiled code, but not what it calls."""
     kept: Function = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
     return kept
 
 
 @not_compiled
 def run_eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call something without compiling it, or anything in it.
+    """Call a function without compiling it, or anything in it.
 
-    What is compiled is one node of the autograd graph, in which there is nothing to see.
+    Compiled code is one node of the autograd graph. Nothing inside it can be checked.
     """
     with torch.compiler.set_stance("force_eager"):
         return function(*args, **kwargs)
