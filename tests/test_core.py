@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recon_aux import CrossAttentionDecoder, FeatureSplitter, ReconAux, ReconstructionLoss
 from recon_aux.task import finite
-from recon_aux.task.calibration import PixelScale
+from recon_aux.task.calibration import ChannelWhitening
 from recon_aux.task.terms.reconstruction import resize_view
 
 few = settings(max_examples=25, deadline=None)
@@ -108,14 +108,14 @@ def test_the_structure_term_sees_neither_colour_nor_contrast_of_a_patch() -> Non
 def test_pixels_are_whitened_over_channels_by_the_first_batch() -> None:
     mixing = torch.tensor([[1.0, 0.9, 0.8], [0.0, 0.2, 0.0], [0.0, 0.0, 0.3]])
     views = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(16, 3, 8, 8)) * 50 + 100
-    scale = PixelScale(3, floor=0.0)
+    scale = ChannelWhitening(3, floor=0.0)
     white = scale.whiten(views).transpose(0, 1).flatten(1)
     assert torch.allclose(torch.cov(white), torch.eye(3), atol=1e-2)
     assert white.mean().abs() < 1e-3
     before = scale.state_dict()["to_white"].clone()
     scale.whiten(views * 3)
     assert torch.equal(before, scale.to_white)
-    floored = PixelScale(3, floor=0.5)
+    floored = ChannelWhitening(3, floor=0.5)
     quiet = floored.whiten(views).transpose(0, 1).flatten(1)
     assert torch.linalg.eigvalsh(torch.cov(quiet)).min() < 0.2
 

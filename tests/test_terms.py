@@ -14,7 +14,7 @@ from recon_aux import ReconAux
 from recon_aux.probe import transform
 from recon_aux.task.calibration import color_axes
 from recon_aux.task.terms.edges import Edges
-from recon_aux.task.terms.prediction import Readout, Telling
+from recon_aux.task.terms.prediction import LinearReadout, PredictionTerm
 from recon_aux.task.terms.registration import (
     Registration,
     _affine,
@@ -278,7 +278,7 @@ def test_a_linear_feature_tells_all_statistics() -> None:
     torch.manual_seed(0)
     views = smooth(96) * torch.rand(96, 1, 1, 1) + torch.rand(96, 3, 1, 1)
     features = torch.cat([Statistics(3)(views), torch.randn(96, 3)], dim=1)
-    statistics = Telling(24, Statistics(3))
+    statistics = PredictionTerm(24, Statistics(3))
     optimizer = torch.optim.Adam(statistics.parameters(), lr=1e-2)
     losses = []
     for _ in range(200):
@@ -346,7 +346,7 @@ def test_blank_views_set_no_units(shade: float) -> None:
 
 @pytest.mark.parametrize(("width", "pace"), [(2, 0.1), (100, 0.00625)])
 def test_a_readout_is_a_linear_map_whose_gradient_is_scaled_down(width: int, pace: float) -> None:
-    readout = Readout(width, 5)
+    readout = LinearReadout(width, 5)
     with torch.no_grad():
         for parameter in readout.parameters():
             parameter.normal_()

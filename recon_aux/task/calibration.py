@@ -8,7 +8,9 @@ from typing import TypeVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from recon_aux.task.distributed import agree, are_many, mean_over_processes
 
 Own = TypeVar("Own", bound="Calibrated")
 
@@ -32,24 +34,12 @@ class Calibrated(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, images: Tensor) -> None:
-        self._agree()
+        if are_many() and not self._agreed:
+            # one process alone may have loaded them
+            self._agreed = True
+            self.calibrated = agree(list(self.buffers(recurse=False)), self.calibrated)
         if not self.calibrated:
             self.calibrated = self._measure(images)
-
-    def _agree(self) -> None:
-        """Take the buffers over where one process alone has loaded them."""
-        if self._agreed or not are_many():
-            return
-        self._agreed = True
-        buffers = list(self.buffers(recurse=False))
-        knowing = buffers[0].new_tensor(float(self.calibrated))
-        distributed.all_reduce(knowing)
-        if 0 < knowing < distributed.get_world_size():
-            for buffer in buffers:
-                buffer.mul_(float(self.calibrated))
-                distributed.all_reduce(buffer)
-                buffer.div_(knowing)
-            self.calibrated = True
 
     def _apply(self: Own, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Own:
         """Move to a device, but keep the type."""
@@ -67,7 +57,7 @@ class Calibrated(nn.Module):
         self.calibrated = bool(state.any())
 
 
-class PixelScale(Calibrated):
+class ChannelWhitening(Calibrated):
     """Whitens pixels over their channels, by the statistics of the first batch it sees.
 
     The loss then means the same whatever units the views come in, and colour counts as much as
@@ -79,7 +69,7 @@ class PixelScale(Calibrated):
             largest, so that channels which carry only noise stay small.
 
     Example:
-        >>> scale = PixelScale(3)
+        >>> scale = ChannelWhitening(3)
         >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
         >>> white = scale.whiten(views)
         >>> torch.allclose(scale.restore(white), views, atol=1e-3)
@@ -141,17 +131,3 @@ def color_axes(images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     # an axis has two directions, of which all processes are to take the same
     largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
     return mean, variance.clamp(min=0), axes * largest.sign()
-
-
-def mean_over_processes(mean: Tensor, count: int) -> Tensor:
-    """Weigh each process's mean with its number of images."""
-    if not are_many():
-        return mean
-    weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
-    distributed.all_reduce(weighted)
-    return (weighted[:-1] / weighted[-1]).view_as(mean)
-
-
-def are_many() -> bool:
-    """Whether processes train together."""
-    return distributed.is_available() and distributed.is_initialized()

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from recon_aux.task.checks import check_divides, check_whole
+
 
 class Tokenizer(nn.Module):
     """Make tokens from a feature: several from a pooled vector, one from each position otherwise.
@@ -125,23 +127,12 @@ class CrossAttentionDecoder(nn.Module):
         spatial: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {
-            "target_size": target_size,
-            "patch_size": patch_size,
-            "decoder_dim": dim,
-            "decoder_depth": depth,
-            "decoder_heads": heads,
-            "decoder_tokens": tokens,
-        }
-        for option, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"expected {option}= of 1 or more, got {size}")
-        if target_size % patch_size:
-            raise ValueError(
-                f"expected a patch_size that divides target_size={target_size}, got {patch_size}"
-            )
-        if dim % heads:
-            raise ValueError(f"expected decoder_heads that divide decoder_dim={dim}, got {heads}")
+        sizes = {"target_size": target_size, "patch_size": patch_size}
+        sizes |= {"dim": dim, "depth": depth, "heads": heads, "tokens": tokens}
+        for name, size in sizes.items():
+            check_whole(name, size, least=1)
+        check_divides("patch_size", patch_size, "target_size", target_size)
+        check_divides("heads", heads, "dim", dim)
         self.spatial = spatial
         self.side = target_size // patch_size
         self.patch_size = patch_size

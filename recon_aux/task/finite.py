@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from recon_aux.engine.compiled import not_compiled
-
 # calls without one that is finite; torch's loss scaler comes down to 1 in 16 steps, each of as many
 # calls as are accumulated
 _MANY_OVERFLOWS = 200
@@ -47,7 +45,7 @@ class FiniteCheck:
         """Leave the steps under way out of copies."""
         return {**vars(self), "under_way": deque()}
 
-    @not_compiled
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, number: int, loss: Tensor, views: Tensor, features: Sequence[Tensor]
     ) -> None:
@@ -74,7 +72,7 @@ class FiniteCheck:
         while self.under_way and _has_arrived(self.under_way[0]):
             self._judge(self.under_way.popleft())
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for what is under way, before the weights are saved or handed out.
 
         Raises:

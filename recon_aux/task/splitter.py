@@ -1,46 +1,74 @@
-"""Features -> invariant part, equivariant part."""
+"""Features and their parts: first the invariant channels, last the equivariant ones."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from recon_aux.task.checks import check_whole
+
 
 def channel_dim(feature: Tensor, feature_dim: int | None = None) -> int:
-    """Say which dimension of ``feature`` holds its channels.
+    """Return which dimension of a feature holds its channels.
 
     Args:
         feature: ``(B, D)``, a feature map ``(B, D, H, W)``, or tokens ``(B, N, D)``.
-        feature_dim: D, where it is known.
+        feature_dim: D, if it must be a certain number.
 
     Returns:
         1 for ``(B, D)`` and ``(B, D, H, W)``, 2 for ``(B, N, D)``.
 
     Raises:
-        ValueError: if the rank is none of these or the channels are not D.
+        ValueError: if the feature has another rank or another number of channels.
+
+    Example:
+        >>> import torch
+        >>> channel_dim(torch.rand(4, 49, 512))
+        2
     """
     dim = {2: 1, 3: 2, 4: 1}.get(feature.ndim)
     if dim is None or feature_dim not in (None, feature.shape[dim]):
         d = "D" if feature_dim is None else feature_dim
-        raise ValueError(
-            f"expected features (B, {d}), (B, {d}, H, W) or (B, N, {d}), got "
-            f"{tuple(feature.shape)}"
-            + "; feature_dim= tells how wide the encoder's features are"
-            * (feature_dim is not None)
-        )
+        message = f"expected features (B, {d}), (B, {d}, H, W) or (B, N, {d}), got "
+        advice = "; feature_dim= must be the number of channels of the encoder's features"
+        raise ValueError(f"{message}{tuple(feature.shape)}" + advice * (feature_dim is not None))
     return dim
+
+
+def as_feature(output: Tensor, *, spatial: bool = False) -> Tensor:
+    """Flatten a 1x1 feature map, as a ResNet without its last layer returns it.
+
+    Args:
+        output: of an encoder, ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
+        spatial: keep the map: it is the feature map of a small image.
+
+    Returns:
+        ``(B, D)`` for ``(B, D, 1, 1)``, else the output as it is.
+
+    Example:
+        >>> import torch
+        >>> as_feature(torch.rand(4, 512, 1, 1)).shape
+        torch.Size([4, 512])
+    """
+    is_pooled = not spatial and output.ndim == 4 and output.shape[2:] == (1, 1)
+    return output.flatten(1) if is_pooled else output
+
+
+def pooled(feature: Tensor) -> Tensor:
+    """Average over positions: ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)`` -> ``(B, D)``."""
+    return feature if feature.ndim == 2 else feature.mean(dim=1 if feature.ndim == 3 else (2, 3))
 
 
 class FeatureSplitter(nn.Module):
     """Split features along their channels: first the invariant part, last the equivariant part.
 
-    The split of SIE (Garrido et al., ICML 2023, section 3), without parameters.
+    The split of SIE (Garrido, Najman & LeCun, ICML 2023, section 3). It has no parameters.
 
     Args:
         feature_dim: D, the number of channels of the features.
         equivariant_dim: how many of them, from 0 to D, are equivariant; half by default.
 
     Raises:
-        ValueError: if ``equivariant_dim`` is out of range.
+        ValueError: if an option is out of range.
 
     Example:
         >>> import torch
@@ -51,8 +79,7 @@ class FeatureSplitter(nn.Module):
 
     def __init__(self, feature_dim: int, equivariant_dim: int | None = None) -> None:
         super().__init__()
-        if feature_dim < 1:
-            raise ValueError(f"expected feature_dim of 1 or more, got {feature_dim}")
+        check_whole("feature_dim", feature_dim, least=1)
         if equivariant_dim is None:
             equivariant_dim = feature_dim // 2
         if not 0 <= equivariant_dim <= feature_dim:
@@ -65,7 +92,7 @@ class FeatureSplitter(nn.Module):
         self.invariant_dim = feature_dim - equivariant_dim
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a feature; both parts are views of it, not copies.
+        """Split a feature. Both parts are views of its memory, not copies.
 
         Args:
             feature: ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.

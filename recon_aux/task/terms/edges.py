@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recon_aux.task.terms.prediction import Told
+from recon_aux.task.terms.prediction import PredictionTarget
 
 # along each side of the image
 _CELLS = 8
@@ -19,7 +19,7 @@ _SIDE = 32
 _FLOOR = 0.01
 
 
-class Edges(Told):
+class Edges(PredictionTarget):
     """In each of 8 x 8 cells, how steep the image is in each of 8 directions, as a logarithm.
 
     From pixels one reads colours far sooner than poses; from these numbers poses, even without an

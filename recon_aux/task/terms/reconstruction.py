@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from recon_aux.task.checks import check_nonnegative
+from recon_aux.task.checks import check_choice, check_nonnegative
 
 LossKind = Literal["mse", "l1", "smooth_l1"]
 
@@ -85,8 +85,7 @@ class ReconstructionLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_nonnegative("structure", structure)
-        if kind not in _KINDS:
-            raise ValueError(f"expected loss= to be one of {get_args(LossKind)}, got {kind!r}")
+        check_choice("loss", kind, get_args(LossKind))
         self.kind = kind
         self.structure = structure
         self.normalize_patches = normalize_patches

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recon_aux.task.terms.prediction import Readout
+from recon_aux.task.terms.prediction import LinearReadout
 
 # sides of the images that are compared, in pixels: the coarse one pulls from afar
 _SIDES = (16, 8)
@@ -43,7 +43,7 @@ class Registration(nn.Module):
 
     def __init__(self, equivariant_dim: int) -> None:
         super().__init__()
-        self.pose = Readout(equivariant_dim, 6)
+        self.pose = LinearReadout(equivariant_dim, 6)
 
     def forward(self, equivariant: Tensor, images: Tensor) -> Tensor:
         """Compare each view with the other one, moved.

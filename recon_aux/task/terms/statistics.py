@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recon_aux.task.calibration import color_axes
-from recon_aux.task.terms.prediction import Told
+from recon_aux.task.terms.prediction import PredictionTarget
 
 _OCTAVES = 3
 # of energies, below which they are noise
 _FLOOR = 1e-4
 
 
-class Statistics(Told):
+class Statistics(PredictionTarget):
     """How an image's pixels vary, which a smooth reconstruction is never asked for.
 
     Along each principal axis of colour: the mean, the logarithm of the mean square (along axes of

@@ -1,0 +1,62 @@
+"""Numbers that all processes of a training must share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed
+
+
+def are_many() -> bool:
+    """Return whether several processes train together, by ``torch.distributed``."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def mean_over_processes(mean: Tensor, count: int) -> Tensor:
+    """Average each process's mean, weighted by its number of images.
+
+    Every process must call it.
+
+    Args:
+        mean: of this process, any shape, the same in all processes.
+        count: how many images this mean is of.
+
+    Returns:
+        The mean over all images of all processes, in the same shape.
+    """
+    if not are_many():
+        return mean
+    weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
+    distributed.all_reduce(weighted)
+    return (weighted[:-1] / weighted[-1]).view_as(mean)
+
+
+@torch.no_grad()
+def agree(values: Sequence[Tensor], known: bool) -> bool:
+    """Let processes that lack values take over those of the others.
+
+    It is needed after one process alone has loaded a checkpoint. Every process must call it.
+
+    Args:
+        values: set in place, to the mean of the processes that know them. They stay as they are
+            where all processes know them, or none.
+        known: whether this process knows the values.
+
+    Returns:
+        Whether the values are known now, in any process.
+
+    Example:
+        >>> agree([torch.tensor(3.0)], known=False)               # one process, which can't ask
+        False
+    """
+    if not are_many():
+        return known
+    count = values[0].new_tensor(float(known))
+    distributed.all_reduce(count)
+    if 0 < count < distributed.get_world_size():
+        for value in values:
+            value.mul_(float(known))
+            distributed.all_reduce(value)
+            value.div_(count)
+    return bool(count > 0)
