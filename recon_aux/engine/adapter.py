@@ -1,30 +1,6 @@
 """What an integration is written with: a framework's conventions, and one call to attach by them.
 
-Example:
-    A framework whose methods call their encoder ``trunk`` and their heads ``neck``:
-
-    >>> import torch
-    >>> from torch import nn
-    >>> class Trainable(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1))
-    ...         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
-    ...     def training_step(self, batch, batch_idx):
-    ...         z0, z1 = (self.neck(self.trunk(x)) for x in batch)
-    ...         return (z0 - z1).square().mean()
-    ...     def configure_optimizers(self):
-    ...         return torch.optim.SGD(self.parameters(), lr=0.1)
-    >>> conventions = Conventions(
-    ...     backbones=("trunk",),
-    ...     is_head=lambda name, module: name == "neck",
-    ...     defaults=lambda model: {"weight": 1.0},
-    ...     refused={"Inpainter": "rebuilds one view"},
-    ... )
-    >>> def attach(model, **options):
-    ...     return attach_by(conventions, model, **options)
-    >>> attach(Trainable()).recon_aux.weight
-    1.0
+``docs/adapters.md`` shows how.
 """
 
 from __future__ import annotations
@@ -34,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from recon_aux.engine.api import Model, attach, attachment_of, refuse_wrapped
 from recon_aux.engine.hooks import MethodHook
-from recon_aux.engine.modules import describe_children, unwrap
+from recon_aux.engine.modules import averaged, describe_children, unwrap
 
 __all__ = ["Conventions", "MethodHook", "attach_by", "decoder_groups"]
 
@@ -54,13 +29,8 @@ class Conventions:
         refused: class names of methods without two views, each with what the method does instead.
 
     Example:
-        >>> conventions = Conventions(
-        ...     backbones=("backbone",),
-        ...     is_head=lambda name, module: name.endswith("projector"),
-        ...     defaults=lambda model: {"weight": "auto"},
-        ...     refused={"MAE": "rebuilds masked patches of one view"},
-        ... )
-        >>> conventions.find_encoder(nn.ModuleDict({"backbone": nn.Linear(8, 4)}))
+        >>> its = Conventions(("trunk",), lambda name, module: name == "neck", lambda m: {}, {})
+        >>> its.find_encoder(nn.ModuleDict({"trunk": nn.Linear(8, 4), "neck": nn.Linear(4, 2)}))
         Linear(in_features=8, out_features=4, bias=True)
     """
 
@@ -111,7 +81,7 @@ class Conventions:
             for name, child in parent.named_children():
                 if self.is_head(prefix + name, unwrap(child)):
                     several = type(child) in (nn.ModuleList, nn.ModuleDict)
-                    heads.extend(map(_averaged, child.children() if several else [child]))
+                    heads.extend(map(averaged, child.children() if several else [child]))
                 else:
                     walk(child, f"{prefix}{name}.")
 
@@ -150,10 +120,6 @@ def attach_by(
         TypeError: if the conventions know the method for one without two views.
         ValueError: if no encoder or no head is found, and as :func:`recon_aux.attach` does.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"expected a model, an instance of its class, got {model!r}. Build the model first."
-        )
     refuse_wrapped(model)
     conventions.refuse(type(model))
     if backbone is None:
@@ -183,9 +149,3 @@ def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:
     params = [p for p in attached.aux.parameters() if p.requires_grad]
     group = {"name": "recon_aux", "params": params, **attached.decoder_group.given()}
     return [group] if params else []
-
-
-def _averaged(module: nn.Module) -> nn.Module:
-    """Look into an average of weights, torch's or timm's: it may be called, or its module."""
-    is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
-    return module.get_submodule("module") if is_average else module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
-from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from recon_aux.engine.hooks import HeadMask
 from recon_aux.engine.modules import find_module, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
+from recon_aux.task.checks import check_whole
 from recon_aux.task.options import refuse_unknown
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -196,18 +196,6 @@ def detach(model: Model) -> Model:
     return model
 
 
-def trained_encoder(model: nn.Module) -> nn.Module:
-    """Give the encoder that an attached model trains, to be handed out.
-
-    Raises:
-        ValueError: if nothing is attached.
-        FloatingPointError: if a GPU has not reported until now that a loss was not finite.
-    """
-    attached = attachment_of(model)
-    attached.aux.finite_check.flush()
-    return attached.trained_encoder
-
-
 def is_attached(model: nn.Module) -> bool:
     """Whether ``attach`` has been called on this model."""
     return hasattr(unwrap(model), _ATTACHMENT)
@@ -230,11 +218,15 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model that is compiled or wrapped already.
+    """Refuse what is no model, or one that is compiled or wrapped already.
 
     Raises:
-        TypeError: that says to attach first.
+        TypeError: that says what to do first.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, an instance of its class, got {model!r}. Build the model first."
+        )
     if unwrap(model) is not model:
         raise TypeError(
             f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
@@ -245,8 +237,8 @@ def refuse_wrapped(model: nn.Module) -> None:
 def _refuse_model(model: nn.Module) -> None:
     if is_attached(model):
         raise ValueError(
-            f"expected a bare {type(model).__name__}, got one with a recon_aux already; "
-            "recon_aux.detach(model) takes it off"
+            f"expected a bare {type(model).__name__}, got one with a recon_aux already. Call "
+            "recon_aux.detach(model) first."
         )
     refuse_wrapped(model)
     refuse_manual_optimization(model)
@@ -258,8 +250,10 @@ def _refuse_model(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, Any]) -> None:
-    if views is not None and not (isinstance(views, Integral) and int(views) >= 1):
-        raise ValueError(f"expected views= as a whole number of 1 or more, got {views!r}")
+    known = {*signature(ReconAux).parameters, *signature(attach).parameters}
+    refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
+    if views is not None:
+        check_whole("views", views, least=1)
     own.check()
     if own.given() and not has_training_step(model):
         raise ValueError(
@@ -267,8 +261,6 @@ def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, A
             f"optimizers, got {type(model).__name__}, which doesn't: in a loop of your own give "
             "model.recon_aux.parameters() a group in the optimizer"
         )
-    known = {*signature(ReconAux).parameters, *signature(attach).parameters}
-    refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
 
 
 def _build(shape: EncoderShape, options: dict[str, Any]) -> AttachedReconAux:

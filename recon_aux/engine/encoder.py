@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -104,13 +103,15 @@ def encoder_shape(
             f"expected backbone_method= to name a method of {type(encoder).__name__}, "
             f"got {method!r}. Pass the name of the method that the training step calls."
         )
-    channels = image_channels or _first_conv_channels(encoder)
+    convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
+    channels = image_channels or next((m.in_channels for m in convolutions), 3)
     size = image_size or _declared_image_size(encoder) or 64
     like = next(encoder.parameters(), torch.empty(0))
     height, width = (size, size) if isinstance(size, int) else size
     blank = torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
     try:
-        with evaluating(encoder), _undrawn(like.device), torch.no_grad():
+        drawn = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
+        with evaluating(encoder), drawn, torch.no_grad():
             output = call(blank)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
@@ -119,12 +120,6 @@ def encoder_shape(
         ) from error
     feature = as_feature(take_feature(output, features))
     return EncoderShape(channels, feature.shape[channel_dim(feature)], feature.ndim)
-
-
-def _first_conv_channels(encoder: nn.Module) -> int:
-    convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
-    first = next(convolutions, None)
-    return 3 if first is None else first.in_channels
 
 
 def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
@@ -136,13 +131,6 @@ def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
             if isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]:
                 return size[0], size[1]
     return None
-
-
-@contextmanager
-def _undrawn(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _describe(value: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
+from os.path import commonprefix
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Module:
@@ -52,7 +53,11 @@ def find_momentum_heads(
     that are alike, a projection head and a predictor, say, the first frozen one is the first
     trained one's.
     """
-    around = [module for module in model.modules() if _is_around(module, momentum_encoders)]
+    around = [
+        module
+        for module in model.modules()
+        if any(e is not module and e in set(module.modules()) for e in momentum_encoders)
+    ]
     if not around:
         return []
     modules = dict(model.named_modules())
@@ -87,23 +92,14 @@ def _analogous(name: str, copy: str, other: str) -> list[str]:
         >>> _analogous("backbone", "backbone_ema", "projector")
         ['projector_ema', '_emaprojector']
     """
-    start = _shared(name, copy)
-    end = _shared(name[start:][::-1], copy[start:][::-1])
+    # letters are compared, not the parts of a path
+    start = len(commonprefix([name, copy]))  # noqa: RUF071
+    end = len(commonprefix([name[start:][::-1], copy[start:][::-1]]))  # noqa: RUF071
     was, now = name[start : len(name) - end], copy[start : len(copy) - end]
     if was:
         return [other.replace(was, now, 1)] if was in other else []
     within = [other[:start] + now + other[start:]] if other.startswith(name[:start]) else []
     return [*within, other + now, now + other]
-
-
-def _shared(name: str, other: str) -> int:
-    """Count the letters at the start that two names share."""
-    pairs = zip(name, other, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _is_around(module: nn.Module, encoders: Sequence[nn.Module]) -> bool:
-    return any(e is not module and any(e is m for m in module.modules()) for e in encoders)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -112,6 +108,12 @@ def unwrap(module: nn.Module) -> nn.Module:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = module.module
     return unwrap(inner) if isinstance(inner, nn.Module) else module
+
+
+def averaged(module: nn.Module) -> nn.Module:
+    """Look into an average of weights, torch's or timm's: it may be called, or its module."""
+    is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
+    return module.get_submodule("module") if is_average else module
 
 
 def is_frozen(module: nn.Module) -> bool:
