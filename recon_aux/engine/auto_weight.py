@@ -51,8 +51,9 @@ class AttachedReconAux(ReconAux):
     @property
     def weight(self) -> float:
         """Factor of the whole loss. It may be set at any time, for good."""
-        is_measured = self.has_auto_weight and not self._weight_is_given
-        return self.measured_weight or 1.0 if is_measured else self._weight
+        if self._weight_is_given or self.measured_weight is None:
+            return self._weight
+        return self.measured_weight
 
     @weight.setter
     def weight(self, weight: float) -> None:
