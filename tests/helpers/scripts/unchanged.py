@@ -12,9 +12,10 @@ import lightly.utils.lars  # noqa: F401
 import numpy
 import torch
 import torch._dynamo
-from models import batch, tiny_encoder
 from torch.nn.modules import module as nn_module
-from training import Siamese
+
+from helpers.data import batch
+from helpers.models import Siamese, tiny_encoder
 
 PACKAGES = {"torch", "lightly", "pytorch_lightning", "lightning", "builtins"}
 MODULES = ["torch", "torch.nn", "torch.nn.functional", "torch.optim", "torch.utils"]

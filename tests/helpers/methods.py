@@ -17,21 +17,14 @@ from lightly.models.modules import (
     SimCLRProjectionHead,
 )
 from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad
-from models import tiny_encoder
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from helpers.data import shaded_views
+from helpers.models import tiny_encoder
+
 DIM = 16
 Head = partial(SimCLRProjectionHead, DIM, 32, 16)
-
-
-def smooth(count: int, size: int = 4, channels: int = 3, side: int = 32) -> list[Tensor]:
-    """Blurry images, which a small decoder can learn, and views of them in other shades."""
-    generator = torch.Generator().manual_seed(1)
-    coarse = torch.rand(size, channels, 2, 2, generator=generator)
-    images = F.interpolate(coarse, side, mode="bilinear")
-    shades = torch.rand(count, size, channels, 1, 1, generator=generator)
-    return [images * (0.5 + 0.5 * shade) for shade in shades]
 
 
 def map_encoder() -> nn.Module:
@@ -49,6 +42,9 @@ def tiny_vit(**kw: Any) -> nn.Module:
 class Method(LightningModule):
     """Two views, one by one, and what the others share."""
 
+    # which of its modules is trained as the encoder
+    trained = "backbone"
+
     def __init__(self, backbone: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = tiny_encoder(dim=DIM) if backbone is None else backbone
@@ -56,7 +52,7 @@ class Method(LightningModule):
         self.criterion = NTXentLoss()
 
     def batch(self) -> Any:
-        return smooth(2), torch.arange(4)
+        return shaded_views(2), torch.arange(4)
 
     def expected(self, batch: Any) -> list[Tensor]:
         """The two views that are to be rebuilt."""
@@ -157,7 +153,7 @@ class ChannelsLast(Method):
         self.local_projection_head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 8))
 
     def batch(self) -> Any:
-        views = smooth(2) + smooth(2, side=16)
+        views = shaded_views(2) + shaded_views(2, side=16)
         return {"views": views, "grids": [torch.rand(4, 4, 4, 2)] * 4, "label": torch.arange(4)}
 
     def expected(self, batch: Any) -> list[Tensor]:
@@ -175,6 +171,8 @@ class ChannelsLast(Method):
 class MultiCrop(Method):
     """DINO: a student sees large and small crops, concatenated; the teacher is ``backbone``."""
 
+    trained = "pupil"
+
     def __init__(self) -> None:
         super().__init__()
         self.pupil = copy.deepcopy(self.backbone)
@@ -183,7 +181,7 @@ class MultiCrop(Method):
         self.criterion = DINOLoss(output_dim=64)
 
     def batch(self) -> Any:
-        return smooth(2) + smooth(3, side=16), torch.arange(4)
+        return shaded_views(2) + shaded_views(3, side=16), torch.arange(4)
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         views = batch[0]
@@ -216,7 +214,7 @@ class ManyViews(Method):
     """FastSiam, LeJEPA: more than two large views."""
 
     def batch(self) -> Any:
-        return smooth(4), torch.arange(4)
+        return shaded_views(4), torch.arange(4)
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         return torch.stack([self.embed(x) for x in batch[0]]).var(0).mean()
@@ -226,7 +224,7 @@ class AugmentsInTheStep(Method):
     """The views exist nowhere but at the encoder's door, and go through it concatenated."""
 
     def batch(self) -> Any:
-        return {"image": smooth(1)[0], "index": torch.arange(4)}
+        return {"image": shaded_views(1)[0], "index": torch.arange(4)}
 
     def expected(self, batch: Any) -> list[Tensor]:
         return [batch["image"].flip(-1), batch["image"] * 0.5]
@@ -242,7 +240,7 @@ class ThirteenChannels(Method):
         super().__init__(tiny_encoder(13, DIM))
 
     def batch(self) -> Any:
-        return smooth(2, channels=13), torch.arange(4)
+        return shaded_views(2, channels=13), torch.arange(4)
 
 
 class PooledTransformer(Method):
@@ -277,6 +275,8 @@ class EveryToken(PooledTransformer):
 class Masked(Method):
     """iBOT: the encoder is called through encode, with a mask, the heads through forward."""
 
+    trained = "student_backbone"
+
     def __init__(self) -> None:
         super().__init__()
         del self.backbone, self.projection_head
@@ -289,7 +289,7 @@ class Masked(Method):
         self.patch_criterion = IBOTPatchLoss(output_dim=64)
 
     def batch(self) -> Any:
-        return smooth(2) + smooth(2, side=16), torch.arange(4)
+        return shaded_views(2) + shaded_views(2, side=16), torch.arange(4)
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         large, small = torch.cat(batch[0][:2]), torch.cat(batch[0][2:])

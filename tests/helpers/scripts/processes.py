@@ -1,4 +1,4 @@
-"""What tests/test_processes.py lets two processes do: ``torchrun processes.py CASE FOLDER``."""
+"""What test_processes.py lets two processes do: ``torchrun processes.py CASE FOLDER``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from training import InALoop, Siamese, Views, siamese_loss, trainer
 
 import recon_aux
+from helpers.data import Views
+from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.training import trainer
 from recon_aux.integrations.lightly import attach
 
 STEPS = 6

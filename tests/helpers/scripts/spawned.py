@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from torch.utils.data import DataLoader
-from training import Siamese, Views, assert_trained, decoder_of, trainer
 
+from helpers.data import Views
+from helpers.models import Siamese
+from helpers.training import trainer
+from helpers.weights import assert_trained, decoder_of
 from recon_aux.integrations.lightly import attach
 
 if __name__ == "__main__":

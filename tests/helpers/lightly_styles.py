@@ -19,30 +19,7 @@ from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
-
-def tiny_encoder(channels: int = 3, dim: int = 16, *, dropout: float = 0.0) -> nn.Module:
-    """Convolutions, batch norm and a pooled map (B, dim, 1, 1), as a cut-off ResNet gives."""
-    return nn.Sequential(
-        nn.Conv2d(channels, 8, 3, 2, 1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Conv2d(8, dim, 3, 2, 1),
-        nn.AdaptiveAvgPool2d(1),
-    )
-
-
-def batch(size: int = 8, channels: int = 3, side: int = 32) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    views = list(torch.rand(2, size, channels, side, side, generator=generator))
-    return views, torch.arange(size) % 4
-
-
-def rebuilt_from(model: Any) -> list[Any]:
-    """What the ReconAux got: views and features."""
-    seen: list[Any] = []
-    model.recon_aux.register_forward_pre_hook(lambda module, args: seen.append(args))
-    return seen
+from helpers.models import tiny_encoder
 
 
 def build(base: type, method: str, style: str, backbone: nn.Module | None = None, **kw: Any) -> Any:
@@ -70,7 +47,7 @@ def one_by_one_classes(base: type) -> dict[str, type]:
         def forward(self, x: Tensor) -> Tensor:
             return self.projection_head(self.backbone(x).flatten(start_dim=1))
 
-        def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        def training_step(self, batch: Any, batch_index: int) -> Any:
             x0, x1 = batch[0]
             return self.criterion(self.forward(x0), self.forward(x1))
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import tiny_encoder
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
-from training import Siamese, Views, trainer
 
+from helpers.data import Views
+from helpers.models import Siamese, tiny_encoder
+from helpers.training import trainer
 from recon_aux.integrations.lightly import attach
 
 
