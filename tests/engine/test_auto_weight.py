@@ -9,12 +9,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from methods import METHODS, Method
 from torch import Tensor
-from training import InALoop, Siamese, fit, siamese_loss, views_of_a_batch
 
 import recon_aux
-from recon_aux.engine.api import attach as attach_by_hand
+from helpers.data import batch
+from helpers.methods import METHODS, Method
+from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.training import fit
 from recon_aux.integrations import lightly
 
 attach = partial(lightly.attach, weight="auto")
@@ -22,20 +23,23 @@ attach = partial(lightly.attach, weight="auto")
 # of a loss, which then pulls more strongly than the task
 STRONG = 1e4
 
+BATCH = batch(side=16)
+VIEWS = BATCH[0]
+
 
 class Scaled(Siamese):
     """The same loss in other units, under a name that nothing was measured of."""
 
     def __init__(self, by: float = STRONG) -> None:
         super().__init__()
-        self.criterion = Unknown()
+        self.criterion = UnknownLoss()
         self.by = by
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.by * super().training_step(batch, batch_idx)
 
 
-class Unknown(torch.nn.Module):
+class UnknownLoss(torch.nn.Module):
     def forward(self, p: Tensor, z: Tensor) -> Tensor:
         return -torch.nn.functional.cosine_similarity(p, z).mean()
 
@@ -43,41 +47,38 @@ class Unknown(torch.nn.Module):
 def two_steps(model: Any) -> Any:
     """Train for two steps; in the second the weight is set."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    batch = model.batch()
+    given = model.batch()
     for index in range(2):
         optimizer.zero_grad()
-        model.training_step(batch, index).backward()
+        model.training_step(given, index).backward()
         optimizer.step()
     return model
 
 
-def pulls(model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-    """Norms of the gradients of the method's loss and of the task's, on the features, by hand."""
+def gradient_norms(model: Any, batch: Any) -> tuple[float, float]:
+    """Of the method's loss and of the task's, on the features, by hand."""
     features: list[Tensor] = []
     model.backbone.register_forward_hook(lambda _, __, y: features.append(y))
-    method = model.training_step(batch, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(recon_aux.ReconAux, "weight", 0.0)
-        alone = model.training_step(batch, 0)
-    assert not torch.equal(alone, method)
-    whole = torch.autograd.grad(method, features[:2], retain_graph=True)
+    both = model.training_step(batch, 0)
+    model.recon_aux.weight = 0.0
+    alone = model.training_step(batch, 0)
+    assert not torch.equal(alone, both)
+    whole = torch.autograd.grad(both, features[:2], retain_graph=True)
     bare = torch.autograd.grad(alone, features[2:])
     task = [y - x for x, y in zip(bare, whole, strict=True)]
     norms = [torch.cat([g.flatten() for g in some]).norm().item() for some in (bare, task)]
     return norms[0], norms[1]
 
 
-def test_the_task_pulls_twice_as_strongly_as_the_methods_loss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    batch = views_of_a_batch(), torch.zeros(8)
+def test_the_task_pulls_twice_as_strongly_as_the_methods_loss() -> None:
     # a step that sets no weight leaves the choice of view as it was
-    method, task = pulls(attach(Scaled(), weight=1.0, reconstruct="both"), batch, monkeypatch)
+    given = attach(Scaled(), weight=1.0, reconstruct="both")
+    method, task = gradient_norms(given, BATCH)
     model = attach(Scaled(), reconstruct="both")
     for index in range(2):
         assert model.recon_aux.weight == 1.0
-        model.training_step(batch, index).backward()
-    model.training_step(batch, 2)
+        model.training_step(BATCH, index).backward()
+    model.training_step(BATCH, 2)
     assert model.recon_aux.weight == pytest.approx(2 * method / task, rel=0.05)
 
 
@@ -96,15 +97,19 @@ def test_next_to_a_weak_loss_it_is_one() -> None:
     model = attach(Scaled(1e-3))
     fit(model, max_steps=2)
     assert model.recon_aux.weight == 1
-    assert not model.recon_aux.weight_is_due
+    # once set it stays, whatever comes
+    model.by = STRONG
+    fit(model, max_steps=2)
+    assert model.recon_aux.weight == 1
 
 
 def test_it_is_the_default_for_what_was_not_measured() -> None:
-    measured, other, loop = Siamese(), Scaled(), InALoop()
-    assert lightly.attach(measured).recon_aux.options["weight"] == 0.2
-    assert lightly.attach(other).recon_aux.options["weight"] == "auto"
+    loop: Any = InALoop()
+    assert lightly.attach(Siamese()).recon_aux.options["weight"] == 0.2
+    assert lightly.attach(Scaled()).recon_aux.options["weight"] == "auto"
     heads = [loop.projection_head]
-    assert attach_by_hand(loop, backbone="backbone", heads=heads).recon_aux.is_balanced
+    recon_aux.attach(loop, backbone="backbone", heads=heads)
+    assert loop.recon_aux.options["weight"] == "auto"
 
 
 def test_it_is_logged() -> None:
@@ -120,7 +125,7 @@ def test_it_is_logged() -> None:
 @pytest.mark.parametrize("options", [{}, {"equivariant_dim": 0}], ids=["split", "whole"])
 def test_it_is_set_for_every_shape_of_method(method: type[Method], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = method()
+    model: Any = method()
     step = model.training_step
     model.training_step = lambda *given: STRONG * step(*given)
     weight = two_steps(attach(model, **options)).recon_aux.weight
@@ -130,8 +135,7 @@ def test_it_is_set_for_every_shape_of_method(method: type[Method], options: dict
 def test_until_then_the_encoder_trains_as_without_the_task() -> None:
     def gradients(weight: Any) -> dict[str, Tensor | None]:
         model = attach(Scaled(), weight=weight, seed=0)
-        batch = views_of_a_batch(), torch.zeros(8)
-        model.training_step(batch, 0).backward()
+        model.training_step(BATCH, 0).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     found, off, one = (gradients(weight) for weight in ("auto", 0.0, 1.0))
@@ -144,18 +148,20 @@ def test_until_then_the_encoder_trains_as_without_the_task() -> None:
 
 def test_where_the_methods_gradient_cannot_be_seen_it_says_so() -> None:
     torch._dynamo.reset()
-    model = attach(InALoop())
+    model = attach(InALoop(), seed=0)
     called = torch.compile(model, backend="aot_eager")
-    views = views_of_a_batch()
+    views = VIEWS
     with pytest.warns(UserWarning, match=r"compiled together; the weight stays 1; give weight"):
         loss = recon_aux.add_loss(model, STRONG * siamese_loss(*(called(view) for view in views)))
-    assert model.recon_aux.weight == 1.0
-    assert not model.recon_aux.weight_is_due
     # and the encoder is trained by the task at once
     (gradient,) = torch.autograd.grad(loss, model.backbone[0].weight)
     torch._dynamo.reset()
-    other = attach(InALoop(), weight=1.0, seed=model.recon_aux._seed)
-    loss = recon_aux.add_loss(other, STRONG * siamese_loss(*(other(view) for view in views)))
+    for _ in range(2):
+        seen = STRONG * siamese_loss(*(model(view) for view in VIEWS))
+        recon_aux.add_loss(model, seen).backward()
+        assert model.recon_aux.weight == 1.0
+    other = attach(InALoop(), weight=1.0, seed=0)
+    loss = recon_aux.add_loss(other, STRONG * siamese_loss(*(other(view) for view in VIEWS)))
     (expected,) = torch.autograd.grad(loss, other.backbone[0].weight)
     torch.testing.assert_close(gradient, expected)
 
@@ -168,7 +174,7 @@ def test_with_the_encoder_alone_compiled_it_is_seen() -> None:
         if compiled:
             model.backbone.compile(backend="aot_eager")
         for _ in range(2):
-            loss = STRONG * siamese_loss(*(model(view) for view in views_of_a_batch()))
+            loss = STRONG * siamese_loss(*(model(view) for view in VIEWS))
             recon_aux.add_loss(model, loss).backward()
         weights.append(model.recon_aux.weight)
     assert weights[1] == pytest.approx(weights[0], rel=0.05)
@@ -178,12 +184,12 @@ def test_with_the_encoder_alone_compiled_it_is_seen() -> None:
 def test_steps_whose_backward_pass_comes_late_set_nothing() -> None:
     model = attach(InALoop(), seed=0)
     losses = [
-        recon_aux.add_loss(model, STRONG * siamese_loss(*(model(x) for x in views_of_a_batch())))
+        recon_aux.add_loss(model, STRONG * siamese_loss(*(model(x) for x in VIEWS)))
         for _ in range(5)
     ]
-    assert model.recon_aux.weight_is_due
+    assert model.recon_aux.weight == 1.0
     torch.stack(losses).sum().backward()
-    recon_aux.add_loss(model, siamese_loss(*(model(view) for view in views_of_a_batch())))
+    recon_aux.add_loss(model, siamese_loss(*(model(view) for view in VIEWS)))
     assert model.recon_aux.weight > 1
 
 
@@ -195,7 +201,7 @@ def test_what_is_due_again_is_measured_again() -> None:
         model.load_state_dict(bare)
         model.by = STRONG * scale
         for index in range(2):
-            model.training_step((views_of_a_batch(), torch.zeros(8)), index).backward()
+            model.training_step(BATCH, index).backward()
         weights.append(model.recon_aux.weight)
     assert weights[1] == pytest.approx(100 * weights[0], rel=0.06)
 
@@ -203,10 +209,10 @@ def test_what_is_due_again_is_measured_again() -> None:
 def test_the_views_alone_are_compared_however_they_are_encoded() -> None:
     def trained(*, at_once: bool) -> float:
         model = attach(InALoop(), seed=0)
-        views = [view.roll(shift, -1) for shift in (0, 5) for view in views_of_a_batch()]
-        batch = torch.cat(views)
+        views = [view.roll(shift, -1) for shift in (0, 5) for view in VIEWS]
+        together = torch.cat(views)
         for _ in range(2):
-            z = model(batch).chunk(4) if at_once else [model(view) for view in views]
+            z = model(together).chunk(4) if at_once else [model(view) for view in views]
             loss = siamese_loss(*z[:2]) + siamese_loss(*z[2:])
             recon_aux.add_loss(model, STRONG * loss, views).backward()
         return float(model.recon_aux.weight)
@@ -231,7 +237,9 @@ def test_a_measured_weight_gives_way_to_a_loaded_one() -> None:
     one.load_state_dict(other.state_dict())
     assert one.recon_aux.weight == other.recon_aux.weight
     one.load_state_dict(attach(Scaled(), seed=0).state_dict())
-    assert one.recon_aux.weight_is_due
+    assert one.recon_aux.weight == 1.0
+    fit(one, max_steps=2)
+    assert one.recon_aux.weight > 1.0
 
 
 def test_a_checkpoint_of_a_given_weight_goes_on_with_it() -> None:
@@ -270,7 +278,7 @@ def test_in_a_loop_of_ones_own_micro_batches_too() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(2):
             optimizer.zero_grad()
-            for views in zip(*(view.chunk(parts) for view in views_of_a_batch()), strict=True):
+            for views in zip(*(view.chunk(parts) for view in VIEWS), strict=True):
                 loss = siamese_loss(*(model(view) for view in views))
                 (recon_aux.add_loss(model, STRONG * loss) / parts).backward()
             optimizer.step()
@@ -283,22 +291,21 @@ def test_in_a_loop_of_ones_own_micro_batches_too() -> None:
 
 def test_a_copy_in_between_sets_its_own() -> None:
     model = attach(Scaled())
-    batch = views_of_a_batch(), torch.zeros(8)
-    model.training_step(batch, 0).backward()
+    model.training_step(BATCH, 0).backward()
     clone = copy.deepcopy(model)
     for each in (model, clone):
-        each.training_step(batch, 1).backward()
-        each.training_step(batch, 2)
+        each.training_step(BATCH, 1).backward()
+        each.training_step(BATCH, 2)
     assert model.recon_aux.weight == clone.recon_aux.weight != 1.0
 
 
 def test_an_overflow_under_a_loss_scaler_sets_nothing() -> None:
     model = attach(InALoop(), seed=0)
     for scale in (torch.inf, 2.0**10):
-        loss = STRONG * siamese_loss(*(model(view) for view in views_of_a_batch()))
+        loss = STRONG * siamese_loss(*(model(view) for view in VIEWS))
         (scale * recon_aux.add_loss(model, loss)).backward()
     assert model.recon_aux.weight == 1.0
-    loss = STRONG * siamese_loss(*(model(view) for view in views_of_a_batch()))
+    loss = STRONG * siamese_loss(*(model(view) for view in VIEWS))
     recon_aux.add_loss(model, loss)
     assert model.recon_aux.weight != 1.0
 

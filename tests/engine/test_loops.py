@@ -10,70 +10,61 @@ from typing import Any
 import pytest
 import torch
 from lightly.loss import KoLeoLoss
-from methods import DIM, Head, Method
-from models import rebuilt_from, tiny_encoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import recon_aux
+from helpers.data import shaded_views
+from helpers.models import InALoop, Siamese, siamese_loss, tiny_encoder
+from helpers.watching import alive, rebuilt_from, seen_by
 from recon_aux.integrations.lightly import attach
 
+VIEWS = shaded_views(2)
 
-class InALoop(nn.Module):
-    """lightly's other style: the loop, the criterion and the optimizer are the user's."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = tiny_encoder(dim=DIM)
-        self.projection_head = Head()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x).flatten(1))
+def in_a_loop() -> Any:
+    """With batch norm."""
+    return InALoop(tiny_encoder())
 
 
 def test_a_loop_of_ones_own_gets_what_a_training_step_gets() -> None:
-    torch.manual_seed(0)
     model = attach(InALoop(), weight=4.0)
-    twin = attach(Method(), weight=4.0)
-    twin.load_state_dict(model.state_dict(), strict=False)
-    views, labels = twin.batch()
+    twin = attach(Siamese(), weight=4.0)
     for _ in range(2):
-        z0, z1 = (model(view) for view in views)
-        loss = recon_aux.add_loss(model, twin.criterion(z0, z1))
-        assert torch.equal(loss, twin.training_step((views, labels), 0))
+        z0, z1 = (model(view) for view in VIEWS)
+        loss = recon_aux.add_loss(model, siamese_loss(z0, z1))
+        assert torch.equal(loss, twin.training_step((VIEWS, torch.arange(4)), 0))
     loss.backward()
     assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_a_loop_that_concatenates_its_views() -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
+    model = attach(in_a_loop())
     seen = rebuilt_from(model)
-    for given in (views, [*views, torch.arange(4)]):
-        recon_aux.add_loss(model, model(torch.cat(views)).var(), given)
+    for given in (VIEWS, [*VIEWS, torch.arange(4)]):
+        recon_aux.add_loss(model, model(torch.cat(VIEWS)).var(), given)
     with pytest.raises(RuntimeError, match="expected two views"):
-        recon_aux.add_loss(model, model(torch.cat(views)).var())
-    recon_aux.add_loss(model, sum(model(view).var() for view in views))
-    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], views, strict=True))
+        recon_aux.add_loss(model, model(torch.cat(VIEWS)).var())
+    recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
+    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], VIEWS, strict=True))
     assert len(seen) == 3
 
 
 @pytest.mark.parametrize("without_gradient", [True, False])
 def test_a_loop_may_encode_other_images_between_its_steps(without_gradient: bool) -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
+    model = attach(in_a_loop())
     model.eval()
     with torch.set_grad_enabled(not without_gradient):
         for _ in range(100 if without_gradient else 20):
             model(torch.rand(4, 3, 32, 32))
     model.train()
     seen = rebuilt_from(model)
-    recon_aux.add_loss(model, sum(model(view).var() for view in views))
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+    recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], VIEWS, strict=True))
 
 
 def test_in_a_loop_a_look_at_other_images_is_no_view() -> None:
-    model = InALoop()
+    model = in_a_loop()
     model.backbone_momentum = copy.deepcopy(model.backbone).requires_grad_(False)
     attach(model, views=1)
     seen = rebuilt_from(model)
@@ -87,11 +78,10 @@ def test_in_a_loop_a_look_at_other_images_is_no_view() -> None:
 
 
 def test_a_loop_may_checkpoint_its_encoder() -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
+    model = attach(in_a_loop())
     seen = rebuilt_from(model)
     for step in range(2):
-        batch = [view + step for view in views]
+        batch = [view + step for view in VIEWS]
         features = [checkpoint(model.backbone, x, use_reentrant=False) for x in batch]
         loss = sum(model.projection_head(y.flatten(1)).var() for y in features)
         recon_aux.add_loss(model, loss).backward()
@@ -99,7 +89,7 @@ def test_a_loop_may_checkpoint_its_encoder() -> None:
 
 
 def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     with pytest.raises(
         RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, .* or 32 calls"
     ):
@@ -108,9 +98,8 @@ def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
 
 
 def steps_with(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, forget: Any) -> None:
-    views, _ = Method().batch()
     for _ in range(count):
-        loss = sum(model(view).var() for view in views)
+        loss = sum(model(view).var() for view in VIEWS)
         if not forget:
             loss = recon_aux.add_loss(model, loss)
         optimizer.zero_grad()
@@ -119,29 +108,29 @@ def steps_with(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, f
 
 
 def test_an_optimizer_without_the_decoder_is_noticed() -> None:
-    model = InALoop()
+    model = in_a_loop()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attach(model)
     with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
         steps_with(model, optimizer, 3, forget=False)
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
 
 
 def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:
-    model = InALoop()
+    model = in_a_loop()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     attach(model)
     with pytest.warns(UserWarning, match=r"train the decoder .*add_param_group"):
         steps_with(model, optimizer, 3, forget=False)
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps_with(model, torch.optim.AdamW(model.parameters(), fused=True), 5, forget=False)
 
 
 def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     its = [*model.backbone.parameters(), *model.projection_head.parameters()]
     optimizers = [
         torch.optim.SGD(its, lr=0.1),
@@ -152,39 +141,36 @@ def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
 
 
 def test_an_average_that_is_evaluated_between_steps_is_no_teacher() -> None:
-    model = InALoop()
+    model = in_a_loop()
     model.average = copy.deepcopy(model.backbone)
     attach(model)
-    views, _ = Method().batch()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         model.average(torch.rand(4, 3, 32, 32))
         with torch.enable_grad():
-            recon_aux.add_loss(model, sum(model(view).var() for view in views))
+            recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
 
 
 def test_a_part_of_the_decoder_may_be_frozen_between_steps() -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
+    model = attach(in_a_loop())
     for _ in range(2):
-        recon_aux.add_loss(model, sum(model(view).var() for view in views)).backward()
+        recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
         model.recon_aux.edges.requires_grad_(False)
 
 
 def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="once a step, saw the encoder change"):
         steps_with(model, optimizer, 2, forget=True)
 
 
 def test_a_criterion_outside_the_model_may_take_the_features() -> None:
-    model, criterion = InALoop(), KoLeoLoss()
+    model, criterion = in_a_loop(), KoLeoLoss()
     attach(model, heads=["projection_head", criterion])
-    views, _ = Method().batch()
 
     def loss() -> Any:
-        features = [model.backbone(view).flatten(1) for view in views]
+        features = [model.backbone(view).flatten(1) for view in VIEWS]
         return sum(model.projection_head(y).var() + criterion(y) for y in features)
 
     recon_aux.add_loss(model, loss()).backward()
@@ -194,29 +180,30 @@ def test_a_criterion_outside_the_model_may_take_the_features() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself(copied: Any) -> None:
-    views, _ = Method().batch()
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     twin = copied(model)
-    loss = recon_aux.add_loss(twin, sum(twin(view).var() for view in views))
+    loss = recon_aux.add_loss(twin, sum(twin(view).var() for view in VIEWS))
     loss.backward()
     assert twin.recon_aux.decoder.queries.grad.any()
-    assert not model._recon_aux_attachment.capture.calls
+    with pytest.raises(RuntimeError, match="saw 0 calls"):
+        recon_aux.add_loss(model, loss)
 
 
 def test_a_copy_of_the_encoder_alone_remembers_nothing() -> None:
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     encoder = copy.deepcopy(model.backbone)
+    seen = seen_by(encoder)
     for _ in range(100):
         encoder(torch.rand(2, 3, 8, 8))
-    assert not model._recon_aux_attachment.capture.calls
-    assert not vars(encoder)["forward"].guard.calls
+    assert len(seen) == 200
+    assert alive(seen) == 0
 
 
 def test_the_loss_is_not_added_twice() -> None:
-    model = attach(Method())
+    model = attach(Siamese())
     with pytest.raises(TypeError, match="training_step returns the sum of both losses already"):
-        recon_aux.add_loss(model, model.training_step(model.batch(), 0))
-    with pytest.raises(ValueError, match="got a bare Method"):
+        recon_aux.add_loss(model, model.training_step((VIEWS, torch.arange(4)), 0))
+    with pytest.raises(ValueError, match="got a bare Siamese"):
         recon_aux.add_loss(recon_aux.detach(model), torch.zeros(()))
     with pytest.raises(TypeError, match="loss as a tensor, got float"):
         recon_aux.add_loss(model, 3.0)  # type: ignore[arg-type]
@@ -226,7 +213,7 @@ class MomentumInALoop(InALoop):
     """One view through the encoder, the other through its momentum copy."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(tiny_encoder())
         self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
 
     def loss(self, views: Any) -> Tensor:
@@ -271,36 +258,33 @@ def test_in_a_loop_a_momentum_encoder_may_be_in_eval_mode() -> None:
 
 
 def test_a_loop_may_validate_by_its_loss() -> None:
-    model = attach(InALoop())
-    views, _ = Method().batch()
+    model = attach(in_a_loop())
     model.eval()
     with torch.no_grad():
-        loss = sum(model(view).var() for view in views)
+        loss = sum(model(view).var() for view in VIEWS)
         assert recon_aux.add_loss(model, loss) is loss
     model.train()
-    recon_aux.add_loss(model, sum(model(view).var() for view in views)).backward()
+    recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
 
 
 def test_a_loop_may_look_at_its_batch_between_backward_and_step() -> None:
-    model = attach(InALoop())
+    model = attach(in_a_loop())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    views, _ = Method().batch()
     for _ in range(3):
-        recon_aux.add_loss(model, sum(model(view).var() for view in views)).backward()
+        recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
         with torch.no_grad():
-            model(views[0])
+            model(VIEWS[0])
         optimizer.step()
 
 
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
 @pytest.mark.parametrize("mode", [True, False])
 def test_an_encoder_may_be_frozen_for_a_while(mode: bool, copied: Any) -> None:
-    looped, method = copied(attach(InALoop())), copied(attach(Method()))
-    views, labels = method.batch()
+    looped, method = copied(attach(in_a_loop())), copied(attach(Siamese(tiny_encoder())))
 
     def losses() -> list[Tensor]:
-        loss = sum(looped(view).square().mean() for view in views)
-        return [recon_aux.add_loss(looped, loss), method.training_step((views, labels), 0)]
+        loss = sum(looped(view).square().mean() for view in VIEWS)
+        return [recon_aux.add_loss(looped, loss), method.training_step((VIEWS, torch.arange(4)), 0)]
 
     for model in (looped, method):
         model.backbone.requires_grad_(False).train(mode)

@@ -8,9 +8,14 @@ import warnings
 from typing import Any
 
 import pytest
-import pytorch_lightning
 import torch
-from methods import (
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import recon_aux
+from helpers.data import shaded_views
+from helpers.inside import hooked, reached
+from helpers.methods import (
     DIM,
     METHODS,
     Head,
@@ -21,16 +26,12 @@ from methods import (
     MultiCrop,
     ShuffledMomentum,
     map_encoder,
-    smooth,
+    mixed_by,
 )
-from models import rebuilt_from, tiny_encoder
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
-import recon_aux
-from recon_aux.engine import attachment as engine
-from recon_aux.engine.autograd import reached
-from recon_aux.engine.hooks import doors
+from helpers.models import tiny_encoder
+from helpers.training import trainer
+from helpers.watching import rebuilt_by, rebuilt_from
+from helpers.weights import assert_trained, decoder_of
 from recon_aux.integrations.lightly import attach
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
@@ -41,38 +42,37 @@ def built(method: type[Method], **options: Any) -> Any:
     return attach(method(), **options)
 
 
-def calls_of_encoder(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What went through the encoder, as the engine saw it."""
-    seen: list[Any] = []
+def built_with_outputs(method: type[Method], **options: Any) -> tuple[Any, list[Tensor]]:
+    """An attached method, and what its encoder gives with gradient, from here on."""
+    torch.manual_seed(0)
+    model = method()
+    outputs: list[Tensor] = []
+    encoder = model.get_submodule(model.trained)
+    called = "encode" if isinstance(model, Masked) else "forward"
+    call = getattr(encoder, called)
 
-    def spy(calls: Any, online: Any, *rest: Any) -> Any:
-        seen.extend(online)
-        return find(calls, online, *rest)
+    def note(*args: Any, **kwargs: Any) -> Tensor:
+        output = call(*args, **kwargs)
+        outputs.extend([output] if output.requires_grad else [])
+        return output
 
-    find = engine.two_views
-    monkeypatch.setattr(engine, "two_views", spy)
-    return seen
+    setattr(encoder, called, note)
+    return attach(model, **options), outputs
 
 
 @every_method
-def test_the_methods_loss_leaves_the_equivariant_channels_alone(
-    method: type[Method], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = calls_of_encoder(monkeypatch)
-    model = built(method, weight=0, equivariant_dim=6)
+def test_the_methods_loss_leaves_the_equivariant_channels_alone(method: type[Method]) -> None:
+    model, outputs = built_with_outputs(method, weight=0, equivariant_dim=6)
     loss = model.training_step(model.batch(), 0)
-    outputs = [call.output for call in seen]
     gradients = torch.autograd.grad(loss, outputs)
-    parts = [model.recon_aux.splitter(engine.as_feature(g)) for g in gradients]
+    parts = [model.recon_aux.splitter(g) for g in gradients]
+    assert len(outputs) > 0
     assert not any(equivariant.any() for _, equivariant in parts)
     assert all(invariant.any() for invariant, _ in parts)
 
 
 @every_method
-def test_the_two_views_are_found_with_their_features(
-    method: type[Method], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = calls_of_encoder(monkeypatch)
+def test_the_two_views_are_found_with_their_features(method: type[Method]) -> None:
     model = built(method)
     seen = rebuilt_from(model)
     batch = model.batch()
@@ -80,31 +80,28 @@ def test_the_two_views_are_found_with_their_features(
     ((views, features),) = seen
     assert all(torch.equal(a, b) for a, b in zip(views, model.expected(batch), strict=True))
     assert features[0].requires_grad
-    encoder = calls[0].encoder
     # of the evaluated encoder, so that a view's feature doesn't depend on the rest of its batch
     model.eval()
     seen.clear()
     model.training_step(batch, 0)
     ((views, features),) = seen
     if not isinstance(model, (Masked, Momentum)):
-        expected = [engine.as_feature(encoder(view)) for view in views]
-        for feature, known in zip(features, expected, strict=True):
-            torch.testing.assert_close(feature.flatten(1), known.flatten(1))
+        encoder = model.get_submodule(model.trained)
+        for feature, view in zip(features, views, strict=True):
+            torch.testing.assert_close(feature.flatten(1), encoder(view).flatten(1))
 
 
 @every_method
 def test_the_reconstruction_loss_halves_on_a_fixed_batch(method: type[Method]) -> None:
     model = built(method, registration=0, statistics=0, edges=0)
     optimizer = model.configure_optimizers()
-    losses: list[float] = []
-    model.recon_aux.register_forward_hook(
-        lambda module, args, out: losses.append(out.reconstruction_loss.item())
-    )
+    outputs = rebuilt_by(model)
     batch = model.batch()
     for step in range(40):
         optimizer.zero_grad()
         model.training_step(batch, step).backward()
         optimizer.step()
+    losses = [output.reconstruction_loss.item() for output in outputs]
     assert sum(losses[-2:]) < sum(losses[:2]) / 2, losses
 
 
@@ -119,25 +116,18 @@ def test_detached_is_as_it_was(method: type[Method]) -> None:
     recon_aux.detach(model)
     assert list(model.state_dict()) == keys
     assert {name: set(vars(module)) for name, module in model.named_modules()} == bare
-    assert not doors(model)
+    assert not hooked(model)
 
 
 @every_method
 def test_trains_under_the_trainer(method: type[Method]) -> None:
     model = built(method)
-    trainer = pytorch_lightning.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    before = copy.deepcopy(model.recon_aux.decoder.state_dict())
-    trainer.fit(model, DataLoader([model.batch()] * 2, batch_size=None))
-    trained = model.recon_aux.decoder.state_dict()
-    assert not any(torch.equal(before[name], trained[name]) for name in before)
-    assert "recon_aux/loss" in trainer.callback_metrics
+    before = decoder_of(model)
+    batches: Any = [model.batch()] * 2
+    trained = trainer(max_steps=2)
+    trained.fit(model, DataLoader(batches, batch_size=None))
+    assert_trained(model, before)
+    assert "recon_aux/loss" in trained.callback_metrics
 
 
 def test_the_momentum_encoders_feature_is_put_in_the_views_order() -> None:
@@ -196,11 +186,11 @@ def test_a_head_may_be_copied_within_the_first_step() -> None:
 
 
 def test_an_encoder_that_is_frozen_is_not_the_one() -> None:
-    model = Method()
+    model: Any = Method()
     model.my_encoder = model.backbone
     model.backbone = nn.Linear(4, 4).requires_grad_(False)
     attach(model)
-    assert model._recon_aux_attachment.encoder is model.my_encoder
+    assert recon_aux.export_backbone(model).keys() == model.my_encoder.state_dict().keys()
 
 
 @pytest.mark.parametrize("detached", [True, False])
@@ -266,18 +256,19 @@ def test_a_head_whose_only_child_is_called_module_is_a_head() -> None:
         model.projection_head = head
         attach(model)
         model.training_step(model.batch(), 0)
-        assert model._recon_aux_attachment.heads == [head]
+        assert hooked(model) == ["", "backbone", "projection_head"]
 
 
 def test_an_encoder_may_be_replaced_before_the_first_step() -> None:
     model = built(Method)
     model.backbone = copy.deepcopy(model.backbone)
+    nn.init.ones_(model.backbone[0].bias)
     model.training_step(model.batch(), 0)
-    assert model._recon_aux_attachment.encoder is model.backbone
+    assert recon_aux.export_backbone(model)["0.bias"].all()
 
 
 def test_an_encoder_may_take_a_mask_before_the_images() -> None:
-    class Masked(nn.Module):
+    class TakesAMask(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny_encoder(dim=16)
@@ -294,7 +285,7 @@ def test_an_encoder_may_take_a_mask_before_the_images() -> None:
             ]
             return self.criterion(*z)
 
-    model = attach(MaskFirst(Masked()))
+    model = attach(MaskFirst(TakesAMask()))
     seen = rebuilt_from(model)
     views, labels = model.batch()
     model.training_step((views, labels), 0)
@@ -314,7 +305,7 @@ def test_heads_in_a_list_are_heads() -> None:
 
     model = attach(Several())
     model.training_step(model.batch(), 0)
-    assert len(model._recon_aux_attachment.heads) == 2
+    assert hooked(model) == ["", "backbone", "projection_heads.0", "projection_heads.1"]
 
 
 def test_images_are_no_features_whatever_the_layer_is_called() -> None:
@@ -344,11 +335,10 @@ def test_images_of_another_process_are_refused() -> None:
 
 def test_only_the_view_with_gradient_is_rebuilt() -> None:
     model = built(Momentum)
-    rebuilt: list[Any] = []
-    model.recon_aux.register_forward_hook(lambda m, args, out: rebuilt.append(out.rebuilt))
+    outputs = rebuilt_by(model)
     for _ in range(3):
         model.training_step(model.batch(), 0)
-    assert rebuilt == [(0,)] * 3
+    assert [output.rebuilt for output in outputs] == [(0,)] * 3
 
 
 def test_an_encoder_without_its_usual_name_is_recognised_by_its_gradient() -> None:
@@ -388,23 +378,11 @@ def test_two_towers_of_which_one_has_the_usual_name() -> None:
         model.training_step(model.batch(), 0)
 
 
-def mixed_by(neck: nn.Module) -> type[Method]:
-    class Mixed(Method):
-        def __init__(self) -> None:
-            super().__init__()
-            self.neck = neck
-
-        def embed(self, x: Tensor) -> Tensor:
-            return self.projection_head(self.neck(self.backbone(x).flatten(1)))
-
-    return Mixed
-
-
 @pytest.mark.parametrize(
     "neck", [nn.Linear(DIM, DIM), nn.LayerNorm(DIM), nn.Softmax(1)], ids=lambda neck: str(neck)[:9]
 )
 def test_what_mixes_the_channels_before_a_head_is_refused(neck: nn.Module) -> None:
-    model = built(mixed_by(neck))
+    model = attach(mixed_by(neck))
     with pytest.raises(RuntimeError, match=r"mixed into what the heads \['projection_head'\] rec"):
         model.training_step(model.batch(), 0)
     attach(recon_aux.detach(model), heads=["neck"]).training_step(model.batch(), 0)
@@ -485,7 +463,7 @@ def test_validation_by_the_training_step_passes_through() -> None:
         model.training_step(model.batch(), 0)
 
 
-def test_copies_that_are_made_between_steps_are_watched_and_leave_no_door() -> None:
+def test_copies_that_are_made_between_steps_are_watched_and_leave_no_hook() -> None:
     class Reset(Momentum):
         def on_train_epoch_start(self) -> None:
             self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
@@ -496,7 +474,7 @@ def test_copies_that_are_made_between_steps_are_watched_and_leave_no_door() -> N
         model.training_step(model.batch(), 0)
     kept = model.backbone_momentum
     recon_aux.detach(model)
-    assert not doors(model)
+    assert not hooked(model)
     assert "forward" not in vars(kept)
 
 
@@ -519,6 +497,8 @@ def test_a_loss_that_does_not_depend_on_the_encoder() -> None:
 
 def test_a_momentum_encoder_that_is_made_after_attaching() -> None:
     class Later(Method):
+        teacher: Any
+
         def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
             x0, x1 = batch[0]
             with torch.no_grad():
@@ -550,7 +530,8 @@ def test_wrapped_encoders_and_heads(wrapper: str, method: type[Method]) -> None:
         if "backbone" in name or "head" in name:
             setattr(model, name, WRAPPERS[wrapper](child))
     attach(model, weight=0, equivariant_dim=6)
-    assert len(model._recon_aux_attachment.watched) == (1 if method is Method else 2)
+    encoders = [name for name in hooked(model) if "backbone" in name]
+    assert len(encoders) == (1 if method is Method else 2)
     twin = built(method, weight=0, equivariant_dim=6)
     batch = model.batch()
     for attached in (model, twin):
@@ -577,7 +558,7 @@ def test_a_compiled_model_is_to_be_attached_first() -> None:
 
 def test_a_class_is_not_a_model() -> None:
     with pytest.raises(TypeError, match="expected a model, an instance of its class, got <class"):
-        attach(Method)  # type: ignore[type-var]
+        attach(Method)
 
 
 @pytest.mark.parametrize("name", ["MAE", "AIM", "SimMIM", "IJEPA", "Pixio", "CAPI"])
@@ -611,7 +592,7 @@ def test_the_same_view_twice_is_not_two_views() -> None:
 
     model = built(Same)
     with pytest.raises(RuntimeError, match="expected two views"):
-        model.training_step((smooth(2), torch.arange(4)), 0)
+        model.training_step((shaded_views(2), torch.arange(4)), 0)
 
 
 def test_a_batch_may_hold_its_views_concatenated() -> None:
@@ -619,7 +600,7 @@ def test_a_batch_may_hold_its_views_concatenated() -> None:
         def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
             return self.criterion(*self.embed(batch[0]).chunk(2))
 
-    views = smooth(2)
+    views = shaded_views(2)
     model = built(Concatenated, views=2)
     seen = rebuilt_from(model)
     for labels in (torch.arange(4), torch.arange(4).repeat(2)):

@@ -47,9 +47,9 @@ class Method(LightningModule):
 
     def __init__(self, backbone: nn.Module | None = None) -> None:
         super().__init__()
-        self.backbone = tiny_encoder(dim=DIM) if backbone is None else backbone
-        self.projection_head = Head()
-        self.criterion = NTXentLoss()
+        self.backbone: Any = tiny_encoder(dim=DIM) if backbone is None else backbone
+        self.projection_head: Any = Head()
+        self.criterion: Any = NTXentLoss()
 
     def batch(self) -> Any:
         return shaded_views(2), torch.arange(4)
@@ -322,6 +322,20 @@ class MaskedAndSpread(Masked):
 
     def spread(self, tokens: Tensor) -> Any:
         return 0.1 * sum(self.koleo_criterion(part) for part in tokens.chunk(2))
+
+
+def mixed_by(neck: nn.Module) -> Any:
+    """A method that mixes the channels before the head, so that zeroing them hides nothing."""
+
+    class Mixed(Method):
+        def __init__(self) -> None:
+            super().__init__()
+            self.neck = neck
+
+        def embed(self, x: Tensor) -> Tensor:
+            return self.projection_head(self.neck(self.backbone(x).flatten(1)))
+
+    return Mixed()
 
 
 METHODS = [
