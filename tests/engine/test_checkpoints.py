@@ -15,25 +15,18 @@ import pytorch_lightning
 import timm
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
-from models import batch
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet34
-from training import (
-    InALoop,
-    Siamese,
-    Views,
-    assert_same,
-    decoder_of,
-    fit,
-    plain_encoder,
-    run_script,
-    trainer,
-)
 
 import recon_aux
+from helpers.data import Views, batch
+from helpers.models import InALoop, Siamese, plain_encoder
+from helpers.running import run_script
+from helpers.training import fit, trainer
+from helpers.weights import assert_same, decoder_of
 from recon_aux.integrations.lightly import attach
 
 # --- stopped and resumed ---
@@ -352,7 +345,7 @@ def test_an_encoder_of_another_architecture_is_named() -> None:
     with pytest.raises(ValueError, match=r"whose 4 tensors are 0\.weight \(8, 3, 3, 3\).*got 122"):
         recon_aux.export_backbone(model, like=resnet18())
     with pytest.raises(TypeError, match="like= as a model, got <function resnet18"):
-        recon_aux.export_backbone(model, like=resnet18)  # type: ignore[arg-type]
+        recon_aux.export_backbone(model, like=resnet18)
     with pytest.raises(ValueError, match="got a bare InALoop"):
         recon_aux.export_backbone(InALoop())
     assert plain_encoder().load_state_dict(recon_aux.export_backbone(model))

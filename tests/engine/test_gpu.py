@@ -8,23 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_encoder
-from test_neutrality import off, on_and_off_again, trained
-from test_precision import scaled_step
 from torch import Tensor
 from torch._dynamo.utils import counters
-from training import (
-    InALoop,
-    Siamese,
-    assert_same,
-    assert_trained,
-    decoder_of,
-    fit,
-    siamese_loss,
-    views_of_a_batch,
-)
 
 import recon_aux
+from helpers.data import batch
+from helpers.models import InALoop, Siamese, siamese_loss, tiny_encoder
+from helpers.training import all_after_training, fit, off, on_and_off_again, scaled_step
+from helpers.weights import assert_same, assert_trained, decoder_of
 from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
@@ -51,7 +42,7 @@ def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(
     precision: str, change: Any
 ) -> None:
     def random_too(model: Any) -> dict[str, Tensor]:
-        found = trained(model, "AdamW", precision, dropout=0.5, accelerator="gpu")
+        found = all_after_training(model, "AdamW", precision, dropout=0.5, accelerator="gpu")
         return {**found, "random on the GPU": torch.cuda.get_rng_state()}
 
     bare, changed = random_too(lambda model: model), random_too(change)
@@ -95,7 +86,7 @@ def test_fp16_skips_an_overflow_and_trains() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     before = decoder_of(model)
-    views = [view.cuda() for view in views_of_a_batch()]
+    views = [view.cuda() for view in batch(side=16)[0]]
     for _ in range(40):
         scaled_step(model, optimizer, scaler, views)
     assert scaler.get_scale() < 2.0**40
@@ -113,7 +104,7 @@ def trained_in_a_loop(*, compiled: bool) -> tuple[Tensor, dict[str, Tensor | Non
         model.recon_aux.decoder.compile()
     found = []
     for step in range(4):
-        z0, z1 = (called((1 + step) * view.cuda()) for view in views_of_a_batch())
+        z0, z1 = (called((1 + step) * view.cuda()) for view in batch(side=16)[0])
         found.append(recon_aux.add_loss(model, siamese_loss(z0, z1)))
         found[-1].backward()
     assert (counters["stats"]["unique_graphs"] >= 2) == compiled

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from typing import Any
 
 import numpy
 import psutil
 import pytest
 import torch
-from models import batch
-from torch import Tensor, nn
-from training import InALoop, Siamese, siamese_loss
+from torch import Tensor
 
 import recon_aux
+from helpers.data import batch
+from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.watching import alive, seen_by
 from recon_aux.integrations.lightly import attach
 
 
@@ -47,26 +47,9 @@ def test_two_hundred_steps_do_not_grow_the_process(kind: type[Any]) -> None:
     assert numpy.polyfit(steps, resident, 1)[0] < size_of_a_view / 20
 
 
-def kept(references: list[weakref.ref[Tensor]]) -> int:
-    gc.collect()
-    return sum(reference() is not None for reference in references)
-
-
-class Seen(nn.Module):
-    """Remembers weakly what the encoder took and gave."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.references: list[weakref.ref[Tensor]] = []
-        model.backbone.register_forward_hook(self.remember)
-
-    def remember(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.references += [weakref.ref(args[0]), weakref.ref(output)]
-
-
 def test_a_step_that_fails_keeps_nothing() -> None:
     model = attach(Siamese())
-    seen = Seen(model)
+    seen, masked = seen_by(model.backbone), seen_by(model.projection_head.layers)
 
     def fail(*args: Any) -> None:
         raise KeyError("in the middle of a step")
@@ -74,56 +57,58 @@ def test_a_step_that_fails_keeps_nothing() -> None:
     model.criterion.register_forward_pre_hook(fail)
     with pytest.raises(KeyError):
         model.training_step(batch(), 0)
-    assert len(seen.references) == 4
-    assert kept(seen.references) == 0
-    attachment = model._recon_aux_attachment
-    assert (attachment.capture.calls, attachment.mask.masked) == ([], None)
-    assert not attachment.capture.recording
+    assert len(seen) == len(masked) == 4
+    assert alive(seen) == alive(masked) == 0
+    # nor does what goes through it afterwards stay
+    model(torch.rand(4, 3, 16, 16))
+    assert len(seen) == len(masked) == 6
+    assert alive(seen) == alive(masked) == 0
 
 
 def test_a_reconstruction_that_fails_keeps_nothing() -> None:
     for model in (attach(Siamese()), attach(InALoop())):
-        seen = Seen(model)
+        seen = seen_by(model.backbone)
         views = [torch.full((4, 3, 16, 16), float("nan")), torch.rand(4, 3, 16, 16)]
         with pytest.raises(FloatingPointError):
             step_of(model)(views)
         del views
-        assert kept(seen.references) == 0
+        assert alive(seen) == 0
 
 
 @pytest.mark.parametrize("kind", [Siamese, InALoop])
 def test_an_evaluation_between_steps_keeps_nothing(kind: type[Any]) -> None:
     model = attach(kind())
-    seen = Seen(model)
+    seen = seen_by(model.backbone)
     for _ in range(2):
         step_of(model)(batch()[0]).backward()
         model.eval()
         with torch.no_grad():
             model(torch.rand(4, 3, 16, 16))
         model.train()
-        assert kept(seen.references) == 0
-    assert len(seen.references) == 12
+        assert alive(seen) == 0
+    assert len(seen) == 12
 
 
 def test_a_loops_step_that_fails_keeps_nothing_past_the_next() -> None:
     model = attach(InALoop())
-    seen = Seen(model)
+    seen = seen_by(model.backbone)
     views = batch()[0]
     model(views[0])
     for _ in range(2):
         step_of(model)(batch()[0]).backward()
         del views[:]
-        assert kept(seen.references) == 0
+        assert alive(seen) == 0
 
 
 def test_an_evaluation_with_gradient_keeps_little() -> None:
     model = attach(InALoop())
-    seen = Seen(model)
+    seen = seen_by(model.backbone)
+    masked = seen_by(model.projection_head.layers)
     model.eval()
     for _ in range(100):
         model(torch.rand(2, 3, 16, 16)).sum().backward()
-    assert kept(seen.references) <= 2 * 32
-    assert len(model._recon_aux_attachment.mask.masked) <= 32
+    assert alive(seen) <= 2 * 32
+    assert alive(masked) <= 32
     model.train()
     step_of(model)(batch()[0]).backward()
-    assert kept(seen.references) == 0
+    assert alive(seen) == 0

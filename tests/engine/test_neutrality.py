@@ -3,69 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from lightly.utils.lars import LARS
-from models import tiny_encoder
-from torch import Tensor
-from torch.optim import SGD, Adam, AdamW
-from training import Siamese, assert_same, fit, run_script
 
-import recon_aux
-from recon_aux.integrations.lightly import attach
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "SGD": partial(SGD, lr=0.05, momentum=0.9, weight_decay=1e-3),
-    "Adam": partial(Adam, lr=1e-2),
-    "AdamW": partial(AdamW, lr=1e-2),
-    "LARS": partial(LARS, lr=0.05, momentum=0.9, weight_decay=1e-3),
-}
-
-
-def off(model: Any) -> Any:
-    return attach(model, weight=0, equivariant_dim=0)
-
-
-def on_and_off_again(model: Any) -> Any:
-    return recon_aux.detach(attach(model))
-
-
-def trained(
-    change: Callable[[Any], Any],
-    optimizer: str,
-    precision: Any,
-    dropout: float,
-    accelerator: str = "cpu",
-) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    encoder = tiny_encoder(dropout=dropout)
-    model = Siamese(encoder, configure=lambda model: OPTIMIZERS[optimizer](model.parameters()))
-    model = change(model)
-    torch.manual_seed(3)
-    options = {"precision": precision, "accelerator": accelerator, "max_steps": 5}
-    made = fit(model, **options).optimizers[0]
-    state = {
-        f"{name} {key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in made.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("recon_aux.")}
-    return {**weights, **state, "random": torch.get_rng_state()}
+from helpers.running import run_script
+from helpers.training import DECAYING_OPTIMIZERS, all_after_training, off, on_and_off_again
+from helpers.weights import assert_same
 
 
 @pytest.mark.parametrize("change", [off, on_and_off_again])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", DECAYING_OPTIMIZERS)
 def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(
     optimizer: str, precision: str, dropout: float, change: Callable[[Any], Any]
 ) -> None:
-    bare = trained(lambda model: model, optimizer, precision, dropout)
-    changed = trained(change, optimizer, precision, dropout)
+    bare = all_after_training(lambda model: model, optimizer, precision, dropout)
+    changed = all_after_training(change, optimizer, precision, dropout)
     assert_same(changed, bare)
 
 

@@ -13,16 +13,18 @@ import torch
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
-from models import batch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
-from timm.optim import Lookahead
+from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
-from training import InALoop, Siamese, assert_trained, decoder_of, fit, siamese_loss
 
 import recon_aux
+from helpers.data import batch
+from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.training import fit
+from helpers.weights import assert_trained, decoder_of
 from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
@@ -34,7 +36,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def split(model: Any) -> list[dict[str, Any]]:
+def by_weight_decay(model: Any) -> list[dict[str, Any]]:
     params, no_decay = get_weight_decay_parameters([model.backbone, model.projection_head])
     return [{"params": params}, {"params": no_decay, "weight_decay": 0.0}]
 
@@ -49,7 +51,7 @@ GROUPS: dict[str, Callable[[Any], Any]] = {
     "named groups": lambda model: [
         {"params": module.named_parameters()} for module in (model.projection_head, model.backbone)
     ],
-    "bias and norm": split,
+    "bias and norm": by_weight_decay,
 }
 
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
@@ -308,7 +310,7 @@ def test_of_several_optimizers_the_encoders_trains_the_decoder() -> None:
         assert not groups_of(head, nn.Module())
         assert groups_of(encoder, model.recon_aux)
         before = decoder_of(model)
-        model.training_step(batch_of_views(), 0).backward()
+        model.training_step(batch(4, side=16), 0).backward()
         for optimizer in (head, encoder):
             optimizer.step()
         schedule.step()
@@ -322,19 +324,14 @@ def test_a_loop_may_have_several_optimizers() -> None:
         Adam([*model.backbone.parameters(), *model.recon_aux.parameters()]),
     ]
     before = decoder_of(model)
-    (x0, x1), _ = batch_of_views()
+    (x0, x1), _ = batch(4, side=16)
     recon_aux.add_loss(model, siamese_loss(model(x0), model(x1))).backward()
     for optimizer in optimizers:
         optimizer.step()
     assert_trained(model, before)
 
 
-def batch_of_views() -> Any:
-    generator = torch.Generator().manual_seed(0)
-    return list(torch.rand(2, 4, 3, 16, 16, generator=generator)), torch.arange(4)
-
-
-class Unknown:
+class UnknownScheduler:
     """A scheduler of a kind that we can't know."""
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -358,8 +355,8 @@ def test_settings_that_cannot_be_met_are_named() -> None:
         attach(InALoop(), decoder_lr=0.1)
     refused(lambda model: SGD(model.parameters(), lr=0.0), "learning rate above 0", decoder_lr=0.1)
     refused(
-        lambda model: ([made := SGD(model.parameters(), lr=0.1)], [Unknown(made)]),
-        r"torch's learning-rate schedulers .*got a Unknown; .*self\.recon_aux\.parameters",
+        lambda model: ([made := SGD(model.parameters(), lr=0.1)], [UnknownScheduler(made)]),
+        r"torch's learning-rate schedulers .*got a UnknownScheduler; .*self\.recon_aux\.parameters",
         decoder_lr=0.1,
     )
     refused(
@@ -390,6 +387,7 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
                     known.sub_(0.1 * p.grad)
 
     class Sharded(Siamese):
+        recon_aux: Any
         listed = False
 
         def configure_optimizers(self) -> Any:

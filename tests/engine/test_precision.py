@@ -7,39 +7,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training import (
-    InALoop,
-    Siamese,
-    assert_trained,
-    decoder_of,
-    fit,
-    plain_encoder,
-    siamese_loss,
-    views_of_a_batch,
-)
 
 import recon_aux
+from helpers import inside
+from helpers.data import batch
+from helpers.models import InALoop, Siamese, plain_encoder, siamese_loss
+from helpers.training import fit, scaled_step
+from helpers.watching import rebuilt_by
+from helpers.weights import assert_trained, decoder_of
 from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "64-true"]
 
 
-def losses_of(model: Any) -> list[Tensor]:
-    """The weighted losses that the model's ReconAux gives, from here on."""
-    losses: list[Tensor] = []
-    model.recon_aux.register_forward_hook(lambda module, args, out: losses.append(out.loss))
-    return losses
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_loss_is_float32_and_the_decoder_trains(precision: Any) -> None:
     # steps that are large enough to show on a norm's weight of 1 in bfloat16
     model = attach(Siamese(configure=lambda model: torch.optim.Adam(model.parameters(), lr=0.05)))
-    before, losses = decoder_of(model), losses_of(model)
+    before, outputs = decoder_of(model), rebuilt_by(model)
     fit(model, precision=precision)
     assert_trained(model, before)
-    assert all(loss.dtype == torch.float32 for loss in losses)
+    assert len(outputs) == 3
+    assert all(output.loss.dtype == torch.float32 for output in outputs)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -47,9 +37,10 @@ def test_the_loss_hardly_depends_on_the_precision(precision: Any) -> None:
     losses = []
     for each in ("32-true", precision):
         model = attach(Siamese())
-        losses.append(losses_of(model))
+        outputs = rebuilt_by(model)
         fit(model, precision=each, max_steps=2)
-    torch.testing.assert_close(*map(torch.stack, losses), rtol=0.02, atol=0)
+        losses.append(torch.stack([output.loss for output in outputs]))
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -72,20 +63,7 @@ def test_views_are_whitened_in_float32_under_autocast_too() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         aux(list(views), list(features))
     ((_, white),) = compared
-    assert torch.equal(white, aux.pixel_scale.whiten(views[0]))
-
-
-def scaled_step(
-    model: InALoop, optimizer: Any, scaler: Any, views: list[Tensor], magnify: float = 1.0
-) -> Tensor:
-    optimizer.zero_grad()
-    with torch.autocast(views[0].device.type, torch.float16):
-        z0, z1 = (model(view) for view in views)
-        loss = recon_aux.add_loss(model, magnify * siamese_loss(z0, z1))
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss
+    assert torch.equal(white, inside.whitening_of(aux).whiten(views[0]))
 
 
 def test_fp16_with_loss_scaling_skips_an_overflow_and_goes_on() -> None:
@@ -94,11 +72,11 @@ def test_fp16_with_loss_scaling_skips_an_overflow_and_goes_on() -> None:
     # so large that the first gradients overflow
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = decoder_of(model)
-    scaled_step(model, optimizer, scaler, views_of_a_batch())
+    scaled_step(model, optimizer, scaler, batch(side=16)[0])
     assert scaler.get_scale() == 2.0**39
     assert all(torch.equal(weight, before[name]) for name, weight in decoder_of(model).items())
     for _ in range(40):
-        scaled_step(model, optimizer, scaler, views_of_a_batch())
+        scaled_step(model, optimizer, scaler, batch(side=16)[0])
     assert scaler.get_scale() < 2.0**39
     assert_trained(model, before)
 
@@ -124,13 +102,13 @@ def test_features_that_overflow_are_the_scalers_to_skip_but_not_for_ever() -> No
     before = decoder_of(model)
     for by in (1e7, 1e7, 1.0, 1e7):
         encoder.by = by
-        loss = scaled_step(model, optimizer, scaler, views_of_a_batch())
+        loss = scaled_step(model, optimizer, scaler, batch(side=16)[0])
         assert torch.isfinite(loss) == (by == 1.0)
     assert scaler.get_scale() == 2.0**7
     assert_trained(model, before)
     with pytest.raises(FloatingPointError, match=r"got nan in step 204; .*features from .*inf"):
         for _ in range(210):
-            scaled_step(model, optimizer, scaler, views_of_a_batch())
+            scaled_step(model, optimizer, scaler, batch(side=16)[0])
 
 
 def test_a_loss_made_outside_of_autocast_is_the_scalers_too() -> None:
@@ -141,7 +119,7 @@ def test_a_loss_made_outside_of_autocast_is_the_scalers_too() -> None:
     for by in (1e7, 1.0):
         encoder.by = by
         with torch.autocast("cpu", torch.float16):
-            z0, z1 = (model(view) for view in views_of_a_batch())
+            z0, z1 = (model(view) for view in batch(side=16)[0])
         loss = recon_aux.add_loss(model, siamese_loss(z0.float(), z1.float()))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -151,14 +129,14 @@ def test_a_loss_made_outside_of_autocast_is_the_scalers_too() -> None:
 
 
 def test_the_scale_of_pixels_stays_float32_in_half_precision() -> None:
-    scale = attach(Siamese()).to(torch.bfloat16).half().recon_aux.pixel_scale
-    assert {buffer.dtype for buffer in scale.buffers()} == {torch.float32}
+    whitening = inside.whitening_of(attach(Siamese()).to(torch.bfloat16).half().recon_aux)
+    assert {buffer.dtype for buffer in whitening.buffers()} == {torch.float32}
 
 
 @pytest.mark.parametrize("view", [0, 1])
 def test_pixels_that_are_not_finite_are_an_error_in_fp16_too(view: int) -> None:
     model = attach(InALoop())
-    views = views_of_a_batch()
+    views = batch(side=16)[0]
     views[view][0, 0, 0, 0] = float("nan")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(FloatingPointError, match="in step 1; the views' pixels range from nan"):
@@ -179,7 +157,7 @@ def test_without_loss_scaling_an_overflow_is_an_error_at_once() -> None:
 
 def test_channels_last_changes_nothing() -> None:
     models = [attach(Siamese()), attach(Siamese()).to(memory_format=torch.channels_last)]
-    views = views_of_a_batch()
+    views = batch(side=16)[0]
     batches = [views, [view.contiguous(memory_format=torch.channels_last) for view in views]]
     losses = []
     for model, given in zip(models, batches, strict=True):

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import OPTIONS, global_batches, train
 from torch import Tensor
-from training import InALoop, assert_same, run_script
 
+from helpers.models import InALoop
+from helpers.running import run_script
+from helpers.scripts.processes import OPTIONS, global_batches, train
+from helpers.weights import assert_same
 from recon_aux.integrations.lightly import attach
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

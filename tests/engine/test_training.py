@@ -10,60 +10,38 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from models import build
+from lightning.pytorch.loggers.logger import DummyLogger
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import WeightAveraging
-from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.compile import from_compiled
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cosine_similarity
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from training import (
-    InALoop,
-    Siamese,
-    Views,
-    assert_same,
-    assert_trained,
-    decoder_of,
-    fit,
-    run_script,
-    siamese_loss,
-    trainer,
-)
 
 import recon_aux
-from recon_aux.engine.attachment import trains_by_itself
-from recon_aux.engine.hooks import doors
+from helpers.data import Views, batch
+from helpers.inside import hooked, take_units_of
+from helpers.lightly_styles import build
+from helpers.methods import mixed_by
+from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.running import run_script
+from helpers.training import fit, losses_in, trainer
+from helpers.watching import alive, calls_of, seen_by
+from helpers.weights import assert_same, assert_trained, decoder_of
 from recon_aux.integrations.lightly import attach
 
-
-def a_batch(count: int = 4) -> Any:
-    pairs = [Views()[index][0] for index in range(count)]
-    return [torch.stack([pair[i] for pair in pairs]) for i in (0, 1)], torch.arange(count)
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def count_of(module: nn.Module) -> list[Any]:
-    """Grows with each call of a module."""
-    calls: list[Any] = []
-    module.register_forward_hook(lambda *call: calls.append(None))
-    return calls
+BATCH = batch(4, side=16)
 
 
 def test_gradients_accumulate_to_those_of_the_whole_batch() -> None:
-    views, labels = a_batch(8)
+    views, labels = batch(side=16)
     whole, parts = (attach(Siamese(), reconstruct="both") for _ in range(2))
     # units are those of the first batch
-    parts.recon_aux.pixel_scale = whole.recon_aux.pixel_scale
-    parts.recon_aux.statistics.told = whole.recon_aux.statistics.told
-    parts.recon_aux.edges.told = whole.recon_aux.edges.told
+    take_units_of(parts.recon_aux, whole.recon_aux)
     whole.training_step((views, labels), 0).backward()
     for rows in (slice(0, 4), slice(4, 8)):
         step = parts.training_step(([view[rows] for view in views], labels[rows]), 0)
@@ -105,7 +83,7 @@ def test_an_encoder_that_is_checkpointed_is_captured_once() -> None:
         losses = []
         for model in (plain, checkpointed):
             model.zero_grad()
-            loss = model.training_step(a_batch(), 0)
+            loss = model.training_step(BATCH, 0)
             loss.backward()
             losses.append(loss)
         assert torch.equal(*losses)
@@ -121,33 +99,35 @@ def test_reentrant_checkpointing_of_a_head_is_refused() -> None:
             return z
 
     with pytest.raises(RuntimeError, match="expected activation checkpointing with use_reentrant"):
-        attach(Reentrant()).training_step(a_batch(), 0)
+        attach(Reentrant()).training_step(BATCH, 0)
 
 
 def test_a_checkpointed_loop_captures_nothing_in_the_backward_pass() -> None:
     model = attach(InALoop())
-    (x0, x1), _ = a_batch()
-    calls = count_of(model.backbone)
-    capture, mask = (getattr(model._recon_aux_attachment, name) for name in ("capture", "mask"))
+    (x0, x1), _ = BATCH
+    calls, seen = calls_of(model.backbone), seen_by(model.backbone, outputs=True)
+    masked = seen_by(model.projection_head.layers)
     for step in range(1, 4):
         outputs = [checkpoint(model, x, use_reentrant=False) for x in (x0, x1)]
         loss = recon_aux.add_loss(model, siamese_loss(*outputs))
         loss.backward()
-        assert len(calls) == 4 * step
-        assert capture.calls == mask.masked == []
+        assert len(calls) == len(seen) == 4 * step
+        del outputs, loss
+        assert alive(seen) == alive(masked) == 0
 
 
 def test_validation_and_prediction_run_nothing_of_ours() -> None:
     model = attach(Siamese())
     fit(model, max_steps=2)
-    encoded, rebuilt = count_of(model.backbone), count_of(model.recon_aux)
+    encoded, rebuilt = calls_of(model.backbone), calls_of(model.recon_aux)
+    seen = seen_by(model.backbone)
     data = DataLoader(Views(), batch_size=8)
     trained = trainer()
     trained.validate(model, data, verbose=False)
     predicted = trained.predict(model, data)
     assert len(encoded) == 2 * 2 + 2
     assert rebuilt == []
-    assert not model._recon_aux_attachment.capture.calls
+    assert alive(seen) == 0
     assert not any(z.requires_grad for z in predicted)
 
 
@@ -196,7 +176,8 @@ def compile_encoder_with_a_break(model: Any, counter: Any) -> Any:
 
 
 def compile_model(model: Any, counter: Any) -> Any:
-    from_compiled(torch.compile(model, backend=counter))
+    compiled: Any = torch.compile(model, backend=counter)
+    from_compiled(compiled)
     return model.training_step
 
 
@@ -219,18 +200,6 @@ COMPILED = {
     "its training step": compile_step,
     "the decoder": compile_decoder,
 }
-
-
-def losses_in(step: Any, model: Any, count: int) -> list[Tensor]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    losses = []
-    for _ in range(count):
-        loss = step(a_batch(), 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
 
 
 @pytest.mark.parametrize("method", ["SimCLR", "BYOL"])
@@ -264,13 +233,13 @@ def test_a_model_that_lightning_compiled_trains_bare_after_detaching() -> None:
     before = model.backbone[0].weight.clone()
     fit(model)
     assert not torch.equal(before, model.backbone[0].weight)
-    assert not doors(model)
+    assert not hooked(model)
 
 
 def test_a_step_may_be_called_by_hand_after_training() -> None:
     model = attach(Siamese())
     fit(model)
-    model.training_step(a_batch(), 0).backward()
+    model.training_step(BATCH, 0).backward()
 
 
 def test_fabric_logs_the_loss() -> None:
@@ -282,7 +251,7 @@ def test_fabric_logs_the_loss() -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1, loggers=[Kept()])
     module = attach(build(lightning.LightningModule, "SimCLR", "one_by_one"))
     model, _ = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
-    model.training_step(a_batch(), 0)
+    model.training_step(BATCH, 0)
     assert "recon_aux/loss" in logged
 
 
@@ -292,7 +261,9 @@ def test_a_step_in_a_module_of_ones_own_trains_by_itself() -> None:
             return super().training_step(batch, batch_idx)
 
     Own.training_step.__module__ = "project.core.module"
-    assert trains_by_itself(attach(Own()))
+    model = attach(Own())
+    model.training_step(BATCH, 0).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_a_lightning_module_without_a_step_is_trained_in_a_loop() -> None:
@@ -303,29 +274,17 @@ def test_a_lightning_module_without_a_step_is_trained_in_a_loop() -> None:
             self.backbone, self.projection_head = self.method.backbone, self.method.projection_head
 
     model = attach(Named())
-    z0, z1 = (model.method(view) for view in a_batch()[0])
+    z0, z1 = (model.method(view) for view in BATCH[0])
     recon_aux.add_loss(model, siamese_loss(z0, z1)).backward()
     assert model.recon_aux.decoder.queries.grad.any()
-
-
-class Mixed(Siamese):
-    """A layer before the head mixes the channels, so that zeroing them hides nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.neck = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.projection_head(self.neck(self.backbone(x).flatten(1)))
-        return z
 
 
 @pytest.mark.parametrize("compiled", [compile_step, compile_model])
 def test_compiled_the_first_step_still_sees_mixed_channels(compiled: Any) -> None:
     torch._dynamo.reset()
-    step = compiled(attach(Mixed()), "aot_eager")
+    step = compiled(attach(mixed_by(nn.Linear(16, 16))), "aot_eager")
     with pytest.raises(RuntimeError, match="mixed into what the heads"):
-        step(a_batch(), 0)
+        step(BATCH, 0)
 
 
 def test_a_compiled_momentum_head_is_compiled_no_more_for_many_views() -> None:
@@ -349,7 +308,7 @@ def test_a_compiled_momentum_head_is_compiled_no_more_for_many_views() -> None:
     model.projection_head_momentum.compile(backend=counter)
     counts = []
     for step in range(6):
-        model.training_step(a_batch(), step)
+        model.training_step(BATCH, step)
         counts.append(counter.frame_count)
     # the first step runs as it is
     assert counts == [0, 1, 1, 1, 1, 1]
@@ -374,7 +333,7 @@ def test_a_compiled_loop_trains_the_same(options: dict[str, Any]) -> None:
 
 def test_a_compiled_loop_of_both_views_in_one_call_trains_the_same() -> None:
     class Both(InALoop):
-        def forward(self, x0: Tensor, x1: Tensor) -> Any:
+        def forward(self, x0: Tensor, x1: Tensor) -> Any:  # type: ignore[override]
             return super().forward(x0), super().forward(x1)
 
     torch._dynamo.reset()
@@ -419,7 +378,7 @@ def test_weights_that_are_clamped_between_micro_batches_do_not_count_as_steps() 
 def test_an_average_of_the_weights_follows_and_sees_nothing() -> None:
     model = attach(InALoop())
     averages = [AveragedModel(model), AveragedModel(model.backbone)]
-    (x0, x1), _ = a_batch()
+    (x0, x1), _ = BATCH
     for _ in range(2):
         recon_aux.add_loss(model, siamese_loss(model(x0), model(x1))).backward()
         for average, averaged in zip(averages, (model, model.backbone), strict=True):
@@ -427,19 +386,21 @@ def test_an_average_of_the_weights_follows_and_sees_nothing() -> None:
     with torch.no_grad():
         assert torch.equal(averages[0](x0), averages[0].module(x0))
         assert torch.equal(averages[1](x0), averages[1].module(x0))
-    assert not model._recon_aux_attachment.capture.calls
+    with pytest.raises(RuntimeError, match="saw 0 calls"):
+        recon_aux.add_loss(model, x0.sum())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, AveragedModel])
 def test_a_copy_of_a_model_in_a_loop_may_be_its_teacher(copied: Any) -> None:
     model = attach(InALoop())
     teacher = copied(model)
-    (x0, x1), _ = a_batch()
+    inner = getattr(teacher, "module", teacher)
+    seen = seen_by(inner.backbone, outputs=True)
+    (x0, x1), _ = BATCH
     for _ in range(40):
         with torch.no_grad():
             teacher(x0)
-    inner = getattr(teacher, "module", teacher)
-    assert not inner._recon_aux_attachment.capture.calls
+    assert alive(seen) == 0
     update_bn([x0] * 40, teacher)
     # and a copy may be trained
     recon_aux.add_loss(inner, siamese_loss(inner(x0), inner(x1))).backward()
@@ -447,11 +408,12 @@ def test_a_copy_of_a_model_in_a_loop_may_be_its_teacher(copied: Any) -> None:
 
 def test_without_gradient_a_loop_keeps_few_calls() -> None:
     model = attach(InALoop())
-    (x0, x1), _ = a_batch()
+    seen = seen_by(model.backbone, outputs=True)
+    (x0, x1), _ = BATCH
     with torch.no_grad():
         for _ in range(100):
             model(x0)
-    assert len(model._recon_aux_attachment.capture.calls) == 8
+    assert alive(seen) == 8
     recon_aux.add_loss(model, siamese_loss(model(x0), model(x1)))
 
 
@@ -479,7 +441,7 @@ def test_a_copy_from_before_attaching_stays_bare() -> None:
     twin = copy.deepcopy(bare)
     attach(bare)
     assert not recon_aux.is_attached(twin)
-    assert not doors(twin)
+    assert not hooked(twin)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -497,7 +459,7 @@ def test_a_copy_trains_as_the_original_would(how: str, tmp_path: Path) -> None:
     expected, losses = (losses_in(each.training_step, each, 3) for each in (model, twin))
     assert all(map(torch.equal, expected, losses))
     recon_aux.detach(twin)
-    assert not doors(twin)
+    assert not hooked(twin)
     assert recon_aux.is_attached(model)
 
 
@@ -511,7 +473,7 @@ def test_batch_norms_may_be_exchanged_for_synchronised_ones() -> None:
     model = attach(build(LightningModule, "SimCLR", "one_by_one"))
     twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules())
-    losses = [each.training_step(a_batch(), 0) for each in (model, twin)]
+    losses = [each.training_step(BATCH, 0) for each in (model, twin)]
     assert torch.equal(*losses)
     losses[1].backward()
     assert twin.recon_aux.decoder.queries.grad.any()
