@@ -151,7 +151,7 @@ def test_where_the_methods_gradient_cannot_be_seen_it_says_so() -> None:
     model = attach(InALoop(), seed=0)
     called = torch.compile(model, backend="aot_eager")
     views = VIEWS
-    with pytest.warns(UserWarning, match=r"compiled together; the weight stays 1; give weight"):
+    with pytest.warns(UserWarning, match=r"compiled together; the weight stays 1. Pass weight="):
         loss = recon_aux.add_loss(model, STRONG * siamese_loss(*(called(view) for view in views)))
     # and the encoder is trained by the task at once
     (gradient,) = torch.autograd.grad(loss, model.backbone[0].weight)
