@@ -182,7 +182,10 @@ def _add_hooks(
     trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
     params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     watch_optimizer(
-        hooked, [p for p in params if id(p) in joined], [p for p in params if id(p) in trained]
+        hooked,
+        [p for p in params if id(p) in ours],
+        [p for p in params if id(p) in trained],
+        joined=any(id(p) in joined for p in params),
     )
     if own.lr is not None:
         keep = _in_proportion(own.lr, optimizer.param_groups, ours, encoders)

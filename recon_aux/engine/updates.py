@@ -75,39 +75,41 @@ class DecoderUpdates:
         self._values = [[value.clone() for value in some] for some in values]
 
 
-def watch_optimizer(optimizer: Any, joined: Sequence[Tensor], encoders: Sequence[Tensor]) -> None:
+def watch_optimizer(
+    optimizer: Any, decoder: Sequence[Tensor], encoders: Sequence[Tensor], *, joined: bool
+) -> None:
     """Look before and after each step of one of torch's optimizers.
 
     Args:
         optimizer: of the encoders.
-        joined: the decoder's parameters that were put into its groups.
+        decoder: the decoder's parameters in its groups.
         encoders: the encoders' parameters in its groups.
+        joined: whether the decoder's were put there after the optimizer was made.
     """
     updates = DecoderUpdates()
 
     def before(*_: Any) -> None:
-        updates.start(encoders, joined)
+        updates.start(encoders, decoder)
 
     def after(stepped: Any, *_: Any) -> None:
-        updates.look(encoders, joined)
-        trainable = [parameter for parameter in joined if parameter.requires_grad]
-        if not (updates.missed and trainable):
-            return
-        if any(parameter.grad is not None for parameter in trainable):
+        updates.look(encoders, decoder)
+        trainable = [parameter for parameter in decoder if parameter.requires_grad]
+        has_gradient = any(parameter.grad is not None for parameter in trainable)
+        if updates.missed and joined and has_gradient:
             raise RuntimeError(
                 "expected the optimizer to train the decoder, whose parameters joined the "
                 f"encoder's in its groups, got a {type(stepped).__name__} that trains those alone "
                 "that it was made of. In configure_optimizers list self.recon_aux.parameters() "
                 "with them."
             )
-        if updates.missed == 2:
+        if updates.missed == 2 and trainable and not has_gradient:
             raise RuntimeError(
                 "expected the attached training_step, which adds the reconstruction loss, before "
                 "each step of the optimizer, saw two that changed the encoder past it. Replace "
                 "training_step before attaching. Or take all off: recon_aux.detach(model)."
             )
 
-    if joined:
+    if decoder:
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
 
