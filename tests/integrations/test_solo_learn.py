@@ -294,6 +294,7 @@ def test_the_methods_loss_leaves_the_equivariant_channels_alone(name: str) -> No
     assert not any(g[:, 312:].any() for g in reached)
 
 
+@pytest.mark.slow
 @every_method
 def test_the_reconstruction_loss_halves_on_a_fixed_batch(name: str) -> None:
     model = ready(attach(solo_method(name)))
@@ -384,6 +385,7 @@ def test_a_section_of_the_config_is_the_options() -> None:
         attach(solo_method("simclr"), **options_in_section({"wieght": 1.0}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TAKES_A_CONFIG, reason="1.0.2 has no config to read the options from")
 def test_a_script_runs_with_every_method_attached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -430,6 +432,7 @@ def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         solo_learn.run()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TAKES_A_CONFIG, reason="the examples are for solo-learn's GitHub version")
 @pytest.mark.parametrize("script", ["solo_simclr.py", "solo_byol.py", "solo_vicreg.py"])
 def test_an_example_compares_bare_and_attached(script: str, tmp_path: Path) -> None:
