@@ -15,3 +15,11 @@ import torch
 def seeded() -> None:
     """Draw the same, whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what runs examples and studies: all of benchmarks/ but what reads records."""
+    for item in items:
+        if item.path.parent.name == "benchmarks" and item.path.stem != "test_results":
+            item.add_marker("slow")

@@ -11,7 +11,7 @@ import pytest
 import torchvision
 from images import load
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--epochs", "1", "--limit", "128", "--batch-size", "64", "--device", "cpu"]
 
 

@@ -16,8 +16,8 @@ from options import go_on, options_of
 from resuming import is_done, keep, refuse_mixed
 from test_examples import pictures
 from torch import Tensor
-from training import fail_once, rows, run_example
 
+from helpers.running import fail_once, rows, run_example
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, TRANSFORMATIONS
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training import run_example
+from helpers.running import run_example
 
 SMALL = ["--models", "ResNet-18, 32", "--device", "cpu", "--batch-size", "2"]
 SMALL += ["--rounds", "1", "--steps", "1"]

@@ -13,9 +13,10 @@ import compare
 import natural_images
 import pytest
 from records import kept, results_of
-from training import rows
 
-ROOT = Path(__file__).parent.parent
+from helpers.running import rows
+
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
 README = (ROOT / "README.md").read_text()
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
-from training import fail_once, rows, run_example
+
+from helpers.running import fail_once, rows, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 import compare

@@ -32,6 +32,7 @@ from recon_aux.integrations.lightly import attach
 # --- stopped and resumed ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruct", ["alternate", "random"])
 def test_killed_and_resumed_is_bit_identical_to_never_stopped(
     reconstruct: str, tmp_path: Path

@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from helpers.models import InALoop, Siamese
 from helpers.running import ROOT
 from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
+
+pytestmark = pytest.mark.slow
 
 many = settings(
     max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)

@@ -24,6 +24,7 @@ def step_of(model: Any) -> Any:
     return lambda views: recon_aux.add_loss(model, siamese_loss(*(model(view) for view in views)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Siamese, InALoop])
 def test_two_hundred_steps_do_not_grow_the_process(kind: type[Any]) -> None:
     model = attach(kind(), reconstruct="random")

@@ -91,6 +91,7 @@ def test_the_two_views_are_found_with_their_features(method: type[Method]) -> No
             torch.testing.assert_close(feature.flatten(1), encoder(view).flatten(1))
 
 
+@pytest.mark.slow
 @every_method
 def test_the_reconstruction_loss_halves_on_a_fixed_batch(method: type[Method]) -> None:
     model = built(method, registration=0, statistics=0, edges=0)

@@ -24,6 +24,7 @@ def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(
     assert_same(changed, bare)
 
 
+@pytest.mark.slow
 def test_nothing_global_changes() -> None:
     result = run_script("unchanged.py")
     assert result.stdout.startswith("nothing changed in"), result.stdout + result.stderr[-2000:]

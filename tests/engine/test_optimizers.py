@@ -143,6 +143,7 @@ def test_each_of_the_decoders_parameters_trains_in_one_group(
             assert group["lr"] == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 512])
 @pytest.mark.parametrize(
     ("optimizer", "lr", "told"),

@@ -94,6 +94,7 @@ class Magnified(nn.Module):
         return feature * self.by
 
 
+@pytest.mark.slow
 def test_features_that_overflow_are_the_scalers_to_skip_but_not_for_ever() -> None:
     encoder = Magnified()
     model = attach(InALoop(encoder))

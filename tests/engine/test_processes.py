@@ -17,6 +17,8 @@ from helpers.scripts.processes import OPTIONS, global_batches, train
 from helpers.weights import assert_same
 from recon_aux.integrations.lightly import attach
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 

@@ -202,6 +202,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["SimCLR", "BYOL"])
 @pytest.mark.parametrize("what", COMPILED)
 def test_compiled_it_trains_the_same_and_compiles_no_more_after_three_steps(
@@ -349,6 +350,7 @@ def test_a_compiled_loop_of_both_views_in_one_call_trains_the_same() -> None:
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_before_attaching_it_trains_the_same() -> None:
     torch._dynamo.reset()
     losses = []
@@ -463,6 +465,7 @@ def test_a_copy_trains_as_the_original_would(how: str, tmp_path: Path) -> None:
     assert recon_aux.is_attached(model)
 
 
+@pytest.mark.slow
 def test_it_is_sent_to_processes_that_are_spawned() -> None:
     result = run_script("spawned.py")
     assert "trained" in result.stdout, result.stderr[-3000:]

@@ -41,6 +41,7 @@ __all__ = [
     "hooked",
     "inverse",
     "likeness",
+    "options_in_section",
     "reached",
     "resize_view",
     "send_by",
@@ -98,6 +99,13 @@ def feature_of_poses(registration: Registration, *poses: list[float]) -> Tensor:
 def shift_read_from(registration: Registration, feature: Tensor) -> Tensor:
     """How far to the right the registration takes each view to be moved."""
     return affine(registration.pose(feature))[1][:, 0]
+
+
+def options_in_section(section: Any) -> dict[str, Any]:
+    """What solo-learn's models are attached with where its config has this section."""
+    from recon_aux.integrations.solo_learn import _options  # noqa: PLC0415
+
+    return _options(section)
 
 
 def send_by(monkeypatch: pytest.MonkeyPatch, send: Callable[[Tensor], Any]) -> None:

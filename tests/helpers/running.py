@@ -21,10 +21,11 @@ def run_script(
     return run_python(*launcher, ROOT / "tests" / "helpers" / "scripts" / name, *arguments)
 
 
-def run_example(name: str, *arguments: Any) -> None:
-    """Run one of the examples, which must succeed."""
+def run_example(name: str, *arguments: Any) -> str:
+    """Run one of the examples, which must succeed, and give what it prints."""
     result = run_python(ROOT / "examples" / name, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def run_python(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import recon_aux
+from helpers.data import shaded_views
+from helpers.inside import options_in_section
+from helpers.running import ROOT, run_example, run_python
+from helpers.watching import rebuilt_by, rebuilt_from
+from helpers.weights import assert_same, assert_trained, bare_state, decoder_of, loss_of
 
 pytest.importorskip("solo", reason="solo-learn is not installed; `nox -s solo_learn` installs it")
 from solo.methods import METHODS
@@ -33,7 +35,6 @@ TAKES_A_CONFIG = "cfg" in inspect.signature(BaseMethod.__init__).parameters
 Trainer = importlib.import_module("lightning" if TAKES_A_CONFIG else "pytorch_lightning").Trainer
 TWO_VIEW = sorted(set(METHODS) - {"base", "linear", "mae"})
 BATCH = 8
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 METHOD_OPTIONS = {
@@ -93,7 +94,7 @@ def as_in_2021(model: Any) -> Any:
     return model
 
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+OPTIMIZER_OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "adam": {},
     "adamw": {},
@@ -101,7 +102,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(
+def solo_method(
     name: str,
     backbone: str = "resnet18",
     small_crops: int = 0,
@@ -112,7 +113,7 @@ def build(
     options = {**METHOD_OPTIONS, **PARTICULAR.get(name, {})}
     if TAKES_A_CONFIG:
         cfg = config(name, backbone, small_crops, options, backbone_options)
-        cfg.optimizer.name, cfg.optimizer.kwargs = optimizer, OPTIMIZERS[optimizer]
+        cfg.optimizer.name, cfg.optimizer.kwargs = optimizer, OPTIMIZER_OPTIONS[optimizer]
         cfg.optimizer.exclude_bias_n_norm_wd = optimizer != "sgd"
         return METHODS[name](cfg)
     model = METHODS[name](
@@ -178,23 +179,17 @@ def backbone_of(model: Any) -> nn.Module:
     return model.backbone if hasattr(model, "backbone") else model.encoder
 
 
-def views(count: int, side: int = 32, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = F.interpolate(torch.rand(BATCH, 3, 2, 2, generator=generator), side, mode="bilinear")
-    shades = torch.rand(count, BATCH, 3, 1, 1, generator=generator)
-    return [images * (0.5 + 0.5 * shade) for shade in shades]
-
-
-def batch(small_crops: int = 0, side: int = 32) -> list[Any]:
-    crops = views(2, side) + (views(small_crops, 3 * side // 4, seed=2) if small_crops else [])
+def solo_batch(small_crops: int = 0, side: int = 32) -> list[Any]:
+    crops = shaded_views(2, BATCH, side=side)
+    crops += shaded_views(small_crops, BATCH, side=3 * side // 4, seed=2)
     return [torch.arange(BATCH), crops, torch.arange(BATCH) % 4]
 
 
-def fit(model: Any, small_crops: int = 0, epochs: int = 1) -> Any:
-    index, crops, labels = batch(small_crops)
-    samples = [(index[i], [crop[i] for crop in crops], labels[i]) for i in range(BATCH)] * 2
+def fit_solo(model: Any, small_crops: int = 0, epochs: int = 1) -> Any:
+    index, crops, labels = solo_batch(small_crops)
+    samples: Any = [(index[i], [crop[i] for crop in crops], labels[i]) for i in range(BATCH)] * 2
     samples = [(torch.tensor(i), crops, label) for i, (_, crops, label) in enumerate(samples)]
-    validation = [(crops[0], label) for _, crops, label in samples[:BATCH]]
+    validation: Any = [(crops[0], label) for _, crops, label in samples[:BATCH]]
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -213,7 +208,7 @@ def fit(model: Any, small_crops: int = 0, epochs: int = 1) -> Any:
 def ready(model: Any) -> Any:
     """Trained for a few steps by its trainer, then free of it."""
     # DeepCluster has its first clusters after one epoch
-    fit(model, epochs=2)
+    fit_solo(model, epochs=2)
     model.train()
     model.log = model.log_dict = lambda *args, **kwargs: None
     return model
@@ -230,21 +225,20 @@ def test_there_are_as_many_methods_as_the_readme_says() -> None:
 
 @every_method
 def test_trains_under_the_trainer(name: str) -> None:
-    model = build(name)
+    model = solo_method(name)
     assert attach(model) is model
-    decoder = copy.deepcopy(model.recon_aux.decoder.state_dict())
-    trainer = fit(model)
-    trained = model.recon_aux.decoder.state_dict()
-    assert not any(torch.equal(decoder[key], trained[key]) for key in decoder)
+    before = decoder_of(model)
+    trainer = fit_solo(model)
+    assert_trained(model, before)
     assert "recon_aux/loss" in trainer.callback_metrics
 
 
 @every_method
 def test_the_decoder_is_a_group_of_its_own(name: str) -> None:
-    model = build(name)
+    model = solo_method(name)
     bare = [group.get("name") for group in model.learnable_params]
     declared = BaseMethod.learnable_params
-    optimizer = fit(attach(model)).optimizers[0]
+    optimizer = fit_solo(attach(model)).optimizers[0]
     assert BaseMethod.learnable_params is declared
     groups = [group.get("name") for group in optimizer.param_groups]
     assert sorted(map(str, groups)) == sorted(map(str, [*bare, "recon_aux"]))
@@ -256,12 +250,12 @@ def test_the_decoder_is_a_group_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"decoder_lr": 0.03, "decoder_weight_decay": 0.2}])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZER_OPTIONS)
 def test_the_decoder_trains_on_the_methods_schedule(
     optimizer: str, settings: dict[str, float]
 ) -> None:
-    model = attach(build("simclr", optimizer=optimizer), **settings)
-    before = copy.deepcopy(model.recon_aux.decoder.state_dict())
+    model = attach(solo_method("simclr", optimizer=optimizer), **settings)
+    before = decoder_of(model)
     rates: list[list[float]] = []
 
     def on_before_optimizer_step(optimizer: Any, *rest: Any) -> None:
@@ -270,9 +264,8 @@ def test_the_decoder_trains_on_the_methods_schedule(
         rates.append([group["lr"] for group in (backbone, named["recon_aux"])])
 
     model.on_before_optimizer_step = on_before_optimizer_step
-    made = fit(model, epochs=2).optimizers[0]
-    after = model.recon_aux.decoder.state_dict()
-    assert not any(torch.equal(before[key], after[key]) for key in before)
+    made = fit_solo(model, epochs=2).optimizers[0]
+    assert_trained(model, before)
     ours = {id(p) for p in model.recon_aux.parameters()}
     own = [g for g in made.param_groups if any(id(p) in ours for p in g["params"])]
     assert sorted(id(p) for group in own for p in group["params"]) == sorted(ours)
@@ -288,12 +281,11 @@ def test_the_decoder_trains_on_the_methods_schedule(
 
 @every_method
 def test_the_methods_loss_leaves_the_equivariant_channels_alone(name: str) -> None:
-    model = attach(build(name), weight=0, equivariant_dim=200)
+    model = attach(solo_method(name), weight=0, equivariant_dim=200)
     ready(model)
     seen: list[Tensor] = []
     backbone_of(model).register_forward_hook(lambda *call: seen.append(call[2]))
-    result = model.training_step(batch(), 0)
-    loss = result["loss"] if isinstance(result, dict) else result
+    loss = loss_of(model.training_step(solo_batch(), 0))
     # the losses of mocov2plus and ressl take one view from the encoder
     gradients = torch.autograd.grad(loss, [y for y in seen if y.requires_grad], allow_unused=True)
     reached = [g for g in gradients if g is not None]
@@ -302,31 +294,28 @@ def test_the_methods_loss_leaves_the_equivariant_channels_alone(name: str) -> No
     assert not any(g[:, 312:].any() for g in reached)
 
 
+@pytest.mark.slow
 @every_method
 def test_the_reconstruction_loss_halves_on_a_fixed_batch(name: str) -> None:
-    model = ready(attach(build(name)))
-    losses: list[float] = []
-    model.recon_aux.register_forward_hook(
-        lambda module, args, out: losses.append(out.reconstruction_loss.item())
-    )
+    model = ready(attach(solo_method(name)))
+    outputs = rebuilt_by(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     # the first only sets the weight, where none was measured
     for _ in range(24):
         optimizer.zero_grad()
-        result = model.training_step(batch(), 0)
-        (result["loss"] if isinstance(result, dict) else result).backward()
+        loss_of(model.training_step(solo_batch(), 0)).backward()
         optimizer.step()
+    losses = [output.reconstruction_loss.item() for output in outputs]
     assert sum(losses[-2:]) < sum(losses[:2]) / 2, losses
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "vicreg", "mocov2plus"])
 def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(name: str) -> None:
     def trained(change: Any) -> tuple[dict[str, Tensor], Tensor]:
-        model = change(build(name))
+        model = change(solo_method(name))
         torch.manual_seed(3)
-        fit(model)
-        state = {k: v for k, v in model.state_dict().items() if not k.startswith("recon_aux.")}
-        return state, torch.random.get_rng_state()
+        fit_solo(model)
+        return bare_state(model), torch.random.get_rng_state()
 
     bare, random = trained(lambda model: model)
     for change in (
@@ -334,20 +323,16 @@ def test_switched_off_or_detached_is_bit_identical_to_the_bare_model(name: str) 
         lambda model: recon_aux.detach(attach(model)),
     ):
         state, state_of_random = trained(change)
-        assert state.keys() == bare.keys()
-        assert all(torch.equal(bare[key], state[key]) for key in bare)
+        assert_same(state, bare)
         assert torch.equal(random, state_of_random)
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "swav"] if TAKES_A_CONFIG else ["simclr"])
 def test_small_crops_are_not_rebuilt(name: str) -> None:
-    model = attach(build(name, small_crops=2))
-    shapes: list[Any] = []
-    model.recon_aux.register_forward_pre_hook(
-        lambda module, args: shapes.append([view.shape[-1] for view in args[0]])
-    )
-    fit(model, small_crops=2)
-    assert shapes == [[32, 32]] * 2
+    model = attach(solo_method(name, small_crops=2))
+    seen = rebuilt_from(model)
+    fit_solo(model, small_crops=2)
+    assert [[view.shape[-1] for view in views] for views, _ in seen] == [[32, 32]] * 2
 
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -360,16 +345,16 @@ if TAKES_A_CONFIG:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbones(backbone: str) -> None:
-    model = attach(build("simclr", backbone, **BACKBONES[backbone]))
+    model = attach(solo_method("simclr", backbone, **BACKBONES[backbone]))
     model.log = model.log_dict = lambda *args, **kwargs: None
-    result = model.training_step(batch(side=64 if "swin" in backbone else 32), 0)
-    (result["loss"] if isinstance(result, dict) else result).backward()
+    given = solo_batch(side=64 if "swin" in backbone else 32)
+    loss_of(model.training_step(given, 0)).backward()
     assert model.recon_aux.splitter.feature_dim == model.features_dim
     assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_the_online_classifier_sees_the_whole_feature() -> None:
-    model = attach(build("simclr"))
+    model = attach(solo_method("simclr"))
     seen: list[Tensor] = []
     model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ready(model)
@@ -378,7 +363,7 @@ def test_the_online_classifier_sees_the_whole_feature() -> None:
 
 def test_the_weight_depends_on_the_method() -> None:
     expected = {"simclr": 1.0, "vicreg": 0.3, "dino": 1.0, "byol": 0.8, "nnsiam": 0.2}
-    assert {name: attach(build(name)).recon_aux.weight for name in expected} == expected
+    assert {name: attach(solo_method(name)).recon_aux.weight for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["linear", "mae"])
@@ -393,13 +378,14 @@ def test_methods_without_two_views_are_refused_by_name(name: str) -> None:
 
 def test_a_section_of_the_config_is_the_options() -> None:
     with pytest.raises(TypeError, match=r"expected recon_aux\.OPTION=VALUE.*got recon_aux=4"):
-        solo_learn._options(4)
+        options_in_section(4)
     options = {"weight": 2.0, "backbone": "backbone", "equivariant_dim": 64}
-    assert solo_learn._options(options) == options
+    assert options_in_section(options) == options
     with pytest.raises(TypeError, match=r"got wieght=; did you mean weight=\?"):
-        attach(build("simclr"), **solo_learn._options({"wieght": 1.0}))
+        attach(solo_method("simclr"), **options_in_section({"wieght": 1.0}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TAKES_A_CONFIG, reason="1.0.2 has no config to read the options from")
 def test_a_script_runs_with_every_method_attached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -419,16 +405,14 @@ def test_a_script_runs_with_every_method_attached(
         "if __name__ == '__main__':\n"
         "    main()\n"
     )
-    module = [sys.executable, "-m", "recon_aux.integrations.solo_learn"]
-    path = [str(Path(__file__).parent), *sys.path]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    first = [*module, str(script), "++a=1"]
+    module = ["-m", "recon_aux.integrations.solo_learn"]
+    own = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     # what Lightning runs for a second device: the module and the arguments, without the script
-    second_env = {**env, "RECON_AUX_SOLO_LEARN_SCRIPT": str(script)}
-    for command, environment in ((first, env), ([*module, "++a=1"], second_env)):
-        printed = subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path
-        ).stdout.splitlines()
+    second = {**own, "RECON_AUX_SOLO_LEARN_SCRIPT": str(script)}
+    for command, environment in (([*module, script, "++a=1"], own), ([*module, "++a=1"], second)):
+        result = run_python(*command, environment=environment, folder=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        printed = result.stdout.splitlines()
         options = {"weight": 2.0, "decoder_depth": 2, "equivariant_dim": 256}
         assert json.loads(printed[-1]) == [["++a=1"], options, True]
         assert printed[-2].startswith("recon_aux is attached to SimCLR: ")
@@ -448,14 +432,12 @@ def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         solo_learn.run()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TAKES_A_CONFIG, reason="the examples are for solo-learn's GitHub version")
 @pytest.mark.parametrize("script", ["solo_simclr.py", "solo_byol.py", "solo_vicreg.py"])
 def test_an_example_compares_bare_and_attached(script: str, tmp_path: Path) -> None:
     small = ["--epochs", "1", "--limit", "128", "--batch-size", "64", "--device", "cpu"]
-    command = [sys.executable, str(ROOT / "examples" / script), *small, "--out", "out"]
-    printed = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=tmp_path
-    ).stdout
+    printed = run_example(script, *small, "--out", tmp_path / "out")
     assert "bare whole" in printed
     assert "attached equivariant" in printed
     record = json.loads((tmp_path / "out" / "results.json").read_text())

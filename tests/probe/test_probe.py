@@ -34,7 +34,7 @@ def pixels(images: Tensor) -> Tensor:
     return nn.functional.avg_pool2d(images, 4).flatten(1)
 
 
-def split(n: int, seed: int) -> tuple[Tensor, Tensor]:
+def labelled(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return photographs(n, seed=seed), torch.arange(n) % 3
 
 
@@ -81,7 +81,7 @@ def test_drawn_parameters_stay_in_range_and_unknown_names_are_refused() -> None:
 
 
 def test_pixels_know_colour_changes_and_noise_knows_nothing() -> None:
-    train, test = split(400, 0), split(200, 1)
+    train, test = labelled(400, 0), labelled(200, 1)
     knows = probe(pixels, train, test).parts["whole"]
     noise = torch.Generator().manual_seed(0)
     ignorant = probe(lambda x: torch.randn(len(x), 20, generator=noise), train, test)
@@ -95,7 +95,7 @@ def test_the_parts_know_what_stands_in_them() -> None:
     def feature(images: Tensor) -> Tensor:
         return torch.cat([torch.zeros(len(images), 5), pixels(images)], dim=1)
 
-    result = probe(feature, split(300, 0), split(100, 1), equivariant_dim=48)
+    result = probe(feature, labelled(300, 0), labelled(100, 1), equivariant_dim=48)
     assert list(result.parts) == ["whole", "invariant", "equivariant"]
     assert result.parts["invariant"].mean_combined < 0.01
     assert result.parts["equivariant"].combined == pytest.approx(
@@ -110,7 +110,7 @@ def test_maps_and_tokens_are_split_along_their_channels(tokens: bool) -> None:
         whole = torch.cat([torch.zeros_like(known), known], dim=1)
         return whole.flatten(2).transpose(1, 2) if tokens else whole
 
-    result = probe(feature, split(100, 0), split(60, 1), equivariant_dim=3)
+    result = probe(feature, labelled(100, 0), labelled(60, 1), equivariant_dim=3)
     assert result.parts["invariant"].mean_combined < 0.05
     assert result.parts["equivariant"].alone["brightness"] > 0.5
 
@@ -130,12 +130,12 @@ def test_a_number_is_read_as_well_next_to_one_of_larger_units() -> None:
 
 
 def test_labels_are_found_by_both_classifiers() -> None:
-    def labelled(n: int, seed: int) -> tuple[Tensor, Tensor]:
-        images, labels = split(n, seed)
+    def tinted(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        images, labels = labelled(n, seed)
         tint = nn.functional.one_hot(labels, 3)[:, :, None, None]
         return images * (0.3 + 0.7 * tint), labels
 
-    part = probe(pixels, labelled(300, 0), labelled(100, 1)).parts["whole"]
+    part = probe(pixels, tinted(300, 0), tinted(100, 1)).parts["whole"]
     assert part.linear > 90
     assert part.knn > 90
 
@@ -145,7 +145,7 @@ def test_a_module_keeps_its_modes_and_the_random_state_is_left_alone() -> None:
     encoder[1].eval()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     state = torch.random.get_rng_state()
-    probe(encoder, split(60, 0), split(30, 1))
+    probe(encoder, labelled(60, 0), labelled(30, 1))
     assert encoder.training
     assert not encoder[1].training
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
@@ -153,7 +153,7 @@ def test_a_module_keeps_its_modes_and_the_random_state_is_left_alone() -> None:
 
 
 def test_results_repeat_and_become_json() -> None:
-    results = [probe(pixels, split(60, 0), split(30, 1), seed=s) for s in (0, 0, 1)]
+    results = [probe(pixels, labelled(60, 0), labelled(30, 1), seed=s) for s in (0, 0, 1)]
     run = [result.to_dict() for result in results]
     assert run[0] == run[1] != run[2]
     assert json.loads(json.dumps(run[0])) == run[0]

@@ -105,6 +105,7 @@ def test_registrations_gradient_is_what_small_steps_show() -> None:
     assert (torch.stack(found) - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.slow
 def test_poses_are_learned_without_being_told() -> None:
     """Features that hold the motion linearly, among others: it is read off them."""
     torch.manual_seed(0)

@@ -183,6 +183,7 @@ def test_the_decoder_follows_the_users_seed_or_its_own() -> None:
     assert torch.equal(weights(seed=5), first)
 
 
+@pytest.mark.slow
 def test_it_learns_to_rebuild_a_view_that_the_feature_describes() -> None:
     torch.manual_seed(0)
     features = torch.randn(64, 8)
