@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recon_aux.task.splitter import channel_dim
+from recon_aux.task.splitter import as_feature, channel_dim
+from recon_aux.task.temporary import evaluating
 
 Features = Callable[[Any], Tensor]
 
@@ -23,16 +24,6 @@ class EncoderShape(NamedTuple):
     image_channels: int
     feature_dim: int
     feature_rank: int
-
-
-def as_feature(output: Tensor, *, spatial: bool = False) -> Tensor:
-    """Bring an encoder's output to ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
-
-    A 1x1 feature map, as a cut-off ResNet gives, becomes ``(B, D)``, unless the encoder is
-    ``spatial`` and gave one of a small image.
-    """
-    pooled = not spatial and output.ndim == 4 and output.shape[2:] == (1, 1)
-    return output.flatten(1) if pooled else output
 
 
 def take_tensor(output: Any, features: Features | None = None) -> Tensor:
@@ -129,19 +120,6 @@ def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
             if isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]:
                 return size[0], size[1]
     return None
-
-
-@contextmanager
-def evaluating(encoder: object) -> Iterator[None]:
-    """Eval mode for a while; each submodule gets back the mode it had."""
-    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
