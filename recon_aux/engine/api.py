@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recon_aux.engine.attachment import Attachment, refuse_manual_optimization, trains_by_itself
+from recon_aux.engine.auto_weight import AttachedReconAux
 from recon_aux.engine.encoder import Features, encoder_shape
 from recon_aux.engine.hooks import Capture, Mask, doors
 from recon_aux.engine.modules import Conventions, find_module, unwrap
@@ -124,15 +125,12 @@ def attach(
         image_size=image_size,
         features=features,
     )
-    automatic = options.get("weight", "auto") == "auto"
-    aux = ReconAux(
+    aux = AttachedReconAux(
         shape.feature_dim,
         image_channels=shape.image_channels,
         spatial=shape.feature_rank != 2,
-        **options | ({"weight": 1.0} if automatic else {}),
+        **options,
     )
-    if automatic:
-        aux.expect_balance()
     if aux.splitter.invariant_dim == 0:
         raise ValueError(
             f"expected equivariant_dim below the feature's {shape.feature_dim} channels, got "
@@ -262,10 +260,10 @@ def detach(model: Model) -> Model:
             for door in doors(attachment.model, *attachment.heads)
             if door.guard is not None or vars(door.module).get(door.method) is door
         ]
-    check = attachment.aux.refuse_not_finite
+    check = attachment.aux.finite_check
     delattr(attachment.model, _ATTACHMENT)
     del attachment.model.recon_aux
-    check.settle()
+    check.flush()
     return model
 
 
@@ -277,7 +275,7 @@ def trained_encoder(model: nn.Module) -> nn.Module:
         FloatingPointError: if a GPU has not told until now that a loss was not finite.
     """
     attachment = _attachment(model)
-    attachment.aux.refuse_not_finite.settle()
+    attachment.aux.finite_check.flush()
     return attachment.trained_encoder
 
 

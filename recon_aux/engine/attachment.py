@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.auto_weight import Balance
+from recon_aux.engine.auto_weight import AttachedReconAux, Balance
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiled import around_compiled, not_compiled, run_eagerly
-from recon_aux.engine.encoder import as_feature
 from recon_aux.engine.hooks import Capture, Door, EncoderCall, Mask, doors, watch
 from recon_aux.engine.modules import (
     describe_children,
@@ -32,7 +31,7 @@ from recon_aux.engine.verify import (
     trained_encoders,
 )
 from recon_aux.engine.views import is_of, largest_views, two_views, verify_views
-from recon_aux.task.task import ReconAux
+from recon_aux.task.splitter import as_feature
 
 # where LightningModule is, in either package
 _STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
@@ -81,9 +80,9 @@ class Attachment:
             ]
 
     @property
-    def aux(self) -> ReconAux:
+    def aux(self) -> AttachedReconAux:
         """The model's ReconAux."""
-        aux: ReconAux = self.model.get_submodule("recon_aux")  # type: ignore[assignment]
+        aux: AttachedReconAux = self.model.get_submodule("recon_aux")  # type: ignore[assignment]
         return aux
 
     @property

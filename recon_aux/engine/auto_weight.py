@@ -5,19 +5,97 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
 
 from recon_aux.engine.autograd import reached
-from recon_aux.task.calibration import are_many, mean_over_processes
+from recon_aux.task.checks import finite_number
+from recon_aux.task.distributed import are_many, mean_over_processes
 from recon_aux.task.task import ReconAux
 
 # how much more strongly than the method's loss the task is to pull on the features, at least
 _SHARE = 2.0
 # next to losses that pull weakly, less was on the whole worse
 _LEAST = 1.0
+
+
+class AttachedReconAux(ReconAux):
+    """A :class:`ReconAux` on a live model, which may set its weight by the first batch.
+
+    Args:
+        feature_dim: D, the number of channels of the encoder's features.
+        weight: ``"auto"`` is 1 until :class:`Balance` has set it.
+        options: as for :class:`ReconAux`.
+
+    Example:
+        >>> aux = AttachedReconAux(512)
+        >>> aux.options["weight"], aux.weight, aux.weight_is_due
+        ('auto', 1.0, True)
+    """
+
+    def __init__(
+        self, feature_dim: int, *, weight: float | Literal["auto"] = "auto", **options: Any
+    ) -> None:
+        super().__init__(feature_dim, weight=1.0 if weight == "auto" else weight, **options)
+        self.is_balanced = weight == "auto"
+        # whether it is yet to be set, and whether the user did
+        self.weight_is_due, self._weight_is_given = self.is_balanced, False
+        # the name of the encoder that was seen to be trained
+        self.encoder_name = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options it was attached with."""
+        return super().options | ({"weight": "auto"} if self.is_balanced else {})
+
+    @property
+    def weight(self) -> float:
+        """Factor of the whole loss; may be set, for good, at any time."""
+        return super().weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self.balance_at(weight)
+        self._weight_is_given = True
+
+    def balance_at(self, weight: float | None) -> None:
+        """Set what ``weight="auto"`` stands for, until its user sets another; None: 1 for now."""
+        self._weight = 1.0 if weight is None else finite_number("weight", weight)
+        self.weight_is_due = weight is None
+
+    def saved_state(self) -> dict[str, Any]:
+        """Return what is saved next to the weights."""
+        state = {**super().saved_state(), "encoder": self.encoder_name}
+        if self.is_balanced:
+            # of fixed width, for averages of checkpoints
+            state["weight"] = "due" if self.weight_is_due else f"{self.weight:.6e}"
+        return state
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Take over what was saved, and the weight, unless the user has set another."""
+        super().load_saved_state(state)
+        self.encoder_name = state.get("encoder", "")
+        if self.is_balanced and not self._weight_is_given:
+            self.balance_at(weight_of(state))
+
+
+def weight_of(state: dict[str, Any]) -> float | None:
+    """Return the weight that a model was trained with; None if it was yet to be set, or unreadable.
+
+    Example:
+        >>> auto = {"options": {"weight": "auto"}}
+        >>> [weight_of({**auto, "weight": weight}) for weight in ("2.500000e-01", "due")]
+        [0.25, None]
+        >>> weight_of({"options": {"weight": 2.0}})
+        2.0
+    """
+    weight = state["options"]["weight"]
+    try:
+        return float(state.get("weight", "due") if weight == "auto" else weight)
+    except ValueError:
+        return None
 
 
 class Balance:
@@ -46,7 +124,7 @@ class Balance:
 
     def __call__(
         self,
-        aux: ReconAux,
+        aux: AttachedReconAux,
         loss: Tensor,
         features: Sequence[Tensor],
         outputs: Sequence[Tensor],
