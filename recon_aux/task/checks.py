@@ -25,24 +25,8 @@ def finite_number(name: str, value: Any) -> float:
     return float(number)
 
 
-def check_whole(name: str, value: Any, least: int | None = None) -> None:
-    """Check that an option is a whole number, and at least ``least`` if that is given.
-
-    Raises:
-        TypeError: if it is no whole number.
-        ValueError: if it is too small.
-    """
-    if not isinstance(value, Integral):
-        raise TypeError(f"expected {name}= as a whole number, got {value!r}")
-    if least is not None and int(value) < least:
-        raise ValueError(f"expected {name}= of {least} or more, got {value}")
-
-
 def check_nonnegative(name: str, value: Any) -> None:
-    """Check that an option is a finite number of 0 or more.
-
-    Raises:
-        ValueError: if it is not.
+    """Raise a ValueError unless an option is a finite number of 0 or more.
 
     Example:
         >>> check_nonnegative("weight", -1)
@@ -54,13 +38,21 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"expected {name}= as a finite number of 0 or more, got {value!r}")
 
 
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Raise a TypeError unless an option is a whole number, a ValueError if it is too small."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"expected {name}= as a whole number, got {value!r}")
+    if least is not None and int(value) < least:
+        raise ValueError(f"expected {name}= of {least} or more, got {value}")
+
+
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
-    """Check that an option is one of the known values; a ValueError names them."""
+    """Raise a ValueError unless an option is one of the known values."""
     if value not in known:
         raise ValueError(f"expected {name}= to be one of {known}, got {value!r}")
 
 
 def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
-    """Check that one option divides another; a ValueError names both."""
+    """Raise a ValueError unless one option divides another."""
     if whole % value:
         raise ValueError(f"expected a {name} that divides {whole_name}={whole}, got {value}")

@@ -1,4 +1,4 @@
-"""Numbers that all processes of a training must share."""
+"""Numbers that all processes of a training must share. All of them must call these functions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ from torch import Tensor, distributed
 
 
 def are_many() -> bool:
-    """Return whether several processes train together, by ``torch.distributed``."""
+    """Return whether several processes train together."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def mean_over_processes(mean: Tensor, count: int) -> Tensor:
-    """Average each process's mean, weighted by its number of images.
-
-    Every process must call it.
-
-    Args:
-        mean: of this process, any shape, the same in all processes.
-        count: how many images this mean is of.
-
-    Returns:
-        The mean over all images of all processes, in the same shape.
-    """
+    """Average each process's mean, weighted by its number of images."""
     if not are_many():
         return mean
     weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
@@ -36,19 +26,14 @@ def mean_over_processes(mean: Tensor, count: int) -> Tensor:
 def agree(values: Sequence[Tensor], known: bool) -> bool:
     """Let processes that lack values take over those of the others.
 
-    It is needed after one process alone has loaded a checkpoint. Every process must call it.
+    This is needed where one process alone has loaded a checkpoint.
 
     Args:
-        values: set in place, to the mean of the processes that know them. They stay as they are
-            where all processes know them, or none.
+        values: overwritten by the mean over the processes that know them, unless all do or none.
         known: whether this process knows the values.
 
     Returns:
-        Whether the values are known now, in any process.
-
-    Example:
-        >>> agree([torch.tensor(3.0)], known=False)               # one process, which can't ask
-        False
+        Whether the values are known now.
     """
     if not are_many():
         return known

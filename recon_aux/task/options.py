@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recon_aux.task.checks import check_choice, check_divides, check_nonnegative, check_whole, plain
-from recon_aux.task.splitter import FeatureSplitter
+from recon_aux.task.splitter import FeatureSplitter, channel_dim
 from recon_aux.task.terms.reconstruction import LossKind
 
 Context = Literal["invariant", "equivariant", "both", "none"]
@@ -22,7 +22,7 @@ Reconstruct = Literal["alternate", "random", "both"]
 TERMS = ("registration", "statistics", "edges")
 """The terms next to the reconstruction; each has a weight of this name."""
 
-# Whether a saved decoder can be trained on though an option was another. Without an entry: no.
+# Whether a saved decoder can be trained on although an option has changed. Without an entry: no.
 _ALWAYS = {"may_differ": lambda saved, current: True}
 _UNLESS_ZERO = {"may_differ": lambda saved, current: bool(saved and current)}
 
@@ -128,6 +128,12 @@ class Options:
         invariant_dim = self.feature_dim - self.equivariant_dim
         return (0, invariant_dim) if part == "invariant" else (invariant_dim, self.equivariant_dim)
 
+    def part(self, part: Context, feature: Tensor) -> Tensor:
+        """Return the channels of a feature that the decoder sees as this part."""
+        dim = channel_dim(feature, self.feature_dim)
+        first, count = self.channels(part)
+        return feature if count == feature.shape[dim] else feature.narrow(dim, first, count)
+
 
 def _check(name: str, value: Any, kind: Any) -> None:
     """Check an option's value against its annotation."""
@@ -142,10 +148,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse an option that isn't known, and suggest a similar name.
-
-    Raises:
-        TypeError: if a name is unknown.
+    """Raise a TypeError for an option that isn't known; it suggests a similar one.
 
     Example:
         >>> refuse_unknown(["wieght"], ["edges", "weight"])
@@ -156,8 +159,7 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in names:
         if name not in known:
-            similar = get_close_matches(name, known, n=1)
-            advice = "".join(f"; did you mean {other}=?" for other in similar)
+            advice = "".join(f"; did you mean {x}=?" for x in get_close_matches(name, known, n=1))
             raise TypeError(f"expected options among {known}, got {name}={advice}")
 
 
@@ -170,27 +172,19 @@ def takes(
 ) -> Callable[[Callable[[Owner, Options], None]], Callable[Concatenate[Owner, P], None]]:
     """Let an ``__init__`` that takes :class:`Options` be called with the options themselves.
 
-    Type checkers and ``inspect.signature`` see the options; an unknown one is refused.
-
-    Example:
-        >>> class Encoder:
-        ...     @takes(Options)
-        ...     def __init__(self, options: Options) -> None:
-        ...         self.options = options
-        >>> Encoder(512, weight=2.0).options.weight
-        2.0
+    Type checkers and ``inspect.signature`` see them as its parameters.
     """
     parameters = inspect.signature(options).parameters
 
     def decorate(init: Callable[[Owner, Options], None]) -> Callable[Concatenate[Owner, P], None]:
-        def __init__(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> None:  # noqa: N807
+        def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> None:
             refuse_unknown(kwargs, parameters)
             init(self, options(*args, **kwargs))
 
-        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = inspect.Signature([me, *parameters.values()])
-        __init__.__signature__ = signature  # type: ignore[attr-defined]
-        return __init__
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.Signature([own, *parameters.values()])
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
 
     return decorate
 
@@ -199,11 +193,11 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[s
     """Compare saved options with those of the module that loads them.
 
     Args:
-        saved: options by name. What is missing here is not compared.
+        saved: options by name. An option that is missing here is not compared.
         current: options by name.
 
     Returns:
-        The options that differ, with both values, in words; and whether the saved decoder is
+        The options that differ, with both values, in words. And whether the saved decoder is
         another one, which can't be trained on with the current options.
 
     Example:
@@ -212,19 +206,18 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[s
         >>> differences({"weight": 1.0, "edges": 16.0}, {"weight": 1.0, "edges": 0})
         ('edges=16.0, not 0', True)
     """
-    may_differ = {option.name: option.metadata.get("may_differ") for option in fields(Options)}
+    rules = {option.name: option.metadata.get("may_differ") for option in fields(Options)}
     pairs = {name: (was, current.get(name)) for name, was in saved.items()}
-    pairs = {name: (was, now) for name, (was, now) in pairs.items() if was != now}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     words = ", ".join(f"{name}={was!r}, not {now!r}" for name, (was, now) in pairs.items())
-    allowed = (rule and rule(*pairs[name]) for name in pairs for rule in [may_differ.get(name)])
-    return words, not all(allowed)
+    return words, not all((rule := rules.get(name)) and rule(*pairs[name]) for name in pairs)
 
 
 def pack(state: Mapping[str, Any]) -> Tensor:
     """Write plain values as JSON into a tensor of 1024 bytes, for a ``state_dict``.
 
-    Not all that reads a ``state_dict`` accepts other values than tensors. The average of two
-    checkpoints can be read, if a number that changes in training is a string of fixed width.
+    Not all that reads a ``state_dict`` accepts anything but tensors. The average of two checkpoints
+    can be read, if each number that changes in training is a string of fixed width.
 
     Example:
         >>> early, late = (pack({"calls": f"{calls:012d}", "seed": 1}) for calls in (9, 10))

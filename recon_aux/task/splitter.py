@@ -12,42 +12,29 @@ def channel_dim(feature: Tensor, feature_dim: int | None = None) -> int:
 
     Args:
         feature: ``(B, D)``, a feature map ``(B, D, H, W)``, or tokens ``(B, N, D)``.
-        feature_dim: D, if it must be a certain number.
+        feature_dim: the D that it must have; by default any.
 
     Returns:
         1 for ``(B, D)`` and ``(B, D, H, W)``, 2 for ``(B, N, D)``.
 
     Raises:
-        ValueError: if the feature has another rank or another number of channels.
-
-    Example:
-        >>> import torch
-        >>> channel_dim(torch.rand(4, 49, 512))
-        2
+        ValueError: if the rank is none of these or the channels are not D.
     """
     dim = {2: 1, 3: 2, 4: 1}.get(feature.ndim)
     if dim is None or feature_dim not in (None, feature.shape[dim]):
         d = "D" if feature_dim is None else feature_dim
-        message = f"expected features (B, {d}), (B, {d}, H, W) or (B, N, {d}), got "
-        advice = "; feature_dim= must be the number of channels of the encoder's features"
-        raise ValueError(f"{message}{tuple(feature.shape)}" + advice * (feature_dim is not None))
+        advice = "" if feature_dim is None else "; feature_dim= must be their number of channels"
+        raise ValueError(
+            f"expected features (B, {d}), (B, {d}, H, W) or (B, N, {d}), got "
+            f"{tuple(feature.shape)}{advice}"
+        )
     return dim
 
 
 def as_feature(output: Tensor, *, spatial: bool = False) -> Tensor:
-    """Flatten a 1x1 feature map, as a ResNet without its last layer returns it.
+    """Flatten a 1x1 feature map, as a ResNet without its last layer returns it, to ``(B, D)``.
 
-    Args:
-        output: of an encoder, ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
-        spatial: keep the map: it is the feature map of a small image.
-
-    Returns:
-        ``(B, D)`` for ``(B, D, 1, 1)``, else the output as it is.
-
-    Example:
-        >>> import torch
-        >>> as_feature(torch.rand(4, 512, 1, 1)).shape
-        torch.Size([4, 512])
+    Any other output stays as it is. So does the map if ``spatial``: it is that of a small image.
     """
     is_pooled = not spatial and output.ndim == 4 and output.shape[2:] == (1, 1)
     return output.flatten(1) if is_pooled else output
@@ -68,7 +55,7 @@ class FeatureSplitter(nn.Module):
         equivariant_dim: how many of them, from 0 to D, are equivariant; half by default.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if a number is out of range.
 
     Example:
         >>> import torch
@@ -92,7 +79,7 @@ class FeatureSplitter(nn.Module):
         self.invariant_dim = feature_dim - equivariant_dim
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a feature. Both parts are views of its memory, not copies.
+        """Split a feature. Both parts share its memory.
 
         Args:
             feature: ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
@@ -104,10 +91,8 @@ class FeatureSplitter(nn.Module):
             ValueError: if ``feature`` has none of these shapes.
         """
         dim = channel_dim(feature, self.feature_dim)
-        return (
-            feature.narrow(dim, 0, self.invariant_dim),
-            feature.narrow(dim, self.invariant_dim, self.equivariant_dim),
-        )
+        invariant = feature.narrow(dim, 0, self.invariant_dim)
+        return invariant, feature.narrow(dim, self.invariant_dim, self.equivariant_dim)
 
     def extra_repr(self) -> str:
         """Show both widths in the module's printout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -16,16 +17,8 @@ from recon_aux.task.checks import finite_number
 from recon_aux.task.decoder import CrossAttentionDecoder
 from recon_aux.task.finite import FiniteCheck
 from recon_aux.task.inputs import check_views
-from recon_aux.task.options import (
-    TERMS,
-    Context,
-    Options,
-    differences,
-    pack,
-    takes,
-    unpack,
-)
-from recon_aux.task.splitter import FeatureSplitter, as_feature, channel_dim, pooled
+from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pack, takes, unpack
+from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
 from recon_aux.task.temporary import seeded
 from recon_aux.task.terms.edges import Edges
 from recon_aux.task.terms.prediction import PredictionTerm
@@ -104,12 +97,12 @@ class ReconAux(nn.Module):
             normalize_patches=options.normalize_patches,
             patch_size=options.patch_size,
         )
-        # this name, "told" and "readout" are keys of checkpoints
+        # its name is a key of checkpoints
         self.pixel_scale = ChannelWhitening(options.image_channels)
-        width, channels = options.channels("equivariant")[1], options.image_channels
+        dim, channels = options.channels("equivariant")[1], options.image_channels
         with seeded(self._seed):
             self.decoder = CrossAttentionDecoder(
-                width,
+                dim,
                 options.channels(options.context)[1],
                 target_size=options.target_size,
                 patch_size=options.patch_size,
@@ -120,11 +113,10 @@ class ReconAux(nn.Module):
                 tokens=options.decoder_tokens,
                 spatial=options.spatial,
             )
-            self.registration = Registration(width) if options.registration else None
-            self.statistics = (
-                PredictionTerm(width, Statistics(channels)) if options.statistics else None
-            )
-            self.edges = PredictionTerm(width, Edges()) if options.edges else None
+            predict = partial(PredictionTerm, dim)
+            self.registration = Registration(dim) if options.registration else None
+            self.statistics = predict(Statistics(channels)) if options.statistics else None
+            self.edges = predict(Edges()) if options.edges else None
         self.requires_grad_(options.weight != 0)
 
     @property
@@ -136,9 +128,7 @@ class ReconAux(nn.Module):
             >>> options["equivariant_dim"], options["edges"], options["weight"]
             (256, 0, 1.0)
         """
-        options = asdict(self._options)
-        del options["seed"]
-        return options
+        return {name: value for name, value in asdict(self._options).items() if name != "seed"}
 
     @property
     def image_channels(self) -> int:
@@ -152,7 +142,7 @@ class ReconAux(nn.Module):
 
     @property
     def weight(self) -> float:
-        """Factor of the whole loss. It may be set at any time, to any number."""
+        """Factor of the whole loss. It may be set at any time, to any real number."""
         return self._weight
 
     @weight.setter
@@ -170,8 +160,8 @@ class ReconAux(nn.Module):
         if is_frozen and self.weight > 0:
             raise ValueError(
                 f"expected the weight to stay 0, as it was at construction, got {self.weight}; to "
-                "ramp it up, build with a positive weight= and set .weight = 0 before training; "
-                "set .weight again after loading a checkpoint, which doesn't save it"
+                "ramp it up, build with a positive weight=, then set .weight = 0, and set .weight "
+                "again after loading a checkpoint, which doesn't hold it"
             )
         return not is_frozen
 
@@ -188,7 +178,7 @@ class ReconAux(nn.Module):
     def forward(self, views: Sequence[Tensor], features: Sequence[Tensor]) -> ReconAuxOutput:
         """Rebuild a view, or both, and compute the loss.
 
-        If one feature alone has a gradient, its view is rebuilt, whatever ``reconstruct`` says.
+        If only one feature has a gradient, its view is rebuilt, whatever ``reconstruct`` says.
 
         Args:
             views: two augmented views of the same images, each ``(B, C, H, W)``.
@@ -205,37 +195,38 @@ class ReconAux(nn.Module):
             FloatingPointError: if the loss isn't finite, on a GPU that of an earlier call; see
                 :class:`~recon_aux.task.finite.FiniteCheck`.
         """
-        features = [self._as_feature(feature) for feature in features]
-        check_views(views, features, self._options, self.decoder.queries.device)
+        options = self._options
+        features = [as_feature(feature, spatial=options.spatial) for feature in features]
+        check_views(views, features, options, self.decoder.queries.device)
         weight = self.weight if self.enabled else 0.0
         # an evaluation takes no turn
         self._calls += torch.is_grad_enabled()
-        chosen = self._choose(features)
-        parts = [self._part("equivariant", feature) for feature in features]
+        chosen = _choose(features, options.reconstruct, self._calls, self._seed)
+        parts = [options.part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
-        context = torch.cat([self._part(self._options.context, features[1 - i]) for i in chosen])
+        context = torch.cat([options.part(options.context, features[1 - i]) for i in chosen])
         resized = [resize_view(view, self.target_size) for view in views]
         both = torch.cat(resized)
         # Run in float32: launching the weight casts costs more than half precision saves.
         with torch.autocast(both.device.type, enabled=False):
-            decoded = self._decode(own, context)
+            decoded = self.decoder(own, context)
             white = self.pixel_scale.whiten(both)
             white_target = torch.cat([white.chunk(2)[i] for i in chosen])
             rebuilding = self.reconstruction_loss(decoded, white_target)
             equivariant = torch.cat([pooled(part) for part in parts])
-            terms = {name: getattr(self, name) for name in TERMS}
-            losses: dict[str, Tensor] = {
-                name: rebuilding.new_zeros(()) if term is None else term(equivariant, white)
-                for name, term in terms.items()
+            modules = {name: getattr(self, name) for name in TERMS}
+            terms: dict[str, Tensor] = {
+                name: rebuilding.new_zeros(()) if module is None else module(equivariant, white)
+                for name, module in modules.items()
             }
-            loss = rebuilding + sum(getattr(self._options, name) * losses[name] for name in TERMS)
+            loss = rebuilding + sum(getattr(options, name) * terms[name] for name in TERMS)
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
         self.finite_check(self._calls, loss, both, features)
         return ReconAuxOutput(
             loss=weight * loss,
             unweighted_loss=loss.detach(),
             reconstruction_loss=rebuilding.detach(),
-            **{f"{name}_loss": value.detach() for name, value in losses.items()},
+            **{f"{name}_loss": term.detach() for name, term in terms.items()},
             reconstruction=reconstruction,
             target=torch.cat([resized[i] for i in chosen]),
             rebuilt=chosen,
@@ -243,16 +234,15 @@ class ReconAux(nn.Module):
 
     @torch.no_grad()
     def rebuild(self, feature: Tensor, other: Tensor) -> Tensor:
-        """Rebuild views from features, each next to another view, or to another image.
+        """Rebuild views from their features, each next to another view, or to another image.
 
         Args:
-            feature: of the views to rebuild, shaped as in :meth:`forward`; the equivariant part is
-                used.
+            feature: of the views to rebuild, as in :meth:`forward`; its equivariant part is used.
             other: of as many other views; the part that ``context=`` names is used.
 
         Returns:
             ``(B, C, target_size, target_size)`` in the views' own units. With
-            ``normalize_patches=True`` its patches are normalised.
+            ``normalize_patches=True`` the decoder predicts normalised patches, and so this is.
 
         Raises:
             ValueError: if a shape isn't as above.
@@ -266,56 +256,29 @@ class ReconAux(nn.Module):
             raise ValueError(
                 f"expected as many other features as features, got {len(other)} for {len(feature)}"
             )
-        own = self._part("equivariant", self._as_feature(feature))
-        context = self._part(self._options.context, self._as_feature(other))
+        options = self._options
+        feature, other = (as_feature(x, spatial=options.spatial) for x in (feature, other))
+        own, context = options.part("equivariant", feature), options.part(options.context, other)
         with torch.autocast(own.device.type, enabled=False):
-            return self.pixel_scale.restore(self._decode(own, context).float())
-
-    def _as_feature(self, output: Tensor) -> Tensor:
-        return as_feature(output, spatial=self._options.spatial)
-
-    def _part(self, part: Context, feature: Tensor) -> Tensor:
-        """Return the channels of a feature that the decoder sees as this part."""
-        dim = channel_dim(feature, self._options.feature_dim)
-        first, count = self._options.channels(part)
-        return feature if count == feature.shape[dim] else feature.narrow(dim, first, count)
-
-    def _decode(self, own: Tensor, context: Tensor) -> Tensor:
-        dtype = self.decoder.queries.dtype
-        decoded: Tensor = self.decoder(own.to(dtype), context.to(dtype))
-        return decoded
-
-    def _choose(self, features: Sequence[Tensor]) -> tuple[int, ...]:
-        """Choose which of the two views this call rebuilds."""
-        live = tuple(i for i in (0, 1) if features[i].requires_grad)
-        if len(live) == 1:
-            # rebuilding a momentum encoder's view would not train the equivariant part
-            return live
-        if self._options.reconstruct == "both":
-            return (0, 1)
-        if self._options.reconstruct == "random":
-            return (Random(f"{self._seed} {self._calls}").randrange(2),)
-        return ((self._calls - 1) % 2,)
+            return self.pixel_scale.restore(self.decoder(own, context).float())
 
     def saved_state(self) -> dict[str, Any]:
-        """Return what is saved next to the weights. A subclass may add to it.
+        """Return what is saved next to the weights; a subclass may add plain values to it.
 
-        Returns:
-            The number of calls and the seed, by which a resumed run chooses the same views, and the
-            options. All values are plain. A number that changes in training is a string of fixed
-            width, see :func:`~recon_aux.task.state.pack`.
+        A resumed run goes on with the same choice of views. Each number that changes in training is
+        a string of fixed width, so that averages of checkpoints can be read.
         """
         return {"calls": f"{self._calls:012d}", "seed": self._seed, "options": self.options}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`saved_state` returned. A subclass may read what it added."""
+        """Take over what :meth:`saved_state` returned; a subclass may read what it added."""
         self._calls, self._seed = int(state["calls"]), state["seed"]
 
     def get_extra_state(self) -> Tensor:
-        """Return :meth:`saved_state` for ``state_dict``, as a tensor of bytes.
+        """Return :meth:`saved_state` as a tensor of bytes.
 
         Raises:
-            FloatingPointError: if a loss on a GPU was not finite and this comes to light only now.
+            FloatingPointError: if a loss was not finite, and a GPU reports it only now.
         """
         self.finite_check.flush()
         return pack(self.saved_state())
@@ -329,26 +292,7 @@ class ReconAux(nn.Module):
         """Load, but keep the decoder as it is where the checkpoint has none or another one."""
         # losses that are on their way from the GPU belong to the old weights
         self.finite_check = FiniteCheck()
-        extra = state_dict.get(prefix + "_extra_state")
-        state = None if extra is None else unpack(extra)
-        changes, is_other = differences(state["options"] if state else {}, self.options)
-        is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
-        warning = ""
-        if is_bare:
-            warning = "a checkpoint of a bare model; the decoder starts as it is, new if it was "
-            warning += "just attached"
-        elif is_other:
-            rest[-1].append(f"recon_aux: expected the options it was saved with: {changes}")
-        elif changes:
-            warning = f"saved with other options: {changes}"
-        elif extra is not None and state is None:
-            warning = (
-                "what was saved next to the weights can't be read, as in an average of "
-                "checkpoints; whether the options were others isn't known"
-            )
-        if warning:
-            warnings.warn(f"recon_aux: {warning}", stacklevel=2)
-        if is_bare or is_other:
+        if not _has_this_decoder(state_dict, prefix, self.options, errors=rest[-1]):
             # the submodules load from this dict, too
             own = self.state_dict()
             state_dict.update({prefix + key: value for key, value in own.items()})
@@ -358,3 +302,40 @@ class ReconAux(nn.Module):
         """Show the options in the module's printout, and the weight as it is now."""
         shown = self.options | {"weight": self.weight}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _choose(
+    features: Sequence[Tensor], reconstruct: Reconstruct, call: int, seed: int
+) -> tuple[int, ...]:
+    """Choose which of the two views a call rebuilds."""
+    live = tuple(i for i in (0, 1) if features[i].requires_grad)
+    if len(live) == 1:
+        # rebuilding a momentum encoder's view would not train the equivariant part
+        return live
+    if reconstruct == "both":
+        return (0, 1)
+    return (Random(f"{seed} {call}").randrange(2) if reconstruct == "random" else (call - 1) % 2,)
+
+
+def _has_this_decoder(
+    state_dict: dict[str, Any], prefix: str, options: dict[str, Any], errors: list[str]
+) -> bool:
+    """Return whether a checkpoint has the decoder that these options build; say why not."""
+    extra = state_dict.get(prefix + "_extra_state")
+    state = None if extra is None else unpack(extra)
+    changes, is_other = differences(state["options"] if state else {}, options)
+    is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
+    warning = ""
+    if is_bare:
+        warning = "a checkpoint of a bare model; the decoder starts as it is, new if it was just "
+        warning += "attached"
+    elif is_other:
+        errors.append(f"recon_aux: expected the options it was saved with: {changes}")
+    elif changes:
+        warning = f"saved with other options: {changes}"
+    elif extra is not None and state is None:
+        warning = "what was saved next to the weights can't be read, as in an average of "
+        warning += "checkpoints; whether the options were others isn't known"
+    if warning:
+        warnings.warn(f"recon_aux: {warning}", stacklevel=3)
+    return not (is_bare or is_other)

@@ -11,18 +11,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: object) -> Iterator[None]:
-    """Put a module into eval mode. Afterwards each of its submodules is in the mode it was in.
+    """Put a module into eval mode; afterwards each submodule gets back the mode it had.
 
-    Args:
-        module: a function is taken, too, and left as it is.
-
-    Example:
-        >>> module = nn.Dropout()
-        >>> with evaluating(module):
-        ...     print(module.training)
-        False
-        >>> module.training
-        True
+    A function is accepted, too, and left as it is.
     """
     modes = [(m, m.training) for m in module.modules()] if isinstance(module, nn.Module) else []
     try:
@@ -36,15 +27,7 @@ def evaluating(module: object) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw on the CPU, from ``seed``. Afterwards the global random state is as it was.
-
-    Example:
-        >>> with seeded(0):
-        ...     first = torch.rand(3)
-        >>> with seeded(0):
-        ...     print(torch.equal(first, torch.rand(3)))
-        True
-    """
+    """Draw from ``seed``, on the CPU; afterwards the global random state is as it was."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would seed the GPUs, too
         torch.default_generator.manual_seed(seed)

@@ -20,8 +20,7 @@ class _SlowNorm(nn.LayerNorm):
     """Layer norm whose parameters get a scaled-down gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _scale_gradient(self.weight, _OF_VECTORS)
-        bias = _scale_gradient(self.bias, _OF_VECTORS)
+        weight, bias = (_scale_gradient(p, _OF_VECTORS) for p in (self.weight, self.bias))
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
