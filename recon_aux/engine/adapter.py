@@ -66,7 +66,7 @@ class Conventions:
                 return child
         raise ValueError(
             f"expected a trainable encoder named one of {tuple(self.backbones)} in "
-            f"{type(model).__name__}. Pass backbone= : one of {describe_children(model)}"
+            f"{type(model).__name__}. Pass backbone=: one of {describe_children(model)}"
         )
 
     def find_heads(self, model: nn.Module) -> list[nn.Module]:
@@ -88,8 +88,8 @@ class Conventions:
         walk(model, "")
         if not heads:
             raise ValueError(
-                f"expected a projection head in {type(model).__name__}, found none. Pass heads= "
-                f"[...]: those that take the encoder's features, of {describe_children(model)}"
+                f"expected a projection head in {type(model).__name__}, found none. Pass "
+                f"heads=[...]: those that take the encoder's features, of {describe_children(model)}"
             )
         return heads
 

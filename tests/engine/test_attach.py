@@ -41,7 +41,7 @@ def test_no_encoder_is_found() -> None:
     model.trunk = model.backbone
     del model.backbone
     with pytest.raises(
-        ValueError, match=r"expected a trainable encoder.*backbone= .*trunk \(Sequential\)"
+        ValueError, match=r"expected a trainable encoder.*Pass backbone=.*trunk \(Sequential\)"
     ):
         attach(model)
 
@@ -68,7 +68,9 @@ def test_no_head_is_found() -> None:
     model = plain_method()
     model.top = nn.Linear(16, 8)
     del model.projection_head
-    with pytest.raises(ValueError, match=r"expected a projection head.*heads= .*top \(Linear\)"):
+    with pytest.raises(
+        ValueError, match=r"expected a projection head.*Pass heads=.*top \(Linear\)"
+    ):
         attach(model)
     assert recon_aux.is_attached(attach(model, equivariant_dim=0))
 
