@@ -89,7 +89,8 @@ class Conventions:
         if not heads:
             raise ValueError(
                 f"expected a projection head in {type(model).__name__}, found none. Pass "
-                f"heads=[...]: those that take the encoder's features, of {describe_children(model)}"
+                "heads=[...]: those that take the encoder's features, of these: "
+                f"{describe_children(model)}"
             )
         return heads
 
