@@ -32,8 +32,8 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# what balances each method's loss with ours, from the same losses in lightly;
-# BYOL's and NNBYOL's is four times lightly's: two views are summed, and their distance is squared
+# measured for the same losses in lightly
+# BYOL's and NNBYOL's loss is four times lightly's: it sums two views, and squares their distance
 _WEIGHTS = {"SimCLR": 1.0, "VICReg": 0.3}
 _WEIGHTS |= {"BYOL": 0.8, "NNBYOL": 0.8, "SimSiam": 0.2, "NNSiam": 0.2}
 

@@ -36,6 +36,21 @@ def test_every_option_is_in_the_readme_and_nothing_else() -> None:
     assert all(f"`{name}`" in table for name in alone - {"model", "options"})
 
 
+def test_the_readme_has_the_options_defaults() -> None:
+    table = README.split("## Options")[1].split("## Results")[0]
+    parameters = inspect.signature(ReconAux).parameters
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+        names = re.findall(r"`(\w+)`", row[0])
+        # what is None by default is found elsewhere, which words say
+        known = [
+            name for name in names if getattr(parameters.get(name), "default", None) is not None
+        ]
+        for name in known:
+            default = parameters[name].default
+            text = f"{default:g}" if isinstance(default, float) else str(default)
+            assert re.search(rf"(?<![\w.]){re.escape(text)}(?![\w.])", row[1]), name
+
+
 def test_each_promise_names_its_test() -> None:
     promises = README.split("## What we promise")[1].split("\n## ")[0]
     lines = [line for line in promises.splitlines() if line.startswith("- ")]
