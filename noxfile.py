@@ -1,5 +1,7 @@
 """`nox` checks style and types, runs every test, builds the package and imports what it built.
 
+`nox -s fast` is for while one edits: style, types and the tests that aren't slow.
+
 Two environments, the second on top of the first: PyPI's solo-learn, of 2021, wants another
 Lightning than everything else.
 """
@@ -10,6 +12,7 @@ from pathlib import Path
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["tests", "solo_learn"]
 
 SOLO_LEARN_NEEDS = [
     "pytest",
@@ -27,11 +30,25 @@ SOLO_LEARN_NEEDS = [
 def tests(session: nox.Session) -> None:
     """Style, types, every test but solo-learn's, the package."""
     session.install("-e", ".[dev]")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy", "recon_aux", "integrations")
-    session.run("pytest", *session.posargs)
+    check(session)
+    session.run("python", "-m", "pytest", *session.posargs)
     package(session)
+
+
+@nox.session
+def fast(session: nox.Session) -> None:
+    """Style, types, the tests that aren't slow."""
+    share_packages(session)
+    session.install("-e", ".[dev]")
+    check(session)
+    session.run("python", "-m", "pytest", "-m", "not slow", *session.posargs)
+
+
+def check(session: nox.Session) -> None:
+    """Style and types."""
+    session.run("python", "-m", "ruff", "check", ".")
+    session.run("python", "-m", "ruff", "format", "--check", ".")
+    session.run("python", "-m", "mypy", "recon_aux", "integrations", "tests", "examples")
 
 
 def package(session: nox.Session) -> None:
@@ -43,27 +60,28 @@ def package(session: nox.Session) -> None:
     (_,) = built.glob("*.tar.gz")
     installed = built / "installed"
     session.install("--no-deps", "--upgrade", "--target", str(installed), str(wheel))
-    check = (
+    code = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
         "import pathlib, recon_aux.integrations.lightly, recon_aux.probe; "
         "root = pathlib.Path(recon_aux.__file__).parent; "
         "assert str(root).startswith(sys.argv[1]), root; "
         "assert (root / 'py.typed').exists(); print('imported', root)"
     )
-    session.run("python", "-c", check, str(installed.resolve()))
+    session.run("python", "-c", code, str(installed.resolve()))
 
 
 @nox.session
 def solo_learn(session: nox.Session) -> None:
     """The solo-learn adapter on the version that PyPI has."""
-    share_torch(session)
+    share_packages(session)
     session.install("-e", ".", *SOLO_LEARN_NEEDS)
     # its pins, of torch 1.9 among others, can't be met
     session.install("--no-deps", "solo-learn==1.0.2")
-    session.run("python", "-m", "pytest", "-rs", "tests/test_solo_learn.py", *session.posargs)
+    solo_tests = "tests/integrations/test_solo_learn.py"
+    session.run("python", "-m", "pytest", "-rs", solo_tests, *session.posargs)
 
 
-def share_torch(session: nox.Session) -> None:
+def share_packages(session: nox.Session) -> None:
     """Look for packages in the tests' environment, too, if there is one: torch takes gigabytes."""
     own = Path(session.virtualenv.location).resolve()
     shared = own.parent / "tests"

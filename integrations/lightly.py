@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from recon_aux.engine.api import attach_by
-from recon_aux.engine.modules import Conventions
+from recon_aux.engine.adapter import Conventions, attach_by
 
 try:
     from lightly.models.modules.heads import ProjectionHead
@@ -20,7 +19,7 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# what was measured to balance each loss with ours; the README says how
+# measured for each loss; the README says how
 _WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 0.3, "NegativeCosineSimilarity": 0.2}
 
 _PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}
@@ -43,8 +42,8 @@ def attach(
         heads: the modules that take the encoder's features, or their names; by default lightly's
             projection heads and what is called one, momentum ones too.
         weight: weight of the reconstruction loss; by default what was measured for the method's
-            loss, else ``"auto"``, see :func:`recon_aux.engine.api.attach`.
-        options: those of :func:`recon_aux.engine.api.attach` and :class:`recon_aux.ReconAux`.
+            loss, else ``"auto"``, see :func:`recon_aux.attach`.
+        options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:
         The same model, changed in place; ``model.recon_aux`` is the :class:`recon_aux.ReconAux`.

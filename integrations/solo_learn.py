@@ -17,9 +17,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from recon_aux import ReconAux
-from recon_aux.engine.api import attach_by, decoder_groups
-from recon_aux.engine.hooks import Door
-from recon_aux.engine.modules import Conventions
+from recon_aux.engine.adapter import Conventions, MethodHook, attach_by, decoder_groups
 
 _INSTALL = "pip install --no-deps --no-build-isolation git+https://github.com/vturrisi/solo-learn"
 
@@ -34,8 +32,8 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# what balances each method's loss with ours, from the same losses in lightly;
-# BYOL's and NNBYOL's is four times lightly's: two views are summed, and their distance is squared
+# measured for the same losses in lightly
+# BYOL's and NNBYOL's loss is four times lightly's: it sums two views, and squares their distance
 _WEIGHTS = {"SimCLR": 1.0, "VICReg": 0.3}
 _WEIGHTS |= {"BYOL": 0.8, "NNBYOL": 0.8, "SimSiam": 0.2, "NNSiam": 0.2}
 
@@ -63,8 +61,8 @@ def attach(
         heads: the modules that take the encoder's features, or their names; by default the
             projector or head, and the momentum one.
         weight: weight of the reconstruction loss; by default what was measured for the method,
-            else ``"auto"``, see :func:`recon_aux.engine.api.attach`.
-        options: those of :func:`recon_aux.engine.api.attach` and :class:`recon_aux.ReconAux`.
+            else ``"auto"``, see :func:`recon_aux.attach`.
+        options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:
         The same model, changed in place; ``model.recon_aux`` is the :class:`recon_aux.ReconAux`.
@@ -81,7 +79,7 @@ def attach(
         ['backbone', 'classifier', 'recon_aux', 'projector']
     """
     attach_by(_SOLO_LEARN, model, backbone=backbone, heads=heads, weight=weight, **options)
-    Door(model, "configure_optimizers", _with_the_decoders_group)
+    MethodHook(model, "configure_optimizers", _with_the_decoders_group)
     return model
 
 

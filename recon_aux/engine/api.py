@@ -1,22 +1,25 @@
-"""Put a ReconAux on a live model and take it off again."""
+"""Attach the task to a live model, add its loss in a loop, and take it off again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from inspect import signature
-from numbers import Integral
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.attachment import Attachment, refuse_manual_optimization, trains_by_itself
-from recon_aux.engine.encoder import Features, encoder_shape
-from recon_aux.engine.hooks import Capture, Mask, doors
-from recon_aux.engine.modules import Conventions, find_module, unwrap
-from recon_aux.engine.optimizers import Settings
-from recon_aux.task.task import ReconAux
+from recon_aux.engine.attachment import Attachment
+from recon_aux.engine.auto_weight import AttachedReconAux
+from recon_aux.engine.discover import refuse_manual_optimization
+from recon_aux.engine.drivers import has_training_step
+from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
+from recon_aux.engine.hooks import HeadMask
+from recon_aux.engine.modules import find_module, unwrap
+from recon_aux.engine.optimizers import DecoderGroup
+from recon_aux.task import ReconAux
+from recon_aux.task.checks import check_whole
+from recon_aux.task.options import refuse_unknown
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,17 +42,18 @@ def attach(
 ) -> Model:
     """Add the reconstruction task to a model.
 
-    The engine behind the adapters, which find ``backbone`` and ``heads`` for you. The model is
-    changed in place: ``model.recon_aux`` is the :class:`ReconAux`; the heads see zeros in place of
-    the equivariant channels; ``training_step`` returns the method's loss plus the reconstruction
-    loss; ``configure_optimizers`` also trains the decoder, in the encoder's parameter group. A
-    model without these two methods is trained by a loop of your own, see :func:`add_loss`.
+    The adapters call it, and find ``backbone`` and ``heads`` for you. The model is changed in
+    place. ``model.recon_aux`` is the :class:`ReconAux`. The heads see zeros in place of the
+    equivariant channels. ``training_step`` returns the method's loss plus the reconstruction loss.
+    ``configure_optimizers`` also trains the decoder, in the encoder's parameter group. A model
+    without these two methods is trained by a loop of your own, see :func:`add_loss`.
 
     Args:
         model: a LightningModule, or any module.
         backbone: the encoder that the training step calls with gradient, or its name.
         heads: every module that takes the encoder's features, as its first tensor, or their
-            names. If none is a momentum encoder's, their frozen copies next to one are.
+            names. If none of them is a momentum encoder's, their frozen copies next to a momentum
+            encoder are heads, too.
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         image_channels: channels of the views; by default what the first convolution takes.
@@ -57,15 +61,16 @@ def attach(
             its height and width, for an encoder that accepts one size alone.
         features: takes the feature from what the encoder returns, if that isn't a tensor.
         views: how many views one call of the encoder gets concatenated, one after the other, not
-            interleaved; by default read off the batch that the training step gets. 1 says that a
+            interleaved; by default the batch of the training step shows it. 1 says that a
             momentum encoder's view, made within the step, is in the order of the encoder's.
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
         options: those of :class:`ReconAux`, with ``weight="auto"`` by default: 1, or more where
-            the method's loss pulls on the views' features more than half as strongly, twice as
-            much. It is set after the first batch; until then the task trains the decoder alone.
-            ``model.recon_aux.weight`` tells, and ``recon_aux/weight`` in the log.
+            the gradient of the method's loss on the views' features is more than half as large as
+            the task's; then the task's becomes twice as large. The first batch sets it. Until then
+            the task trains the decoder alone. ``model.recon_aux.weight`` holds it, and
+            ``recon_aux/weight`` in the log.
 
     Returns:
         The same model.
@@ -91,32 +96,11 @@ def attach(
         >>> detach(model).state_dict().keys() == Method().state_dict().keys()
         True
     """
-    if is_attached(model):
-        raise ValueError(
-            f"expected a bare {type(model).__name__}, got one with a recon_aux already; "
-            "recon_aux.detach(model) takes it off"
-        )
-    _refuse_wrapped(model)
-    refuse_manual_optimization(model)
-    if hasattr(model, "recon_aux"):
-        raise ValueError(
-            f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
-            "makes it"
-        )
-    given: Any = views
-    if given is not None and not (isinstance(given, Integral) and int(given) >= 1):
-        raise ValueError(f"expected views= as a whole number of 1 or more, got {views!r}")
-    settings = Settings(decoder_lr, decoder_weight_decay)
-    settings.check()
-    if settings.given() and not trains_by_itself(model):
-        raise ValueError(
-            "expected decoder_lr= and decoder_weight_decay= for a model that configures its "
-            f"optimizers, got {type(model).__name__}, which doesn't: in a loop of your own give "
-            "model.recon_aux.parameters() a group in the optimizer"
-        )
-    _refuse_unknown(options)
+    _refuse_model(model)
+    own = DecoderGroup(decoder_lr, decoder_weight_decay)
+    _check(model, views, own, options)
     encoder = find_module(model, backbone, "backbone")
-    masked = _find_heads(model, heads, encoder)
+    found = _find_heads(model, heads, encoder)
     shape = encoder_shape(
         unwrap(encoder),
         method=backbone_method,
@@ -124,89 +108,38 @@ def attach(
         image_size=image_size,
         features=features,
     )
-    automatic = options.get("weight", "auto") == "auto"
-    aux = ReconAux(
-        shape.feature_dim,
-        image_channels=shape.image_channels,
-        spatial=shape.feature_rank != 2,
-        **options | ({"weight": 1.0} if automatic else {}),
-    )
-    if automatic:
-        aux.expect_balance()
-    if aux.splitter.invariant_dim == 0:
-        raise ValueError(
-            f"expected equivariant_dim below the feature's {shape.feature_dim} channels, got "
-            f"{aux.splitter.equivariant_dim}, which leaves the method's own loss nothing to see"
-        )
+    aux = _build(shape, options)
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    attachment = Attachment(model, encoder, backbone_method, Capture(features), views, settings)
+    attached = Attachment(model, encoder, backbone_method, features, views, own)
     if aux.splitter.equivariant_dim:
-        mask = Mask(shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank)
-        attachment.hide_from(masked, mask)
-        attachment.hide_from_copies()
-    if attachment.in_a_loop:
-        attachment.start()
-    setattr(model, _ATTACHMENT, attachment)
+        attached.mask = HeadMask(
+            shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank, attached.driver
+        )
+        attached.mask_heads(found)
+        attached.mask_momentum_heads()
+    if attached.driver.encodes_others:
+        attached.start()
+    setattr(model, _ATTACHMENT, attached)
     return model
-
-
-def attach_by(
-    conventions: Conventions,
-    model: Model,
-    *,
-    backbone: str | nn.Module | None = None,
-    heads: Sequence[str | nn.Module] | None = None,
-    weight: float | Literal["auto"] | None = None,
-    **options: Any,
-) -> Model:
-    """Attach, and find by a framework's conventions what isn't given.
-
-    Args:
-        conventions: the framework's.
-        model: as for :func:`attach`.
-        backbone: by default what the conventions find.
-        heads: likewise.
-        weight: of the reconstruction loss; by default the conventions' for this method.
-        options: those of :func:`attach` and :class:`ReconAux`.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: if the conventions know the method for one without two views.
-        ValueError: if no encoder or no head is found, and as :func:`attach` does.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model, an instance of its class, got {model!r}")
-    _refuse_wrapped(model)
-    conventions.refuse(type(model))
-    if backbone is None:
-        backbone = conventions.find_encoder(model)
-    if heads is None:
-        heads = [] if options.get("equivariant_dim") == 0 else conventions.find_heads(model)
-    options = {**conventions.defaults(model), **options}
-    if weight is not None:
-        options["weight"] = weight
-    return attach(model, backbone=backbone, heads=heads, **options)
 
 
 def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     """Add the reconstruction loss in a loop of your own, for an attached model without a trainer.
 
-    It rebuilds what went through the encoder since the last call, so call it once for each loss,
-    and where gradients are accumulated divide what it returns, not what it is given.
-    Make the optimizer after attaching: the decoder is among ``model.parameters()``.
+    It rebuilds what went through the encoder since the last call. So call it once for each loss.
+    Where gradients are accumulated, divide what it returns, not what it is given. Make the
+    optimizer after attaching: the decoder is among ``model.parameters()``.
 
     Args:
         model: one that ``attach`` returned.
         loss: the method's own loss of this step, with gradient.
-        batch: what shows how many images a view has, where one call encodes several concatenated,
-            and which of a momentum encoder's calls is a view's; else it is the last.
+        batch: shows how many images a view has, where one call encodes several concatenated, and
+            which of a momentum encoder's calls is a view's; else it is the last.
 
     Returns:
-        The method's loss plus ``weight`` times the reconstruction loss; as in validation, under
-        ``torch.no_grad()``, the method's loss as it is.
+        The method's loss plus ``weight`` times the reconstruction loss. Under ``torch.no_grad()``,
+        as in validation, the method's loss as it is.
 
     Raises:
         ValueError: if nothing is attached.
@@ -222,79 +155,45 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
         >>> loss.backward()
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"expected the method's loss as a tensor, got {type(loss).__name__}")
-    attachment = _attachment(model)
-    if not attachment.in_a_loop:
+        raise TypeError(
+            f"expected the method's loss as a tensor, got {type(loss).__name__}. Pass the loss "
+            "that backward() is called on."
+        )
+    attached = attachment_of(model)
+    if not attached.driver.encodes_others:
         raise TypeError(
             f"expected a model without training_step, got {type(model).__name__}, whose "
-            "training_step returns the sum of both losses already"
+            "training_step returns the sum of both losses already. Leave add_loss out."
         )
     try:
-        total: Tensor = attachment.add_loss(loss, batch) if torch.is_grad_enabled() else loss
+        total: Tensor = attached.add_loss(loss, batch) if torch.is_grad_enabled() else loss
     finally:
-        attachment.start()
+        attached.start()
     return total
 
 
 def detach(model: Model) -> Model:
-    """Take the reconstruction task off again: the decoder and what stands before methods.
+    """Take the reconstruction task off again: the decoder and all hooks.
 
     Args:
         model: one that ``attach`` returned.
 
     Returns:
-        The same model; its encoder and heads keep what they learned. The heads see all channels
+        The same model. Its encoder and heads keep what they learned. The heads see all channels
         from here on, those of the equivariant part by weights that are as they were at the start.
 
     Raises:
         ValueError: if nothing is attached.
-        FloatingPointError: if a GPU has not told until now that a loss was not finite; it is
-            detached nevertheless.
+        FloatingPointError: if a GPU has not reported until now that a loss was not finite. The
+            task is taken off nevertheless.
     """
-    attachment = _attachment(model)
-    opened = attachment.doors
-    while opened:
-        for door in opened:
-            door.close()
-        # a copied module may have brought one along, behind ours; what others hold may stay, closed
-        opened = [
-            door
-            for door in doors(attachment.model, *attachment.heads)
-            if door.guard is not None or vars(door.module).get(door.method) is door
-        ]
-    check = attachment.aux.refuse_not_finite
-    delattr(attachment.model, _ATTACHMENT)
-    del attachment.model.recon_aux
-    check.settle()
+    attached = attachment_of(model)
+    attached.remove()
+    check = attached.aux.finite_check
+    delattr(attached.model, _ATTACHMENT)
+    del attached.model.recon_aux
+    check.flush()
     return model
-
-
-def trained_encoder(model: nn.Module) -> nn.Module:
-    """Give the encoder that an attached model trains, to be handed out.
-
-    Raises:
-        ValueError: if nothing is attached.
-        FloatingPointError: if a GPU has not told until now that a loss was not finite.
-    """
-    attachment = _attachment(model)
-    attachment.aux.refuse_not_finite.settle()
-    return attachment.trained_encoder
-
-
-def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Give the decoder as a parameter group, for a framework where modules declare theirs.
-
-    Returns:
-        One group, named ``"recon_aux"``, with the settings that ``attach`` was given; none where
-        nothing is to be trained.
-
-    Raises:
-        ValueError: if nothing is attached.
-    """
-    attachment = _attachment(model)
-    params = [p for p in attachment.aux.parameters() if p.requires_grad]
-    group = {"name": "recon_aux", "params": params, **attachment.settings.given()}
-    return [group] if params else []
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -302,14 +201,82 @@ def is_attached(model: nn.Module) -> bool:
     return hasattr(unwrap(model), _ATTACHMENT)
 
 
-def _attachment(model: nn.Module) -> Attachment:
+def attachment_of(model: nn.Module) -> Attachment:
+    """Give a model's hooks.
+
+    Raises:
+        ValueError: if it has none.
+    """
     inner = unwrap(model)
     if not hasattr(inner, _ATTACHMENT):
         raise ValueError(
-            f"expected a model that attach() returned, got a bare {type(inner).__name__}"
+            f"expected a model that attach() returned, got a bare {type(inner).__name__}. Pass it "
+            "to attach first."
         )
-    attachment: Attachment = getattr(inner, _ATTACHMENT)
-    return attachment
+    attached: Attachment = getattr(inner, _ATTACHMENT)
+    return attached
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse what is no model, or one that is compiled or wrapped already.
+
+    Raises:
+        TypeError: that says what to do first.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, an instance of its class, got {model!r}. Build the model first."
+        )
+    if unwrap(model) is not model:
+        raise TypeError(
+            f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
+            "then compile or wrap it"
+        )
+
+
+def _refuse_model(model: nn.Module) -> None:
+    if is_attached(model):
+        raise ValueError(
+            f"expected a bare {type(model).__name__}, got one with a recon_aux already. Call "
+            "recon_aux.detach(model) first."
+        )
+    refuse_wrapped(model)
+    refuse_manual_optimization(model)
+    if hasattr(model, "recon_aux"):
+        raise ValueError(
+            f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
+            "makes it. Give yours another name."
+        )
+
+
+def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, Any]) -> None:
+    known = {*signature(ReconAux).parameters, *signature(attach).parameters}
+    refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
+    if views is not None:
+        check_whole("views", views, least=1)
+    own.check()
+    if own.given() and not has_training_step(model):
+        raise ValueError(
+            "expected decoder_lr= and decoder_weight_decay= for a model that configures its "
+            f"optimizers, got {type(model).__name__}, which doesn't: in a loop of your own give "
+            "model.recon_aux.parameters() a group in the optimizer"
+        )
+
+
+def _build(shape: EncoderShape, options: dict[str, Any]) -> AttachedReconAux:
+    aux = AttachedReconAux(
+        shape.feature_dim,
+        image_channels=shape.image_channels,
+        spatial=shape.feature_rank != 2,
+        **options,
+    )
+    if aux.splitter.invariant_dim == 0:
+        raise ValueError(
+            f"expected equivariant_dim below the feature's {shape.feature_dim} channels, got "
+            f"{aux.splitter.equivariant_dim}, which leaves the method's own loss nothing to see. "
+            "Pass a smaller equivariant_dim=."
+        )
+    return aux
 
 
 def _find_heads(
@@ -324,27 +291,8 @@ def _find_heads(
         if any(head is inner for inner in encoder.modules()):
             raise ValueError(
                 f"expected heads outside the encoder, got {type(head).__name__} within a "
-                f"{type(encoder).__name__}; backbone= tells the encoder, which may be a part of "
-                'it, as "student.backbone", heads= the heads; one that is its last layer, as a '
-                "ResNet's fc, is to stand beside it, with nn.Identity() in its place"
+                f"{type(encoder).__name__}; backbone= is the encoder, which may be a part of it, "
+                'as "student.backbone", heads= the heads. A head that is the encoder\'s last '
+                "layer, as a ResNet's fc, has to stand beside it: put nn.Identity() in its place."
             )
     return found
-
-
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    known = {*signature(ReconAux).parameters, *signature(attach).parameters}
-    known -= {"model", "options", "feature_dim", "spatial"}
-    for name in options.keys() - known:
-        similar = get_close_matches(name, known, n=1)
-        raise TypeError(
-            f"expected options among {sorted(known)}, got {name}="
-            + "".join(f"; did you mean {other}=?" for other in similar)
-        )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    if unwrap(model) is not model:
-        raise TypeError(
-            f"expected a model as it was built, got it in a {type(model).__name__}: attach first, "
-            "then compile or wrap it"
-        )

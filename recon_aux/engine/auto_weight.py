@@ -1,4 +1,4 @@
-"""Set the weight by what the losses' gradients are, for a method whose weight nobody measured."""
+"""Set the weight by the losses' gradients, for a method whose weight nobody measured."""
 
 from __future__ import annotations
 
@@ -8,102 +8,171 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from recon_aux.engine.autograd import reached
-from recon_aux.task.calibration import are_many, mean_over_processes
-from recon_aux.task.task import ReconAux
+from recon_aux.task import ReconAux
+from recon_aux.task.checks import finite_number
+from recon_aux.task.distributed import agree, mean_over_processes
 
-# how much more strongly than the method's loss the task is to pull on the features, at least
+# how much larger than the method's gradient on the features the task's is to be, at least
 _SHARE = 2.0
-# next to losses that pull weakly, less was on the whole worse
+# next to losses with a small gradient, less was on the whole worse
 _LEAST = 1.0
 
 
-class Balance:
-    """Reads how strongly the method's loss and the task's pull on the encoder's features.
+class AttachedReconAux(ReconAux):
+    """The task on a live model.
 
-    By hooks in the training's own backward pass, which in some methods can run once only. Until
-    the weight is known the task's gradient is kept from the encoder.
+    It also saves which encoder is trained, and its weight may be ``"auto"``: 1 until the first
+    batch has set ``measured_weight``.
+
+    Args:
+        feature_dim: D, channels of the encoder's features.
+        weight: a number or ``"auto"``.
+        options: those of :class:`recon_aux.ReconAux`.
+    """
+
+    def __init__(self, feature_dim: int, *, weight: Any = "auto", **options: Any) -> None:
+        self.has_auto_weight = isinstance(weight, str) and weight == "auto"
+        super().__init__(feature_dim, weight=1.0 if self.has_auto_weight else weight, **options)
+        # the name of the encoder that was seen to be trained
+        self.encoder_name = ""
+        self.measured_weight: float | None = None
+        # whether the user has set the weight since
+        self._weight_is_given = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options it was built with, defaults included, but the seed: plain, to be logged."""
+        options = super().options
+        return {**options, "weight": "auto"} if self.has_auto_weight else options
+
+    @property
+    def weight(self) -> float:
+        """Factor of the whole loss. It may be set at any time, for good."""
+        if self._weight_is_given or self.measured_weight is None:
+            return self._weight
+        return self.measured_weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self._weight, self._weight_is_given = finite_number("weight", weight), True
+
+    @property
+    def weight_is_due(self) -> bool:
+        """Whether the next batch is to set an automatic weight."""
+        is_set = self._weight_is_given or self.measured_weight is not None
+        return self.has_auto_weight and not is_set
+
+    def saved_state(self) -> dict[str, Any]:
+        """Add the encoder's name and, if it is automatic, the weight."""
+        state = {**super().saved_state(), "encoder": self.encoder_name}
+        if self.has_auto_weight:
+            # as wide as any other, so that an average of two checkpoints can be read
+            state["weight"] = "due" if self.weight_is_due else f"{self.weight:.6e}"
+        return state
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restore the encoder's name and an automatic weight that the user hasn't set since."""
+        super().load_saved_state(state)
+        self.encoder_name = state.get("encoder", "")
+        if self.has_auto_weight and not self._weight_is_given:
+            self.measured_weight = _weight_in(state)
+
+
+def _weight_in(state: dict[str, Any]) -> float | None:
+    """Give the weight that a model was trained with; None if it was not set yet, or unreadable.
+
+    Example:
+        >>> [_weight_in({"options": {"weight": "auto"}, "weight": w}) for w in ("2.5e-01", "due")]
+        [0.25, None]
+        >>> _weight_in({"options": {"weight": 2.0}})
+        2.0
+    """
+    weight = state["options"]["weight"]
+    try:
+        return float(state["weight"] if weight == "auto" else weight)
+    except ValueError:
+        return None
+
+
+class AutoWeight:
+    """Measures the gradients of the method's loss and of the task's on the encoder's features.
+
+    Hooks in the training's own backward pass measure them, since some methods can run it only
+    once. Until the weight is known the task's gradient is kept from the encoder.
 
     Example:
         >>> features = [torch.ones(4, 8, requires_grad=True) * 1 for _ in range(2)]
-        >>> balance = Balance()
-        >>> theirs = balance.watch(features, features)
+        >>> auto = AutoWeight()
+        >>> theirs = auto.measure(features, features)
         >>> (300 * sum(y.sum() for y in features) + sum(y.sum() for y in theirs)).backward()
-        >>> balance.weigh("cpu")
+        >>> auto.weight("cpu")
         600.0
     """
 
     def __init__(self) -> None:
-        self.agreed = False
-        # squared norms of gradients on one batch's features: the method's, the task's
-        self.pulls: tuple[list[Tensor], list[Tensor]] = ([], [])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave a running step out of copies."""
-        return {**vars(self), "pulls": ([], [])}
+        self.has_agreed = False
+        # squared norms of one batch's gradients on the features: the method's, the task's
+        self.squares: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def __call__(
         self,
-        aux: ReconAux,
+        aux: AttachedReconAux,
         loss: Tensor,
         features: Sequence[Tensor],
         outputs: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Set the weight by the last batch's gradients, or else watch this one's.
+        """Set the weight by the last batch's gradients, or else measure this one's.
 
         Args:
             aux: whose weight it is.
             loss: the method's.
             features: of the two views.
-            outputs: what the encoder gave with gradient.
+            outputs: what the encoder returned with gradient.
 
         Returns:
             The features for ``aux`` to take.
         """
         device = aux.decoder.queries.device
-        known = None if aux.weight_is_due else aux.weight
-        weight = self.agree(known, device)
-        if weight is None:
-            weight = self.weigh(device)
+        if not self.has_agreed:
+            # one process alone may have loaded the weight
+            self.has_agreed = True
+            loaded = torch.tensor([aux.weight], dtype=torch.float64, device=device)
+            if agree([loaded], not aux.weight_is_due) and aux.weight_is_due:
+                aux.measured_weight = loaded.item()
+        if not aux.weight_is_due:
+            return list(features)
+        weight = self.weight(device)
         if weight is None and not any(reached(loss, outputs, strictly=True)):
             weight = aux.weight
-            _tell_of_unseen()
+            _warn_of_compiled()
         if weight is not None:
-            self.pulls = [], []
-            if known is None:
-                aux.balance_at(weight)
+            self.squares = [], []
+            aux.measured_weight = weight
             return list(features)
-        live = [feature for feature in features if feature.requires_grad]
-        watched = iter(self.watch(live, outputs))
-        return [next(watched) if feature.requires_grad else feature for feature in features]
+        with_gradient = [feature for feature in features if feature.requires_grad]
+        measured = iter(self.measure(with_gradient, outputs))
+        return [next(measured) if feature.requires_grad else feature for feature in features]
 
-    def agree(self, weight: float | None, device: torch.device) -> float | None:
-        """Take the weight over, where one process alone has loaded it."""
-        if self.agreed or not are_many():
-            return weight
-        self.agreed = True
-        told = [float(weight is not None), weight or 0.0]
-        known = torch.tensor(told, dtype=torch.float64, device=device)
-        distributed.all_reduce(known)
-        count, total = known.tolist()
-        return total / count if count else None
-
-    def watch(self, features: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Note what flows back to features; give what the task is to take instead.
+    def measure(self, features: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Note the gradients on features in the coming backward pass.
 
         Args:
-            features: of the views, as far as they have gradient, first those of the encoder's.
-            outputs: what the encoder gave, of which these are, or are the first rows.
+            features: of the views, those with gradient, in the order of the encoder's calls.
+            outputs: what the encoder returned, of which these are, or are the first rows.
+
+        Returns:
+            What the task is to take instead of the features.
         """
-        self.pulls = method, task = [], []
+        self.squares = method, task = [], []
         rows = sum(len(feature) for feature in features)
 
         def note(gradient: Tensor) -> None:
             method.append(_square(gradient[:rows]))
 
-        def keep(gradient: Tensor) -> Tensor:
+        def note_and_stop(gradient: Tensor) -> Tensor:
             task.append(_square(gradient))
             return torch.zeros_like(gradient)
 
@@ -112,16 +181,16 @@ class Balance:
                 output.register_hook(note)  # type: ignore[no-untyped-call]
         own = [feature.view_as(feature) for feature in features]
         for feature in own:
-            feature.register_hook(keep)  # type: ignore[no-untyped-call]
+            feature.register_hook(note_and_stop)  # type: ignore[no-untyped-call]
         return own
 
-    def weigh(self, device: torch.device | str) -> float | None:
+    def weight(self, device: torch.device | str) -> float | None:
         """Give the weight, of two digits; None if it isn't known yet.
 
-        All processes that train together give the same, and have to ask together.
+        All processes that train together give the same, and have to call this together.
         """
-        told = [sum(square.item() for square in some) for some in self.pulls]
-        squares = torch.tensor(told, dtype=torch.float32, device=device)
+        sums = [sum(square.item() for square in some) for some in self.squares]
+        squares = torch.tensor(sums, dtype=torch.float32, device=device)
         method, task = mean_over_processes(squares, 1).tolist()
         # no backward pass, or an overflow, which a loss scaler skips
         if not (0 < task < math.inf and method < math.inf):
@@ -129,11 +198,11 @@ class Balance:
         return max(_LEAST, float(f"{_SHARE * math.sqrt(method / task):.1e}"))
 
 
-def _tell_of_unseen() -> None:
+def _warn_of_compiled() -> None:
     warnings.warn(
         'recon_aux: expected to see the gradients of the method\'s loss, by which weight="auto" is '
-        "set, but encoder and head, or loss, are compiled together; the weight stays 1; give "
-        "weight=",
+        "set, but encoder and head, or loss, are compiled together; the weight stays 1. Pass "
+        "weight=1.0, or another number.",
         stacklevel=2,
     )
 

@@ -1,13 +1,20 @@
-"""Read the autograd graph: does a loss depend on a tensor, and on which way?"""
+"""Read the autograd graph: what does a loss depend on, and what gradient does it give?
+
+There are three ways, since each sees something that the others can't. A walk over the graph is
+cheap enough for every step, and runs nothing. ``gradients_of`` runs a part of the backward pass,
+and sees which channels a head mixes. Hooks in the training's own backward pass (``auto_weight``)
+see the size of the whole gradient. Some methods can run their backward pass only once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-# all that was compiled together is one node, whose outputs can't be told apart
+# compiled code is one node, whose outputs can't be told apart
 _COMPILED = "CompiledFunctionBackward"
 
 
@@ -18,18 +25,17 @@ def reached(
     avoiding: Collection[Node] = (),
     strictly: bool = False,
 ) -> list[bool]:
-    """Say which tensors the loss depends on, without a backward pass.
-
-    Some methods' backward passes can run once only, so this doesn't run them to see.
+    """Find out which tensors a loss depends on, by a walk over the graph.
 
     Args:
         loss: with gradient.
         tensors: with gradient.
-        avoiding: nodes of the graph; what the loss depends on through these alone doesn't count.
-        strictly: what is compiled with a tensor doesn't count for it: no gradient flows to that.
+        avoiding: nodes of the graph. A path through one of them doesn't count.
+        strictly: a tensor that is compiled together with another doesn't count for it, since no
+            gradient flows to it on the way.
 
     Returns:
-        One truth for each tensor.
+        One truth value for each tensor.
 
     Example:
         >>> import torch
@@ -54,3 +60,56 @@ def reached(
             found.update(other for other in edges if other[0] is edge[0])
         ahead.extend(edge[0].next_functions)
     return [edge in found for edge in edges]
+
+
+def past(loss: Tensor, outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
+    """Find the encoder's outputs that a loss depends on without a masked head in between."""
+    nodes: list[Node] = [x.grad_fn for x in masked if x.grad_fn is not None]
+    past = reached(loss, outputs, avoiding=nodes)
+    return [output for output, is_past in zip(outputs, past, strict=True) if is_past]
+
+
+def feed_each_other(masked: Sequence[Tensor]) -> bool:
+    """Whether some head received what another head had made of its input."""
+    # outputs of one compiled function can't be told apart
+    return any(any(reached(x, [y for y in masked if y.grad_fn is not x.grad_fn])) for x in masked)
+
+
+def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
+    """Give the gradients that random ones at the heads' inputs cause at the encoder's outputs.
+
+    Nothing of the method's own backward pass is run.
+    """
+    masked = [x for x in masked if x.requires_grad]
+    if not masked:
+        return []
+    generator = torch.Generator("cpu").manual_seed(0)
+    flowing = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in masked]
+    return gradients_of(masked, outputs, flowing)
+
+
+def gradients_of(
+    results: Sequence[Tensor], outputs: Sequence[Tensor], flowing: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Give the gradients of some results at the encoder's outputs, where there are any.
+
+    Gives none for code that torch has compiled for one backward pass only.
+
+    Raises:
+        RuntimeError: if the graph can't be read.
+    """
+    try:
+        gradients = torch.autograd.grad(
+            results, outputs, flowing, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            # compiled for one backward pass
+            return []
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "expected activation checkpointing with use_reentrant=False, got True, whose graph "
+            "can't be read. Pass use_reentrant=False to checkpoint()."
+        ) from error
+    return [gradient for gradient in gradients if gradient is not None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.api import trained_encoder
+from recon_aux.engine.api import attachment_of
 from recon_aux.engine.modules import uncompiled, unwrap
 
 
@@ -94,7 +94,9 @@ def export_backbone(
         >>> resnet18().load_state_dict(export_backbone(model, like=resnet18()))
         <All keys matched successfully>
     """
-    encoder = unwrap(trained_encoder(model))
+    attached = attachment_of(model)
+    attached.aux.finite_check.flush()
+    encoder = unwrap(attached.trained_encoder)
     state = {
         uncompiled(key): _whole(value)
         for key, value in encoder.state_dict().items()

@@ -1,15 +1,15 @@
-"""What an encoder takes and gives: its image channels, its image size, its feature's width."""
+"""What an encoder takes and returns: image channels, image size, the feature's width."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from recon_aux.task.splitter import channel_dim
+from recon_aux.task.splitter import as_feature, channel_dim
+from recon_aux.task.temporary import evaluating
 
 Features = Callable[[Any], Tensor]
 
@@ -25,17 +25,23 @@ class EncoderShape(NamedTuple):
     feature_rank: int
 
 
-def as_feature(output: Tensor, *, spatial: bool = False) -> Tensor:
-    """Bring an encoder's output to ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
+def image_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Find the images that an encoder is called with. A mask of patches may come first.
 
-    A 1x1 feature map, as a cut-off ResNet gives, becomes ``(B, D)``, unless the encoder is
-    ``spatial`` and gave one of a small image.
+    Raises:
+        ValueError: if there are none.
     """
-    pooled = not spatial and output.ndim == 4 and output.shape[2:] == (1, 1)
-    return output.flatten(1) if pooled else output
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    image = next((x for x in tensors if x.ndim == 4), None)
+    if image is None:
+        raise ValueError(
+            "expected the encoder to be called with images (B, C, H, W), got "
+            f"{[tuple(x.shape) for x in tensors]}. Pass backbone=: the module that takes images."
+        )
+    return image
 
 
-def take_tensor(output: Any, features: Features | None = None) -> Tensor:
+def take_feature(output: Any, features: Features | None = None) -> Tensor:
     """Take the feature out of what an encoder returned, as the very tensor that is in there.
 
     Args:
@@ -54,8 +60,8 @@ def take_tensor(output: Any, features: Features | None = None) -> Tensor:
         ) from error
     if not isinstance(feature, Tensor):
         raise TypeError(
-            f"expected the encoder to return a tensor, got {_describe(feature)}; "
-            "features=lambda output: ... tells how to take the feature from it"
+            f"expected the encoder to return a tensor, got {_describe(feature)}. "
+            "Pass features=lambda output: ..., which takes the feature from it."
         )
     return feature
 
@@ -68,16 +74,16 @@ def encoder_shape(
     image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
 ) -> EncoderShape:
-    """Find out by one forward of a blank image, in eval mode and without gradient.
+    """Encode one blank image, in eval mode and without gradient, to see the feature's shape.
 
     Batch-norm statistics and the random state stay as they are.
 
     Args:
         encoder: images -> features.
         method: the encoder's method that takes them.
-        image_channels: where the encoder's first convolution doesn't show it.
-        image_size: side of the blank image, or its height and width, where the encoder accepts one
-            size alone and no attribute of it says which.
+        image_channels: channels of the image; by default what the first convolution takes.
+        image_size: side of the blank image, or its height and width; by default what an attribute
+            of the encoder says, or else 64.
         features: takes the feature from what the encoder returns.
 
     Returns:
@@ -95,29 +101,25 @@ def encoder_shape(
     if not callable(call):
         raise ValueError(
             f"expected backbone_method= to name a method of {type(encoder).__name__}, "
-            f"got {method!r}"
+            f"got {method!r}. Pass the name of the method that the training step calls."
         )
-    channels = image_channels or _first_conv_channels(encoder)
+    convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
+    channels = image_channels or next((m.in_channels for m in convolutions), 3)
     size = image_size or _declared_image_size(encoder) or 64
     like = next(encoder.parameters(), torch.empty(0))
     height, width = (size, size) if isinstance(size, int) else size
     blank = torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
     try:
-        with evaluating(encoder), _undrawn(like.device), torch.no_grad():
+        drawn = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
+        with evaluating(encoder), drawn, torch.no_grad():
             output = call(blank)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
-            f"expected an encoder that takes images {tuple(blank.shape)}, but {error}; "
-            "image_size= and image_channels= tell what it takes"
+            f"expected an encoder that takes images {tuple(blank.shape)}, but {error}. "
+            "Pass image_size= and image_channels= of the images that it takes."
         ) from error
-    feature = as_feature(take_tensor(output, features))
+    feature = as_feature(take_feature(output, features))
     return EncoderShape(channels, feature.shape[channel_dim(feature)], feature.ndim)
-
-
-def _first_conv_channels(encoder: nn.Module) -> int:
-    convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
-    first = next(convolutions, None)
-    return 3 if first is None else first.in_channels
 
 
 def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
@@ -129,26 +131,6 @@ def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
             if isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]:
                 return size[0], size[1]
     return None
-
-
-@contextmanager
-def evaluating(encoder: object) -> Iterator[None]:
-    """Eval mode for a while; each submodule gets back the mode it had."""
-    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _undrawn(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _describe(value: Any) -> str:

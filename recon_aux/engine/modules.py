@@ -1,86 +1,12 @@
-"""Find the encoder, its copies and the heads in a model, by a framework's conventions."""
+"""Find modules in a model: by name, copies of an encoder, momentum heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
+from collections.abc import Sequence
+from os.path import commonprefix
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """How a framework names what its methods are made of.
-
-    Args:
-        backbones: names of the encoder, the likeliest first.
-        is_head: whether a submodule, given with its dotted name, takes the encoder's features.
-        defaults: options of a method that aren't the usual ones, its ``weight`` first.
-        refused: class names of methods without two views, each with the reason.
-    """
-
-    backbones: Sequence[str]
-    is_head: Callable[[str, nn.Module], bool]
-    defaults: Callable[[nn.Module], dict[str, Any]]
-    refused: Mapping[str, str]
-
-    def refuse(self, method: type) -> None:
-        """Say no to the class of a method without two views.
-
-        Raises:
-            TypeError: that names the method and the reason.
-        """
-        for name in (base.__name__ for base in method.__mro__):
-            if name in self.refused:
-                raise TypeError(
-                    f"expected a method that encodes two views, got {method.__name__}, which "
-                    f"{self.refused[name]}"
-                )
-
-    def find_encoder(self, model: nn.Module) -> nn.Module:
-        """Find the encoder that is trained, among the direct submodules.
-
-        Raises:
-            ValueError: that lists the submodules, if none has a name that means an encoder.
-        """
-        children = dict(model.named_children())
-        similar = [child for child in children if any(name in child for name in self.backbones)]
-        for name in [*self.backbones, *similar]:
-            child = children.get(name)
-            if child is not None and any(p.requires_grad for p in child.parameters()):
-                return child
-        raise ValueError(
-            f"expected a trainable encoder named one of {tuple(self.backbones)} in "
-            f"{type(model).__name__}; backbone= tells which it is, of these: "
-            f"{describe_children(model)}"
-        )
-
-    def find_heads(self, model: nn.Module) -> list[nn.Module]:
-        """Find the heads, those of momentum encoders too; nothing within a head is one.
-
-        Raises:
-            ValueError: that lists the submodules, if there is none.
-        """
-        heads: list[nn.Module] = []
-
-        def walk(parent: nn.Module, prefix: str) -> None:
-            for name, child in parent.named_children():
-                if self.is_head(prefix + name, unwrap(child)):
-                    several = type(child) in (nn.ModuleList, nn.ModuleDict)
-                    heads.extend(map(_averaged, child.children() if several else [child]))
-                else:
-                    walk(child, f"{prefix}{name}.")
-
-        walk(model, "")
-        if not heads:
-            raise ValueError(
-                f"expected a projection head in {type(model).__name__}, found none; heads= tells "
-                f"which modules take the encoder's features, of these: {describe_children(model)}"
-            )
-        return heads
 
 
 def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Module:
@@ -127,7 +53,11 @@ def find_momentum_heads(
     that are alike, a projection head and a predictor, say, the first frozen one is the first
     trained one's.
     """
-    around = [module for module in model.modules() if _is_around(module, momentum_encoders)]
+    around = [
+        module
+        for module in model.modules()
+        if any(e is not module and e in set(module.modules()) for e in momentum_encoders)
+    ]
     if not around:
         return []
     modules = dict(model.named_modules())
@@ -162,29 +92,14 @@ def _analogous(name: str, copy: str, other: str) -> list[str]:
         >>> _analogous("backbone", "backbone_ema", "projector")
         ['projector_ema', '_emaprojector']
     """
-    start = _shared(name, copy)
-    end = _shared(name[start:][::-1], copy[start:][::-1])
+    # letters are compared, not the parts of a path
+    start = len(commonprefix([name, copy]))  # noqa: RUF071
+    end = len(commonprefix([name[start:][::-1], copy[start:][::-1]]))  # noqa: RUF071
     was, now = name[start : len(name) - end], copy[start : len(copy) - end]
     if was:
         return [other.replace(was, now, 1)] if was in other else []
     within = [other[:start] + now + other[start:]] if other.startswith(name[:start]) else []
     return [*within, other + now, now + other]
-
-
-def _shared(name: str, other: str) -> int:
-    """Count the letters at the start that two names share."""
-    pairs = zip(name, other, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _averaged(module: nn.Module) -> nn.Module:
-    """Look into an average of weights, torch's or timm's: it may be called, or its module."""
-    is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
-    return module.get_submodule("module") if is_average else module
-
-
-def _is_around(module: nn.Module, encoders: Sequence[nn.Module]) -> bool:
-    return any(e is not module and any(e is m for m in module.modules()) for e in encoders)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -193,6 +108,12 @@ def unwrap(module: nn.Module) -> nn.Module:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = module.module
     return unwrap(inner) if isinstance(inner, nn.Module) else module
+
+
+def averaged(module: nn.Module) -> nn.Module:
+    """Look into an average of weights, torch's or timm's: it may be called, or its module."""
+    is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
+    return module.get_submodule("module") if is_average else module
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Where the decoder's parameters stand in the optimizers and schedules that a model configures."""
+"""Put the decoder's parameters into the optimizers and schedules that a model configures."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from recon_aux.engine.updates import watch_optimizer
 from recon_aux.task.checks import check_nonnegative
 
 Group = dict[str, Any]
 
-# what a group and a scheduler's lists, one entry for each group, may hold
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-_LISTS_OF_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
-_OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 
-
-class Settings(NamedTuple):
+class DecoderGroup(NamedTuple):
     """The decoder's learning rate and weight decay, where they aren't the encoder's.
 
-    ``lr`` is its base: what it is where a schedule has the encoder's at its own.
+    ``lr`` is its base: its value where a schedule has the encoder's at its own base.
     """
 
     lr: float | None = None
@@ -43,20 +39,20 @@ class Settings(NamedTuple):
         return {option: value for option, value in self._asdict().items() if value is not None}
 
 
-def enroll(
-    configured: Any, decoder: nn.Module, encoders: Sequence[nn.Module], settings: Settings
+def add_decoder_params(
+    configured: Any, decoder: nn.Module, encoders: Sequence[nn.Module], own: DecoderGroup
 ) -> None:
     """Put the decoder's parameters where the encoder's are, unless they have a place.
 
-    They join the groups of the encoder's like, weights with weights, biases and norms with biases
-    and norms, so that they follow the same schedule and the same exceptions from weight decay.
-    With settings of their own they move to groups of their own, on the same schedule.
+    Weights join a group of the encoder's weights. Biases and norms join a group of its biases and
+    norms. So they follow the same schedule and the same exceptions from weight decay. With
+    settings of their own they get groups of their own, on the same schedule.
 
     Args:
         configured: what ``configure_optimizers`` returned, in any form that Lightning takes.
         decoder: whose parameters may have no place.
         encoders: whose parameters show it.
-        settings: the decoder's own.
+        own: the decoder's own settings.
 
     Raises:
         ValueError: if there is no optimizer, or a scheduler that can't take one more group.
@@ -65,39 +61,47 @@ def enroll(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if not groups:
         raise ValueError(
-            "expected configure_optimizers to return an optimizer, which is to train the "
-            f"decoder, got {type(configured).__name__}"
+            "expected configure_optimizers to return an optimizer, which is to train the decoder, "
+            f"got {type(configured).__name__}. Return an optimizer."
         )
-    placed = {id(p) for group in groups for p in group["params"]}
-    joined = set()
-    for name, parameter in decoder.named_parameters():
-        if parameter.requires_grad and id(parameter) not in placed:
-            # joining a group, rather than adding one, keeps schedulers that were built before right
-            home = _home(groups, encoders, vector=parameter.ndim < 2)
-            home["params"].append(parameter)
-            joined.add(id(parameter))
-            if "param_names" in home:
-                home["param_names"].append(f"recon_aux.{name}")
     ours = {id(p) for p in decoder.parameters()}
+    if own.given():
+        for group in groups:
+            _take_out(group, ours, own)
+    placed = {id(p) for group in groups for p in group["params"]}
+    joining = [
+        (name, parameter)
+        for name, parameter in decoder.named_parameters()
+        if parameter.requires_grad and id(parameter) not in placed
+    ]
+    # joining a group, rather than adding one, keeps schedulers that were built before right
+    homes = {v: _home(groups, encoders, vector=v) for v in {p.ndim < 2 for _, p in joining}}
+    if own.given():
+        homes = _own_groups(homes, optimizers, list(_schedulers(configured)), own)
+    for name, parameter in joining:
+        home = homes[parameter.ndim < 2]
+        home["params"].append(parameter)
+        if "param_names" in home:
+            home["param_names"].append(f"recon_aux.{name}")
     for optimizer in optimizers:
-        if settings.given():
-            _move_to_own_groups(optimizer, ours, settings, list(_schedulers(configured)))
-        hooked = _with_hooks(optimizer)
-        # timm's Lookahead has no such hooks, and doesn't go on from a bare run
-        if hasattr(hooked, "_optimizer_load_state_dict_pre_hooks"):
-            hooked.register_load_state_dict_pre_hook(_FillIn(ours))
-        trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        takes_notice = _TakesNotice(
-            [p for p in params if id(p) in joined], [p for p in params if id(p) in trained]
-        )
-        hooked.register_step_pre_hook(takes_notice.before)
-        hooked.register_step_post_hook(takes_notice.after)
-        if settings.lr is not None:
-            likes = _likes(optimizer.param_groups, ours, encoders)
-            # now, before a checkpoint brings rates that a schedule has come far with
-            bases = {own: _base(optimizer.param_groups[like]) for own, like in likes.items()}
-            hooked.register_step_pre_hook(_InProportion(settings.lr, likes, bases))
+        _add_hooks(optimizer, ours, {id(p) for _, p in joining}, encoders, own)
+
+
+def _take_out(group: Group, ours: set[int], own: DecoderGroup) -> None:
+    """Take the decoder's parameters out of a group that is not theirs alone."""
+    is_ours = [id(p) in ours for p in group["params"]]
+    if is_ours and all(is_ours):
+        base = _base(group)
+        if own.lr is not None and not math.isclose(base, own.lr, rel_tol=1e-6):
+            raise ValueError(
+                "expected decoder_lr= or a group of the decoder's own in configure_optimizers, "
+                f"got both, decoder_lr={own.lr} and a group with {base}. Leave one of them out."
+            )
+        return
+    for key in ("params", "param_names"):
+        if key in group:
+            pairs = zip(group[key], is_ours, strict=True)
+            group[key][:] = [value for value, is_our in pairs if not is_our]
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
@@ -112,43 +116,27 @@ def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: boo
     return max(groups, key=alike)
 
 
-def _move_to_own_groups(
-    optimizer: Any, ours: set[int], settings: Settings, schedulers: Sequence[Any]
-) -> None:
-    """Take the decoder's parameters out of the encoder's groups."""
-    for index, group in enumerate(list(optimizer.param_groups)):
-        is_ours = [id(p) in ours for p in group["params"]]
-        if is_ours and all(is_ours) and settings.lr is not None:
-            base = _base(group)
-            if not math.isclose(base, settings.lr, rel_tol=1e-6):
-                raise ValueError(
-                    "expected decoder_lr= or a group of the decoder's own in configure_optimizers, "
-                    f"got both, decoder_lr={settings.lr} and a group with {base}"
-                )
-        if not any(is_ours) or all(is_ours):
-            continue
-        moved = [p for p in group["params"] if id(p) in ours]
-        elsewhere = any(
-            id(p) in ours and p.ndim > 1
-            for other in optimizer.param_groups
-            if other is not group
-            for p in other["params"]
-        )
-        only_vectors = all(p.ndim < 2 for p in moved)
-        own = _own_group(optimizer, index, settings, schedulers)
-        if only_vectors and elsewhere and not group.get("weight_decay"):
-            # biases and norms that are exempt from weight decay stay so
-            own["weight_decay"] = group.get("weight_decay", 0)
-        own["params"] = moved
-        group["params"][:] = [p for p in group["params"] if id(p) not in ours]
-        if "param_names" in group:
-            names = list(zip(group["param_names"], is_ours, strict=True))
-            own["param_names"] = [name for name, is_our in names if is_our]
-            group["param_names"][:] = [name for name, is_our in names if not is_our]
+def _own_groups(
+    homes: dict[bool, Group],
+    optimizers: Sequence[Any],
+    schedulers: Sequence[Any],
+    own: DecoderGroup,
+) -> dict[bool, Group]:
+    """Add groups of the decoder's own, like its weights' home and its biases' and norms'."""
+    weights, vectors = homes.get(False), homes.get(True)
+    like = {id(home): home for home in homes.values()}
+    new = {key: _own_group(home, optimizers, schedulers, own) for key, home in like.items()}
+    if weights and vectors and weights is not vectors and not vectors.get("weight_decay"):
+        # biases and norms that are exempt from weight decay stay so
+        new[id(vectors)]["weight_decay"] = vectors.get("weight_decay", 0)
+    return {vector: new[id(home)] for vector, home in homes.items()}
 
 
-def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Sequence[Any]) -> Group:
-    """Add an empty group that follows the schedule of the one with an index."""
+def _own_group(
+    like: Group, optimizers: Sequence[Any], schedulers: Sequence[Any], own: DecoderGroup
+) -> Group:
+    """Add an empty group that follows the schedule of another."""
+    optimizer = next(o for o in optimizers if any(like is group for group in o.param_groups))
     schedulers = [s for s in schedulers if s.optimizer is optimizer]
     for scheduler in schedulers:
         if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
@@ -157,21 +145,56 @@ def _own_group(optimizer: Any, index: int, settings: Settings, schedulers: Seque
                 f"decoder_weight_decay= is given, got a {type(scheduler).__name__}; instead let "
                 "configure_optimizers make a group of self.recon_aux.parameters()"
             )
-    like, groups = optimizer.param_groups[index], len(optimizer.param_groups)
-    ratio = 1.0 if settings.lr is None else _ratio(settings.lr, like)
-    rates = {key: like[key] * ratio for key in _RATES if key in like}
-    decay = {"weight_decay": settings.weight_decay} if settings.weight_decay is not None else {}
+    size = len(optimizer.param_groups)
+    index = next(i for i, group in enumerate(optimizer.param_groups) if group is like)
+    ratio = 1.0 if own.lr is None else _ratio(own.lr, _base(like))
+    rates = {key: value * ratio for key, value in like.items() if _is_rate(key, value)}
+    decay = {"weight_decay": own.weight_decay} if own.weight_decay is not None else {}
     names = [group.get("name") for group in optimizer.param_groups]
     name = "recon_aux" if "recon_aux" not in names else "recon_aux_biases_and_norms"
-    own: Group = {**like, **rates, **decay, "name": name}
-    optimizer.param_groups.append(own)
+    empty: Group = {key: [] for key in ("params", "param_names") if key in like}
+    new: Group = {**like, **rates, **decay, **empty, "name": name}
+    optimizer.param_groups.append(new)
     for scheduler in schedulers:
-        for name in (*_LISTS_OF_RATES, *_OTHER_LISTS):
-            values = getattr(scheduler, name, None)
-            if isinstance(values, list) and len(values) == groups:
-                is_rate = name in _LISTS_OF_RATES
-                values.append(values[index] * ratio if is_rate else values[index])
-    return own
+        for key, values in vars(scheduler).items():
+            # one entry for each group; whole numbers are milestones
+            if isinstance(values, list) and len(values) == size:
+                value = values[index]
+                if _is_rate(key.removesuffix("s"), value):
+                    values.append(value * ratio)
+                elif isinstance(value, float) or callable(value):
+                    values.append(value)
+    return new
+
+
+def _add_hooks(
+    optimizer: Any,
+    ours: set[int],
+    joined: set[int],
+    encoders: Sequence[nn.Module],
+    own: DecoderGroup,
+) -> None:
+    """Let an optimizer load a bare run's state, keep rates in proportion, and be checked."""
+    hooked = _with_hooks(optimizer)
+    # timm's Lookahead has no such hooks, and can't continue a bare run
+    if hasattr(hooked, "_optimizer_load_state_dict_pre_hooks"):
+        hooked.register_load_state_dict_pre_hook(_fill_in(ours))
+    trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
+    params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    watch_optimizer(
+        hooked,
+        [p for p in params if id(p) in ours],
+        [p for p in params if id(p) in trained],
+        joined=any(id(p) in joined for p in params),
+    )
+    if own.lr is not None:
+        keep = _in_proportion(own.lr, optimizer.param_groups, ours, encoders)
+        hooked.register_step_pre_hook(keep)
+
+
+def _is_rate(key: str, value: Any) -> bool:
+    """Whether a group's entry is a learning rate: ``lr``, ``max_lr``, ``initial_lr``, ..."""
+    return (key == "lr" or key.endswith("_lr")) and isinstance(value, (int, float, Tensor))
 
 
 def _base(group: Group) -> float:
@@ -179,103 +202,59 @@ def _base(group: Group) -> float:
     return float(next(group[key] for key in ("max_lr", "initial_lr", "lr") if key in group))
 
 
-def _ratio(lr: float, like: Group) -> float:
+def _ratio(lr: float, base: float) -> float:
     """Give the proportion of the decoder's learning rate to the encoder's."""
-    if not (base := _base(like)):
+    if not base:
         raise ValueError(
-            f"expected the encoder's learning rate above 0 where decoder_lr= is given, got {base}"
+            f"expected the encoder's learning rate above 0 where decoder_lr= is given, got {base}. "
+            "Leave decoder_lr= out, or give the encoder a learning rate."
         )
     return lr / base
 
 
 def _with_hooks(optimizer: Any) -> Any:
     """Find torch's optimizer in a wrapper that some frameworks put around it."""
-    # LARSWrapper passes for an Optimizer, so isinstance doesn't tell
+    # LARSWrapper passes for an Optimizer, so isinstance doesn't help
     while not hasattr(optimizer, "register_step_pre_hook"):
         inner = getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None)
         if inner is None:
-            raise TypeError(f"expected one of torch's optimizers, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"expected one of torch's optimizers, got {type(optimizer).__name__}. Return one "
+                "from configure_optimizers."
+            )
         optimizer = inner
     return optimizer
 
 
-def _likes(
-    groups: Sequence[Group], ours: set[int], encoders: Sequence[nn.Module]
-) -> dict[int, int]:
-    """Say for each group of the decoder's own which of the encoder's it is to follow."""
+def _in_proportion(
+    lr: float, groups: Sequence[Group], ours: set[int], encoders: Sequence[nn.Module]
+) -> Callable[..., None]:
+    """Keep the decoder's learning rate in proportion to the encoder's, whatever the schedule."""
     others = [g for g in groups if not any(id(p) in ours for p in g["params"])]
-    own = [g for g in groups if g["params"] and all(id(p) in ours for p in g["params"])]
     index = {id(group): i for i, group in enumerate(groups)}
+    pairs = []
+    for own, group in enumerate(groups):
+        if others and group["params"] and all(id(p) in ours for p in group["params"]):
+            like = _home(others, encoders, vector=all(p.ndim < 2 for p in group["params"]))
+            # now, before a checkpoint brings rates that a schedule has come far with
+            pairs.append((own, index[id(like)], _base(like)))
 
-    def like(group: Group) -> Group:
-        return _home(others, encoders, vector=all(p.ndim < 2 for p in group["params"]))
-
-    return {index[id(group)]: index[id(like(group))] for group in own} if others else {}
-
-
-class _InProportion:
-    """Keeps the decoder's learning rate in proportion to the encoder's, whatever the schedule."""
-
-    def __init__(self, lr: float, likes: dict[int, int], bases: dict[int, float]) -> None:
-        self.lr = lr
-        self.likes = likes
-        self.bases = bases
-
-    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Set it before a step."""
-        for own, like in self.likes.items():
+    def set_rates(optimizer: Any, args: Any, kwargs: Any) -> None:
+        for own, like, base in pairs:
             group = optimizer.param_groups[like]
-            # a schedule that was made later may have a maximum; what else notes an initial rate,
+            # a schedule that was made later may have a maximum. What else notes an initial rate,
             # as Lightning's search for one, means no base
-            ratio = _ratio(self.lr, {"lr": group.get("max_lr", self.bases[own])})
+            ratio = _ratio(lr, float(group.get("max_lr", base)))
             optimizer.param_groups[own]["lr"] = group["lr"] * ratio
 
-
-class _TakesNotice:
-    """Sees to it that an optimizer takes notice of parameters that joined those it was made of."""
-
-    def __init__(self, joined: list[Tensor], encoders: list[Tensor]) -> None:
-        self.joined = joined
-        self.encoders = encoders
-        self.seen = (0, 0)
-        self.settled = not joined
-
-    def before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Note what a step is about to change."""
-        if not self.settled:
-            self.seen = self._versions()
-
-    def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """See what a step changed, until it was both."""
-        if self.settled:
-            return
-        both = zip(self._versions(), self.seen, strict=True)
-        joined, encoders = (now != before for now, before in both)
-        self.settled = joined
-        if encoders and not joined and any(p.grad is not None for p in self.joined):
-            raise RuntimeError(
-                "expected the optimizer to train the decoder, whose parameters joined the "
-                f"encoder's in its groups, got a {type(optimizer).__name__} that trains those "
-                "alone that it was made of; list self.recon_aux.parameters() with them in "
-                "configure_optimizers"
-            )
-
-    def _versions(self) -> tuple[int, int]:
-        joined, encoders = (sum(p._version for p in x) for x in (self.joined, self.encoders))
-        return joined, encoders
+    return set_rates
 
 
-class _FillIn:
-    """Lets an optimizer with the decoder go on from the saved state of one without."""
+def _fill_in(ours: set[int]) -> Callable[[Any, dict[str, Any]], dict[str, Any] | None]:
+    """Let an optimizer with the decoder load the saved state of one without."""
 
-    def __init__(self, ours: set[int]) -> None:
-        self.ours = ours
-
-    def __call__(self, optimizer: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Fill in the decoder's parameters, whose own state then starts anew."""
+    def fill_in(optimizer: Any, state: dict[str, Any]) -> dict[str, Any] | None:
         groups, saved = optimizer.param_groups, state["param_groups"]
-        bare = [sum(id(p) not in self.ours for p in group["params"]) for group in groups]
-        sizes = [len(group["params"]) for group in saved]
         if len(saved) != len(groups):
             own = [group for group in [*groups, *saved] if "recon_aux" in str(group.get("name"))]
             raise ValueError(
@@ -285,16 +264,21 @@ class _FillIn:
                 "decoder_weight_decay= that it was saved with, or load the model's state_dict alone"
                 * bool(own)
             )
+        bare = [sum(id(p) not in ours for p in group["params"]) for group in groups]
+        sizes = [len(group["params"]) for group in saved]
         if sizes != bare or sizes == [len(group["params"]) for group in groups]:
             return None
+        # the decoder's own state starts anew
         new = count(1 + max(index for group in saved for index in group["params"]))
         filled = []
         for group, old in zip(groups, saved, strict=True):
             following = iter(old["params"])
-            params = [next(new if id(p) in self.ours else following) for p in group["params"]]
+            params = [next(new if id(p) in ours else following) for p in group["params"]]
             names = {"param_names": group["param_names"]} if "param_names" in old else {}
             filled.append({**old, **names, "params": params})
         return {**state, "param_groups": filled}
+
+    return fill_in
 
 
 def _schedulers(configured: Any) -> Iterator[Any]:

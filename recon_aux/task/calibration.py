@@ -1,4 +1,4 @@
-"""Units that the first batch sets: how views' pixels vary."""
+"""Units that the first batch sets: the mean and spread of pixels."""
 
 from __future__ import annotations
 
@@ -8,81 +8,71 @@ from typing import TypeVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-Own = TypeVar("Own", bound="Calibrated")
+from recon_aux.task.distributed import agree, are_many, mean_over_processes
+
+Self = TypeVar("Self", bound="Calibrated")
 
 
 class Calibrated(nn.Module):
-    """A module whose buffers the first batch sets.
+    """A module whose buffers the first batch sets; they stay fixed from then on.
 
-    They are saved with the model, and kept from then on. Processes that train together set them by
-    all their batches; they stay in float32 in a model of half precision.
+    The buffers are saved with the model. Processes that train together set them by all their
+    batches. They stay in float32 in a model of half precision.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # no buffer: asking for it would wait for the device
+        # a plain bool: reading a buffer would wait for the GPU
         self.calibrated = False
         self._agreed = False
 
     @abstractmethod
     def _measure(self, images: Tensor) -> bool:
-        """Set the buffers; say whether the images were fit for that."""
+        """Set the buffers; return False, and set none, if images don't vary or aren't finite."""
 
     @torch.no_grad()
     def _calibrate(self, images: Tensor) -> None:
-        self._agree()
+        if are_many() and not self._agreed:
+            # once: one process alone may have loaded the buffers
+            self._agreed = True
+            self.calibrated = agree(list(self.buffers(recurse=False)), self.calibrated)
         if not self.calibrated:
             self.calibrated = self._measure(images)
 
-    def _agree(self) -> None:
-        """Take the buffers over where one process alone has loaded them."""
-        if self._agreed or not are_many():
-            return
-        self._agreed = True
-        buffers = list(self.buffers(recurse=False))
-        knowing = buffers[0].new_tensor(float(self.calibrated))
-        distributed.all_reduce(knowing)
-        if 0 < knowing < distributed.get_world_size():
-            for buffer in buffers:
-                buffer.mul_(float(self.calibrated))
-                distributed.all_reduce(buffer)
-                buffer.div_(knowing)
-            self.calibrated = True
-
-    def _apply(self: Own, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Own:
-        """Move to a device, but keep the type."""
-        moved: Own = super()._apply(  # type: ignore[no-untyped-call]
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device, but keep float32."""
+        moved: Self = super()._apply(  # type: ignore[no-untyped-call]
             lambda x: fn(x) if x.is_meta else x.to(fn(x).device), recurse
         )
         return moved
 
     def get_extra_state(self) -> Tensor:
-        """Save whether the buffers are set, as a tensor, which averages of weights can take."""
+        """Return whether the buffers are set, as a tensor, which averages of weights can take."""
         return torch.tensor([self.calibrated], dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore whether the buffers are set."""
+        """Load what :meth:`get_extra_state` returned."""
         self.calibrated = bool(state.any())
 
 
-class PixelScale(Calibrated):
-    """Whitens pixels over their channels, by the statistics of the first batch it sees.
+class ChannelWhitening(Calibrated):
+    """Whiten pixels over their channels, by the mean and covariance of the first batch.
 
-    The loss then means the same whatever units the views come in, and colour counts as much as
-    brightness, which varies far more in photographs.
+    The loss then doesn't depend on the views' units. Colour counts as much as brightness, which
+    varies far more in photographs.
 
     Args:
         channels: C.
         floor: added to the variance of each direction in colour space, as a fraction of the
-            largest, so that channels which carry only noise stay small.
+            largest variance. Channels that carry only noise then stay small.
 
     Example:
-        >>> scale = PixelScale(3)
+        >>> whitening = ChannelWhitening(3)
         >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
-        >>> white = scale.whiten(views)
-        >>> torch.allclose(scale.restore(white), views, atol=1e-3)
+        >>> white = whitening.whiten(views)
+        >>> torch.allclose(whitening.restore(white), views, atol=1e-3)
         True
     """
 
@@ -98,14 +88,13 @@ class PixelScale(Calibrated):
         self.register_buffer("from_white", torch.eye(channels, dtype=torch.float32))
 
     def whiten(self, images: Tensor) -> Tensor:
-        """Views' units -> white, ``(B, C, H, W)`` in float32; the first call sets the scale."""
+        """Whiten ``(B, C, H, W)`` in float32. The first call sets the units."""
         self._calibrate(images)
         return torch.einsum("ij,bjhw->bihw", self.to_white, images - self.mean)
 
     def restore(self, white: Tensor) -> Tensor:
-        """White -> views' units, ``(B, C, H, W)`` in float32."""
-        white = torch.einsum("ij,bjhw->bihw", self.from_white, white)
-        return white + self.mean
+        """Turn whitened images ``(B, C, H, W)`` back into the views' units, in float32."""
+        return torch.einsum("ij,bjhw->bihw", self.from_white, white) + self.mean
 
     def _measure(self, images: Tensor) -> bool:
         colors = color_axes(images)
@@ -120,15 +109,15 @@ class PixelScale(Calibrated):
 
 
 def color_axes(images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Tell how pixels vary over their channels, in all processes' images.
+    """Find the principal axes of the pixels' colours, over the images of all processes.
 
     Args:
         images: ``(B, C, H, W)``.
 
     Returns:
-        Their mean ``(C,)``, the variance ``(C,)`` along each principal axis, smallest first, and
-        these axes as columns ``(C, C)``, on the CPU in float64. None if pixels don't vary, or
-        aren't finite: blank images must not set units, nor what the loss is about to refuse.
+        The mean colour ``(C,)``, the variance ``(C,)`` along each axis, smallest first, and the
+        axes as columns ``(C, C)``, on the CPU in float64. None if pixels don't vary or aren't
+        finite: blank images must not set units, nor must images that the loss will refuse.
     """
     mean = mean_over_processes(images.mean(dim=(0, 2, 3)), len(images))
     pixels = rearrange(images - mean[:, None, None], "b c h w -> c (b h w)")
@@ -138,20 +127,6 @@ def color_axes(images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     if not torch.isfinite(covariance).all() or covariance.diagonal().max() <= rounding:
         return None
     variance, axes = torch.linalg.eigh(covariance)
-    # an axis has two directions, of which all processes are to take the same
+    # an axis has two directions; all processes must take the same
     largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
     return mean, variance.clamp(min=0), axes * largest.sign()
-
-
-def mean_over_processes(mean: Tensor, count: int) -> Tensor:
-    """Weigh each process's mean with its number of images."""
-    if not are_many():
-        return mean
-    weighted = torch.cat([mean.flatten() * count, mean.new_tensor([count])])
-    distributed.all_reduce(weighted)
-    return (weighted[:-1] / weighted[-1]).view_as(mean)
-
-
-def are_many() -> bool:
-    """Whether processes train together."""
-    return distributed.is_available() and distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Cross-attention fusion decoder: features of two views -> image."""
+"""The cross-attention decoder: features of two views -> image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from recon_aux.task.checks import check_divides, check_whole
+
 
 class Tokenizer(nn.Module):
-    """Make tokens from a feature: several from a pooled vector, one from each position otherwise.
+    """Make tokens of a feature: several of a pooled one, else one of each position.
 
     Args:
-        feature_dim: channels of the feature.
+        feature_dim: D, channels of the feature.
         dim: channels of the tokens.
-        tokens: how many tokens a pooled vector ``(B, D)`` becomes.
+        tokens: how many tokens a pooled feature ``(B, D)`` becomes.
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``.
     """
 
@@ -28,25 +30,23 @@ class Tokenizer(nn.Module):
         self.dim = dim
 
     def forward(self, feature: Tensor) -> Tensor:
-        """``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)`` -> ``(B, tokens, dim)``."""
+        """``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``, any type -> ``(B, tokens, dim)``."""
         if (feature.ndim != 2) != self.spatial:
             expected = "(B, D, H, W) or (B, N, D)" if self.spatial else "pooled, (B, D)"
             raise ValueError(
                 f"expected features {expected}, got {tuple(feature.shape)}; "
-                f"spatial={not self.spatial} builds a decoder for those; attach finds it by a "
-                "blank image, whose side image_size= is to be the images'"
+                f"spatial={not self.spatial} builds a decoder for those"
             )
-        if not self.spatial:
-            vector: Tensor = self.project(self.norm(feature))
-            return rearrange(vector, "b (n d) -> b n d", d=self.dim)
         if feature.ndim == 4:
             feature = rearrange(feature, "b d h w -> b (h w) d")
-        tokens: Tensor = self.project(self.norm(feature))
-        return tokens + _positions(tokens)
+        tokens: Tensor = self.project(self.norm(feature.to(self.norm.weight.dtype)))
+        if self.spatial:
+            return tokens + _positions(tokens)
+        return rearrange(tokens, "b (n d) -> b n d", d=self.dim)
 
 
 def _positions(tokens: Tensor) -> Tensor:
-    """Sine-cosine position code ``(N, dim)``, for any number of tokens."""
+    """Return a sine-cosine position code ``(N, dim)``, for any number of tokens."""
     n, dim = tokens.shape[-2:]
     half = dim // 2
     rate = torch.exp(torch.arange(half, device=tokens.device) * (-math.log(1e4) / max(half, 1)))
@@ -72,7 +72,7 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """``(B, P, dim)`` or ``(1, P, dim)``, ``(B, N, dim)`` -> ``(B, P, dim)``."""
         q = rearrange(self.query(self.norm(queries)), "b p (h d) -> b h p d", h=self.heads)
-        # one copy for all would have a stride of 0, which not every kernel of attention takes
+        # not every attention kernel accepts the stride of 0 that expand makes
         q = q.expand(len(tokens), -1, -1, -1).contiguous()
         k, v = rearrange(self.key_value(tokens), "b n (k h d) -> k b h n d", k=2, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -82,22 +82,22 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionDecoder(nn.Module):
-    """Rebuild a view from its own equivariant feature and the other view's context.
+    """Rebuild a view from its own equivariant feature and from features of the other view.
 
-    Cross-attention blends the features of both views, as in Wang, Krajsek & Scharr (2024, arXiv
-    2412.03314); that learned queries attend to tokens made of them, and each query becomes one
-    patch of the image, is ours.
+    Cross-attention fuses the features of both views, as in Wang, Krajsek & Scharr (2024, arXiv
+    2412.03314). Not in the paper: learned queries attend to tokens that are made of the features,
+    and each query becomes one patch of the image.
 
     Args:
-        equivariant_dim: channels of the feature of the view to rebuild.
-        context_dim: channels of what comes from the other view; 0 is nothing.
+        equivariant_dim: E, channels of the feature of the view to rebuild.
+        context_dim: channels of the other view's feature; with 0 the decoder sees none.
         target_size: height and width of the image, in pixels.
         patch_size: side of the patch that one query becomes, in pixels.
         image_channels: C.
         dim: width of queries and tokens.
         depth: number of cross-attention blocks.
         heads: attention heads.
-        tokens: how many tokens a pooled feature becomes; attention over one is no attention.
+        tokens: how many tokens a pooled feature becomes. Attention needs more than one to choose.
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, one token each.
 
     Raises:
@@ -125,23 +125,11 @@ class CrossAttentionDecoder(nn.Module):
         spatial: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {
-            "target_size": target_size,
-            "patch_size": patch_size,
-            "decoder_dim": dim,
-            "decoder_depth": depth,
-            "decoder_heads": heads,
-            "decoder_tokens": tokens,
-        }
-        for option, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"expected {option}= of 1 or more, got {size}")
-        if target_size % patch_size:
-            raise ValueError(
-                f"expected a patch_size that divides target_size={target_size}, got {patch_size}"
-            )
-        if dim % heads:
-            raise ValueError(f"expected decoder_heads that divide decoder_dim={dim}, got {heads}")
+        sizes = {"target_size": target_size, "patch_size": patch_size, "dim": dim}
+        for name, size in {**sizes, "depth": depth, "heads": heads, "tokens": tokens}.items():
+            check_whole(name, size, least=1)
+        check_divides("patch_size", patch_size, "target_size", target_size)
+        check_divides("heads", heads, "dim", dim)
         self.spatial = spatial
         self.side = target_size // patch_size
         self.patch_size = patch_size
@@ -150,7 +138,7 @@ class CrossAttentionDecoder(nn.Module):
         self.context_tokens = (
             Tokenizer(context_dim, dim, tokens, spatial=spatial) if context_dim else None
         )
-        # tells the two kinds of token apart
+        # added to the tokens of either view, so that attention can tell them apart
         self.source = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.blocks = nn.ModuleList(CrossAttentionBlock(dim, heads) for _ in range(depth))
         self.to_patch = nn.Sequential(
@@ -158,25 +146,25 @@ class CrossAttentionDecoder(nn.Module):
         )
 
     def forward(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
-        """Decode.
+        """Rebuild images.
 
         Args:
-            equivariant: from the view to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
-            context: from the other view, likewise; not looked at if ``context_dim`` is 0.
+            equivariant: of the views to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
+            context: of the other views, likewise; ignored if ``context_dim`` is 0.
 
         Returns:
-            The image ``(B, C, target_size, target_size)``.
+            ``(B, C, target_size, target_size)``.
 
         Raises:
-            ValueError: if a feature's rank isn't what ``spatial`` says, or context is missing.
+            ValueError: if a feature's rank doesn't fit ``spatial``, or context is missing.
         """
         tokens = self.equivariant_tokens(equivariant) + self.source[0]
         if self.context_tokens is not None:
             if context is None:
-                raise ValueError("expected context from the other view, as context_dim says")
+                raise ValueError("expected context from the other view, since context_dim isn't 0")
             other = self.context_tokens(context) + self.source[1]
             tokens = torch.cat([tokens, other], dim=1)
-        # the same for every image, so they are projected once
+        # one set for all images: the first block projects it once
         queries = self.queries[None]
         for block in self.blocks:
             queries = block(queries, tokens)

@@ -1,4 +1,4 @@
-"""Where do edges run, and which way? Histograms of a view's gradients, cell by cell."""
+"""Where edges run in a view, and which way: histograms of its gradients, cell by cell."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recon_aux.task.terms.prediction import Told
+from recon_aux.task.terms.prediction import PredictionTarget
 
-# along each side of the image
-_CELLS = 8
-_DIRECTIONS = 8
-# of the images, which may be larger, in pixels
+# cells along each side of the image, and directions in each cell
+_CELLS, _DIRECTIONS = 8, 8
+# side to which larger images are reduced, in pixels
 _SIDE = 32
-# of steepness, below which it is noise
+# of steepness; below it edges are noise
 _FLOOR = 0.01
 
 
-class Edges(Told):
-    """In each of 8 x 8 cells, how steep the image is in each of 8 directions, as a logarithm.
+class Edges(PredictionTarget):
+    """How steep an image is in each of 8 x 8 cells and each of 8 directions, as a logarithm.
 
-    From pixels one reads colours far sooner than poses; from these numbers poses, even without an
-    encoder. A reconstruction with a small squared error is smooth and has few edges.
+    A linear map reads poses from these numbers, even without an encoder. From pixels it reads
+    colours far sooner than poses. A reconstruction with a small squared error is smooth, so it has
+    few edges.
 
-    Not in Wang, Krajsek & Scharr; histograms of oriented gradients (Dalal & Triggs, CVPR 2005) as
-    what is to be told are those of Wei et al., "Masked Feature Prediction", CVPR 2022.
+    Not in Wang, Krajsek & Scharr. Histograms of oriented gradients are by Dalal & Triggs (CVPR
+    2005). Wei et al. predict them ("Masked Feature Prediction", CVPR 2022).
 
     Example:
         >>> Edges()(torch.rand(4, 3, 32, 32)).shape
@@ -34,7 +34,7 @@ class Edges(Told):
     """
 
     def __init__(self) -> None:
-        # a direction's cells share their units, which a small first batch can tell
+        # all cells of a direction share one unit: a small first batch is enough to set it
         super().__init__(_CELLS**2 * _DIRECTIONS, units=_DIRECTIONS)
 
     def plain(self, images: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ class Edges(Told):
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
         x = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
         y = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-        # of the channel where it is steepest
+        # at each pixel the channel counts that is steepest there
         steepness, channel = torch.hypot(x, y).max(dim=1, keepdim=True)
         turn = torch.atan2(y.gather(1, channel), x.gather(1, channel))
-        # a place that is no number would end the process on a GPU
+        # NaN as an index would abort the process on a GPU
         turn = (turn * (_DIRECTIONS / (2 * math.pi))).nan_to_num()
-        # between the two nearest directions, around the circle
+        # the two nearest directions share the steepness
         share = turn - turn.floor()
         near = turn.floor().long() % _DIRECTIONS
         steep = images.new_zeros(len(images), _DIRECTIONS, *images.shape[2:])

@@ -1,8 +1,7 @@
-"""How far is a reconstruction from the view it rebuilds?"""
+"""The error between a reconstruction and the view that it rebuilds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -10,21 +9,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from recon_aux.task.checks import check_nonnegative
+from recon_aux.task.checks import check_choice, check_nonnegative
 
 LossKind = Literal["mse", "l1", "smooth_l1"]
-
-_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": F.mse_loss,
-    "l1": F.l1_loss,
-    "smooth_l1": F.smooth_l1_loss,
-}
 
 
 def resize_view(view: Tensor, target_size: int) -> Tensor:
     """Resize a view to ``target_size`` pixels square, antialiased, in float32 without gradient.
 
-    By products, as precise as ``torch.set_float32_matmul_precision`` says.
+    It multiplies matrices, with the precision that ``torch.set_float32_matmul_precision`` sets.
 
     Args:
         view: ``(B, C, H, W)``, any float type.
@@ -59,12 +52,12 @@ class ReconstructionLoss(nn.Module):
 
     Args:
         kind: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
-        structure: weight of a second term, the same error after each patch of both images has
-            been given zero mean and unit variance: what is in a patch, whatever its colour and
-            contrast.
-        normalize_patches: compare to a target whose every patch has been normalised so, the
-            reconstruction as it is (He et al., "Masked Autoencoders", CVPR 2022, section 3).
-        patch_size: side of such a patch, in pixels; divides height and width.
+        structure: weight of a second term: the same error after each patch of both images has been
+            normalised to zero mean and unit variance. It compares what is in a patch, whatever its
+            colour and contrast.
+        normalize_patches: normalise each patch of the target so, but not the reconstruction (He et
+            al., "Masked Autoencoders", CVPR 2022, section 3).
+        patch_size: side of such a patch, in pixels; it must divide height and width.
 
     Raises:
         ValueError: if ``kind`` is none of these or ``structure`` is out of range.
@@ -85,15 +78,14 @@ class ReconstructionLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_nonnegative("structure", structure)
-        if kind not in _KINDS:
-            raise ValueError(f"expected loss= to be one of {get_args(LossKind)}, got {kind!r}")
+        check_choice("loss", kind, get_args(LossKind))
         self.kind = kind
         self.structure = structure
         self.normalize_patches = normalize_patches
         self.patch_size = patch_size
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Compare.
+        """Compare a reconstruction with its target.
 
         Args:
             reconstruction: ``(B, C, H, W)``.
@@ -110,14 +102,15 @@ class ReconstructionLoss(nn.Module):
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
                 f"got {tuple(reconstruction.shape)}"
             )
-        error = _KINDS[self.kind]
+        error = getattr(F, f"{self.kind}_loss")
         got, expected = self._patches(reconstruction.float()), self._patches(target.float())
-        loss = error(got, _normalized(expected, 1e-6) if self.normalize_patches else expected)
+        loss: Tensor = error(
+            got, _normalized(expected, 1e-6) if self.normalize_patches else expected
+        )
         if self.structure:
-            # a flat patch has no structure, only noise, which a smaller floor would blow up
-            loss = loss + self.structure * error(
-                _normalized(got, 0.01), _normalized(expected, 0.01)
-            )
+            # a flat patch has only noise, which a smaller floor would amplify
+            normalized = [_normalized(patches, 0.01) for patches in (got, expected)]
+            loss = loss + self.structure * error(*normalized)
         return loss
 
     def _patches(self, image: Tensor) -> Tensor:
@@ -126,10 +119,8 @@ class ReconstructionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options in the module's printout."""
-        return (
-            f"kind={self.kind!r}, structure={self.structure}, "
-            f"normalize_patches={self.normalize_patches}"
-        )
+        names = ("kind", "structure", "normalize_patches")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _normalized(patches: Tensor, floor: float) -> Tensor:

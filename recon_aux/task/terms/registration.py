@@ -1,4 +1,4 @@
-"""How was the view moved? Registering the other view with it, as two equivariant parts say."""
+"""How a view was moved: the two equivariant parts predict the map from one view to the other."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recon_aux.task.terms.prediction import Readout
+from recon_aux.task.terms.prediction import LinearReadout
 
-# sides of the images that are compared, in pixels: the coarse one pulls from afar
+# sides at which images are compared, in pixels: the coarse one gives a gradient from farther away
 _SIDES = (16, 8)
-
-# how far a pose is from none at the start, of the farthest
+# keeps poses near zero at the start
 _GAIN = 0.3
-
-# of the variance of a standardised image
+# added to the variance of a standardised image
 _FLOOR = 1e-3
 
 Affine = tuple[Tensor, Tensor]
@@ -23,14 +21,15 @@ Affine = tuple[Tensor, Tensor]
 class Registration(nn.Module):
     """Move one view onto the other by an affine map, and compare.
 
-    A linear map of each equivariant part, normalised, gives its view's pose: scale, rotation,
-    stretch, shear and shift against some pose that all images of the kind have in common. Two poses
-    make the map from one view to the other. No parameters of the augmentation are needed: what is
-    right is what makes the images alike. Each view is also tried mirrored left to right, and the
-    better counts, so that such flips need not be known either; flips upside down aren't tried.
+    A linear map of each equivariant part, normalised, predicts its view's pose: scale, rotation,
+    stretch, shear and shift, relative to a pose that all images have in common. Two poses give the
+    map from one view to the other. The augmentation's parameters aren't needed: the right map is
+    the one that makes the images alike. Each view is also tried mirrored left to right, and the
+    better one counts, so such flips need not be known either. Flips upside down aren't tried.
 
-    Not in Wang, Krajsek & Scharr: their decoder has to draw what moved, this one only to say how it
-    moved. As in unsupervised image registration (Balakrishnan et al., "VoxelMorph", IEEE TMI 2019).
+    Not in Wang, Krajsek & Scharr: their decoder must draw what moved; this term must only predict
+    how it moved. The idea is unsupervised image registration (Balakrishnan et al., "VoxelMorph",
+    IEEE TMI 2019).
 
     Args:
         equivariant_dim: E, channels of the equivariant part.
@@ -43,7 +42,7 @@ class Registration(nn.Module):
 
     def __init__(self, equivariant_dim: int) -> None:
         super().__init__()
-        self.pose = Readout(equivariant_dim, 6)
+        self.pose = LinearReadout(equivariant_dim, 6)
 
     def forward(self, equivariant: Tensor, images: Tensor) -> Tensor:
         """Compare each view with the other one, moved.
@@ -51,19 +50,19 @@ class Registration(nn.Module):
         Args:
             equivariant: of the first views, then of the others, ``(2*B, E)``.
             images: the views in the same order, ``(2*B, C, H, W)`` in float32, outside of autocast;
-                no gradient flows back to them.
+                they get no gradient.
 
         Returns:
-            Mean squared difference of the images, each of zero mean and unit variance, as a float32
-            scalar: 0 where one is the other one moved, 2 where they have nothing in common. Its
-            gradient can't be differentiated again.
+            Mean squared difference of the images, each standardised to zero mean and unit variance,
+            as a float32 scalar. It is 0 where one is the other one moved, 2 where they have nothing
+            in common. Its gradient can't be differentiated again.
         """
         pose = self.pose(equivariant)
-        # in the first dimension views as they are and mirrored, in the second first and others: all
-        # at once, since a GPU takes as long to begin an operation as to do it
+        # First dimension: views as they are, and mirrored. Second: first views, and others. All are
+        # computed at once, because on a GPU each launch of an operation costs time.
         matrix, shift = _affine(torch.cat([pose, _mirror(pose)]))
         matrix, shift = matrix.view(2, 2, -1, 2, 2), shift.view(2, 2, -1, 2)
-        # what each target shows is looked for in the other view
+        # maps each target's pixels to places in the other view
         matrix, shift = _compose((matrix.flip(1), shift.flip(1)), _inverse((matrix[0], shift[0])))
         motion = torch.cat([matrix, shift[..., None]], dim=-1).flatten(1, 2)
         found = []
@@ -72,16 +71,16 @@ class Registration(nn.Module):
             others = targets.roll(len(targets) // 2, dims=0)
             both = torch.stack([others, others.flip(-1)])
             found.append(_likeness(both, targets, motion))
-        likeness, pull = (torch.stack(x).mean(dim=0) for x in zip(*found, strict=True))
-        # the same number, with this gradient
-        likeness = likeness + ((motion - motion.detach()) * pull).sum(dim=(-2, -1))
+        likeness, gradient = (torch.stack(x).mean(dim=0) for x in zip(*found, strict=True))
+        # adds 0, and attaches the gradient
+        likeness = likeness + ((motion - motion.detach()) * gradient).sum(dim=(-2, -1))
         return 2 - 2 * likeness.amax(dim=0).mean()
 
 
 def _affine(pose: Tensor) -> Affine:
-    """``(B, 6)`` -> matrix ``(B, 2, 2)``, which never turns an image over, and shift ``(B, 2)``."""
-    # no step throws the view out of the picture, whence no gradient leads back: it starts near no
-    # motion, and ends at a factor of e, a radian, half the width
+    """``(B, 6)`` -> matrix ``(B, 2, 2)`` with a positive determinant, and shift ``(B, 2)``."""
+    # Bounded by a factor of e, a radian, and half the width: a view that left the picture would get
+    # no gradient that leads back.
     log_scale, angle, log_stretch, shear, *shift = torch.tanh(_GAIN * pose).unbind(1)
     scale, stretch = log_scale.exp(), log_stretch.exp()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
@@ -91,7 +90,7 @@ def _affine(pose: Tensor) -> Affine:
 
 
 def _mirror(pose: Tensor) -> Tensor:
-    """Give the pose of the view's mirror image."""
+    """Return the pose of the view's mirror image."""
     scale, angle, stretch, shear, x, y = pose.unbind(1)
     return torch.stack([scale, -angle, stretch, -shear, -x, y], dim=1)
 
@@ -99,7 +98,7 @@ def _mirror(pose: Tensor) -> Tensor:
 def _inverse(affine: Affine) -> Affine:
     matrix, shift = affine
     (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(-2))
-    # torch's would ask the device whether there is one
+    # torch.linalg.inv would wait for the GPU, to see whether the matrix is singular
     inverse = torch.stack([d, -b, -c, a], dim=-1) / (a * d - b * c)[..., None]
     inverse = inverse.view(matrix.shape)
     return inverse, -_times(inverse, shift)
@@ -121,10 +120,10 @@ def _standardized(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _likeness(images: Tensor, targets: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Move square images bilinearly, with zeros around, and tell how like their targets they are.
+    """Move square images bilinearly, with zeros around, and compare them with their targets.
 
-    The gradient is worked out by hand: autograd would take a GPU, which is done with an operation
-    sooner than it is begun, twice as many. ``grid_sample`` has no deterministic one there.
+    The gradient is computed by hand. Autograd would launch twice as many operations, and launching
+    them is what costs time on a GPU. ``grid_sample`` has no deterministic gradient there.
 
     Args:
         images: ``(K, B, C, side, side)``.
@@ -132,18 +131,18 @@ def _likeness(images: Tensor, targets: Tensor, motion: Tensor) -> tuple[Tensor, 
         motion: affine maps, matrix and shift side by side, ``(K, B, 2, 3)``.
 
     Returns:
-        The mean product of standardised images and targets, ``(K, B)``, and its gradient for the
-        maps, ``(K, B, 2, 3)``.
+        The mean product of standardised images and targets, ``(K, B)``, and its gradient with
+        respect to the maps, ``(K, B, 2, 3)``.
     """
     channels, side, _ = images.shape[2:]
     line = (2 * torch.arange(side, device=images.device, dtype=images.dtype) + 1) / side - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     grid = torch.stack([x.flatten(), y.flatten(), torch.ones_like(x).flatten()])
     places = ((motion @ grid + 1) * side - 1) / 2
-    # on a GPU, a place that is no number would end the process
+    # NaN as an index would abort the process on a GPU
     first = places.nan_to_num().floor()
     x, y = (places - first)[:, :, None].unbind(3)
-    # along each axis the two nearest lines of pixels, with one of zeros around
+    # along each axis the two nearest lines of pixels, in images padded by a line of zeros
     step = torch.arange(2, device=images.device)[:, None]
     lines = (first[:, :, :, None] + step).clamp(-1, side).long() + 1
     columns, rows = lines.unbind(2)
@@ -151,7 +150,7 @@ def _likeness(images: Tensor, targets: Tensor, motion: Tensor) -> tuple[Tensor, 
     flat = F.pad(images, (1, 1, 1, 1)).flatten(3)
     corners = flat.gather(3, index.expand(-1, -1, channels, -1))
     upper, upper_right, lower, lower_right = corners.chunk(4, dim=3)
-    # how a pixel changes with its place
+    # derivatives of a moved pixel by its place
     upper_by_x, lower_by_x = upper_right - upper, lower_right - lower
     upper, lower = upper + upper_by_x * x, lower + lower_by_x * x
     by_x, by_y = torch.lerp(upper_by_x, lower_by_x, y), lower - upper
@@ -160,7 +159,7 @@ def _likeness(images: Tensor, targets: Tensor, motion: Tensor) -> tuple[Tensor, 
     scale = (moved.square().mean(dim=(2, 3), keepdim=True) + _FLOOR).rsqrt()
     targets = targets.flatten(2)
     likeness = scale * (moved * targets).mean(dim=(2, 3), keepdim=True)
-    # both are of zero mean, so that a mean's own part in this is none
-    pull = (targets - likeness * scale * moved) * (scale / targets[0].numel())
-    by_place = torch.stack([(pull * by_x).sum(dim=2), (pull * by_y).sum(dim=2)], dim=2) * (side / 2)
-    return likeness[:, :, 0, 0], by_place @ grid.mT
+    # both have zero mean, so the mean's own derivative vanishes
+    by_pixel = (targets - likeness * scale * moved) * (scale / targets[0].numel())
+    by_place = torch.stack([(by_pixel * by_x).sum(dim=2), (by_pixel * by_y).sum(dim=2)], dim=2)
+    return likeness[:, :, 0, 0], (by_place * (side / 2)) @ grid.mT

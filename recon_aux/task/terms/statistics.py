@@ -1,4 +1,4 @@
-"""How was the view coloured and blurred? Statistics of its pixels."""
+"""How a view was coloured and blurred: statistics of its pixels."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recon_aux.task.calibration import color_axes
-from recon_aux.task.terms.prediction import Told
+from recon_aux.task.terms.prediction import PredictionTarget
 
 _OCTAVES = 3
-# of energies, below which they are noise
+# of energies; below it they are noise
 _FLOOR = 1e-4
 
 
-class Statistics(Told):
-    """How an image's pixels vary, which a smooth reconstruction is never asked for.
+class Statistics(PredictionTarget):
+    """How an image's pixels vary. A reconstruction misses this where it is smooth.
 
-    Along each principal axis of colour: the mean, the logarithm of the mean square (along axes of
-    chroma, saturation) and of the energy in each octave of spatial frequency (contrast, sharpness);
-    and of each two axes the correlation (hue). Not in Wang, Krajsek & Scharr.
+    Along each principal axis of colour: the mean (brightness, tint), the logarithm of the mean
+    square (along axes of chroma: saturation), and of the energy in each octave of spatial frequency
+    (contrast, sharpness). For each pair of axes: the correlation (hue). Not in Wang, Krajsek &
+    Scharr.
 
     Args:
         channels: C.
@@ -46,14 +47,14 @@ class Statistics(Told):
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, N)``: means, correlations, energies."""
         images = torch.einsum("cd,bchw->bdhw", self.axes, images)
-        told = [images.mean(dim=(2, 3)), _correlations(images), _log_energies(images)]
+        numbers = [images.mean(dim=(2, 3)), _correlations(images), _log_energies(images)]
         for _ in range(_OCTAVES):
             coarse = F.adaptive_avg_pool2d(images, max(1, images.shape[-1] // 2))
             fine = images - F.interpolate(coarse, images.shape[-2:], mode="nearest")
-            told.append(_log_energies(fine))
+            numbers.append(_log_energies(fine))
             images = coarse
-        told.append(_log_energies(images - images.mean(dim=(2, 3), keepdim=True)))
-        return torch.cat(told, dim=1)
+        numbers.append(_log_energies(images - images.mean(dim=(2, 3), keepdim=True)))
+        return torch.cat(numbers, dim=1)
 
 
 def _log_energies(images: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def _log_energies(images: Tensor) -> Tensor:
 
 
 def _correlations(images: Tensor) -> Tensor:
-    """Tell how alike each two channels are, from -1 to 1: their cosine."""
+    """Return the cosine similarity of each pair of channels, ``(B, C * (C - 1) / 2)``."""
     flat = images.flatten(2)
     flat = flat * (flat.square().sum(dim=2, keepdim=True) + _FLOOR * flat.shape[2]).rsqrt()
     channels = images.shape[1]

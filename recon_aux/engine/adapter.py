@@ -1,0 +1,152 @@
+"""What an integration is written with: a framework's conventions, and one call to attach by them.
+
+``docs/adapters.md`` shows how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from recon_aux.engine.api import Model, attach, attachment_of, refuse_wrapped
+from recon_aux.engine.hooks import MethodHook
+from recon_aux.engine.modules import averaged, describe_children, unwrap
+
+__all__ = ["Conventions", "MethodHook", "attach_by", "decoder_groups"]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How a framework names the parts of its methods.
+
+    Args:
+        backbones: names of the encoder, the likeliest first.
+        is_head: whether a submodule, given with its dotted name, takes the encoder's features.
+        defaults: options for a method, its ``weight`` first; ``"auto"`` where nothing was measured.
+        refused: class names of methods without two views, each with what the method does instead.
+
+    Example:
+        >>> its = Conventions(("trunk",), lambda name, module: name == "neck", lambda m: {}, {})
+        >>> its.find_encoder(nn.ModuleDict({"trunk": nn.Linear(8, 4), "neck": nn.Linear(4, 2)}))
+        Linear(in_features=8, out_features=4, bias=True)
+    """
+
+    backbones: Sequence[str]
+    is_head: Callable[[str, nn.Module], bool]
+    defaults: Callable[[nn.Module], dict[str, Any]]
+    refused: Mapping[str, str]
+
+    def refuse(self, method: type) -> None:
+        """Refuse the class of a method without two views.
+
+        Raises:
+            TypeError: that names the method and the reason.
+        """
+        for name in (base.__name__ for base in method.__mro__):
+            if name in self.refused:
+                raise TypeError(
+                    f"expected a method that encodes two views, got {method.__name__}, which "
+                    f"{self.refused[name]}"
+                )
+
+    def find_encoder(self, model: nn.Module) -> nn.Module:
+        """Find the encoder that is trained, among the direct submodules.
+
+        Raises:
+            ValueError: that lists the submodules, if none has a name that means an encoder.
+        """
+        children = dict(model.named_children())
+        similar = [child for child in children if any(name in child for name in self.backbones)]
+        for name in [*self.backbones, *similar]:
+            child = children.get(name)
+            if child is not None and any(p.requires_grad for p in child.parameters()):
+                return child
+        raise ValueError(
+            f"expected a trainable encoder named one of {tuple(self.backbones)} in "
+            f"{type(model).__name__}. Pass backbone=: one of {describe_children(model)}"
+        )
+
+    def find_heads(self, model: nn.Module) -> list[nn.Module]:
+        """Find the heads, those of momentum encoders too. Nothing within a head is one.
+
+        Raises:
+            ValueError: that lists the submodules, if there is none.
+        """
+        heads: list[nn.Module] = []
+
+        def walk(parent: nn.Module, prefix: str) -> None:
+            for name, child in parent.named_children():
+                if self.is_head(prefix + name, unwrap(child)):
+                    several = type(child) in (nn.ModuleList, nn.ModuleDict)
+                    heads.extend(map(averaged, child.children() if several else [child]))
+                else:
+                    walk(child, f"{prefix}{name}.")
+
+        walk(model, "")
+        if not heads:
+            raise ValueError(
+                f"expected a projection head in {type(model).__name__}, found none. Pass "
+                "heads=[...]: those that take the encoder's features, of these: "
+                f"{describe_children(model)}"
+            )
+        return heads
+
+
+def attach_by(
+    conventions: Conventions,
+    model: Model,
+    *,
+    backbone: str | nn.Module | None = None,
+    heads: Sequence[str | nn.Module] | None = None,
+    weight: float | Literal["auto"] | None = None,
+    **options: Any,
+) -> Model:
+    """Attach, and find by a framework's conventions what isn't given.
+
+    Args:
+        conventions: the framework's.
+        model: as for :func:`recon_aux.attach`.
+        backbone: by default what the conventions find.
+        heads: likewise.
+        weight: of the reconstruction loss; by default the conventions' for this method.
+        options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if the conventions know the method for one without two views.
+        ValueError: if no encoder or no head is found, and as :func:`recon_aux.attach` does.
+    """
+    refuse_wrapped(model)
+    conventions.refuse(type(model))
+    if backbone is None:
+        backbone = conventions.find_encoder(model)
+    if heads is None:
+        heads = [] if options.get("equivariant_dim") == 0 else conventions.find_heads(model)
+    options = {**conventions.defaults(model), **options}
+    if weight is not None:
+        options["weight"] = weight
+    return attach(model, backbone=backbone, heads=heads, **options)
+
+
+def decoder_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Give the decoder as a parameter group, for a framework where modules declare theirs.
+
+    Args:
+        model: one that ``attach`` returned.
+
+    Returns:
+        One group, named ``"recon_aux"``, with the learning rate and weight decay that ``attach``
+        was given; none where nothing is to be trained.
+
+    Raises:
+        ValueError: if nothing is attached.
+    """
+    attached = attachment_of(model)
+    params = [p for p in attached.aux.parameters() if p.requires_grad]
+    group = {"name": "recon_aux", "params": params, **attached.decoder_group.given()}
+    return [group] if params else []

@@ -1,0 +1,333 @@
+"""The first step: find the encoder, the views and the heads that see them, and check all of it.
+
+What was found is a plan. Later steps follow it, and look again only where the step differs. Every
+check of a step and its message stands here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recon_aux.engine.autograd import feed_each_other, gradients_of, gradients_to, past, reached
+from recon_aux.engine.hooks import HeadMask, find_hooks
+from recon_aux.engine.modules import describe_children
+from recon_aux.engine.step import EncoderCall, Step
+from recon_aux.engine.views import (
+    Pair,
+    batch_sizes,
+    candidates,
+    images_in,
+    in_batch_order,
+    is_of,
+    rows_in,
+    two_views,
+)
+from recon_aux.task.splitter import as_feature
+
+if TYPE_CHECKING:
+    from recon_aux.engine.attachment import Attachment
+
+# calls that train: no step of a loop makes as many
+_MANY_CALLS = 32
+
+
+@dataclass
+class Plan:
+    """What the first step found, for the steps after it.
+
+    Attributes:
+        encoder: that is trained.
+        calls: how many calls a step makes, if the method's loss depends on all of them. None if a
+            step also encoded other images: then each step is looked through.
+        other_is_momentum: whether the other view is encoded without gradient.
+        uses_past_heads: whether the loss depends on features that didn't pass a masked head.
+        steps: how many steps were checked.
+    """
+
+    encoder: nn.Module
+    calls: int | None = 0
+    other_is_momentum: bool = False
+    uses_past_heads: bool = False
+    steps: int = 0
+
+
+@dataclass
+class Views:
+    """Two views, what the encoder returned for each, and its calls with gradient."""
+
+    images: Pair
+    outputs: Pair
+    online: list[EncoderCall]
+
+
+def discover(
+    attached: Attachment, step: Step, loss: Tensor, batch: Any
+) -> tuple[Plan, Views | None]:
+    """Make the plan from a step, and check it thoroughly.
+
+    Returns:
+        The plan, and the step's views; None if the encoder is frozen.
+
+    Raises:
+        RuntimeError: if something about the step is not as it has to be.
+    """
+    plan = Plan(attached.encoder)
+    calls = _calls_of_method(attached, plan, step, loss, batch)
+    online = [call for call in calls if call.output.requires_grad]
+    if online and loss.requires_grad:
+        plan.encoder = _trained_encoder(attached, loss, online)
+        if attached.mask:
+            outputs = [call.output for call in online if call.encoder is plan.encoder]
+            _refuse_mixing_heads(attached, step, outputs)
+    if online and attached.mask:
+        _warn_of_unmasked_momentum(attached, plan, step, calls, batch)
+    views = replay(attached, plan, step, loss, batch)
+    if views is not None:
+        _refuse_wrong_views(views.images, batch, attached.views)
+    return plan, views
+
+
+def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any) -> Views | None:
+    """Follow the plan, and bring it up to date.
+
+    Heads may be exchanged, so that the loss sees no equivariant channels is checked in every step.
+
+    Returns:
+        The step's views; None if the encoder is frozen.
+
+    Raises:
+        RuntimeError: if something about the step is not as it has to be.
+    """
+    calls = _calls_of_method(attached, plan, step, loss, batch)
+    online = [c for c in calls if c.output.requires_grad and c.encoder is plan.encoder]
+    if not online:
+        encoders = attached.encoders if attached.plan is None else [plan.encoder]
+        if any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
+            raise RuntimeError(_no_call(attached, plan, step))
+        return None
+    if attached.mask and loss.requires_grad:
+        _refuse_past_heads(attached, plan, step, loss, [call.output for call in online])
+    found = two_views(calls, online, batch, attached.views)
+    if found is None:
+        raise RuntimeError(_no_second_view(calls, online, batch, attached.views))
+    images, outputs = found
+    plan.other_is_momentum = not outputs[1].requires_grad
+    return Views(images, outputs, online)
+
+
+def _calls_of_method(
+    attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any
+) -> list[EncoderCall]:
+    """Give the step's calls without what the loss doesn't depend on: a probe's, say."""
+    if not loss.requires_grad or (plan.calls and len(step.calls) == plan.calls):
+        return step.calls
+    kept = attached.driver.calls_of_method(step, loss, batch)
+    encodes_others = attached.driver.encodes_others or len(kept) < len(step.calls)
+    plan.calls = None if encodes_others or plan.calls is None else len(step.calls)
+    return kept
+
+
+def _trained_encoder(
+    attached: Attachment, loss: Tensor, online: Sequence[EncoderCall]
+) -> nn.Module:
+    """Give the encoder that the loss trains. Names are a guess: backbone may be a teacher."""
+    trains = reached(loss, [call.output for call in online])
+    trained = {id(c.encoder): c.encoder for c, is_its in zip(online, trains, strict=True) if is_its}
+    if len(trained) == 1:
+        return next(iter(trained.values()))
+    if trained:
+        advice = (
+            "What a momentum encoder gives has to be detached. Two encoders that are alike can't "
+            "both be trained."
+        )
+    elif attached.recorder.features is not None:
+        advice = (
+            "features= has to give a tensor that is in the output, as last_hidden_state, not one "
+            "that is made of it, as last_hidden_state[:, 0]."
+        )
+    else:
+        advice = (
+            "A warm-up of the heads needs encoder.requires_grad_(False) instead of a feature that "
+            "is detached."
+        )
+    raise RuntimeError(
+        "expected the method's loss to train one encoder, but it depends on "
+        f"{attached.names(trained.values()) or 'none'} of those like "
+        f"{attached.name(attached.encoder)}. Pass backbone=: one of "
+        f"{describe_children(attached.model)}. {advice}"
+    )
+
+
+def _warn_of_unmasked_momentum(
+    attached: Attachment, plan: Plan, step: Step, calls: Sequence[EncoderCall], batch: Any
+) -> None:
+    """Warn if a momentum encoder's features pass no masked head, as far as can be seen."""
+    trained = {id(call.image) for call in calls if call.output.requires_grad}
+    momentum = [
+        call
+        for call in calls
+        if call.encoder is not plan.encoder
+        # between a loop's steps it may be evaluated
+        and (
+            not attached.driver.encodes_others
+            or id(call.image) in trained
+            or is_of(batch, call.image)
+        )
+    ]
+    outputs = [call.output for call in momentum if call.output.requires_grad]
+    passes_a_mask = (
+        step.masked_without_gradient
+        or any(any(reached(x, outputs)) for x in step.masked if outputs)
+        # a head that was copied brought a mask along
+        or any(
+            isinstance(hook.callback, HeadMask) and hook.callback is not attached.mask
+            for hook in find_hooks(attached.model)
+        )
+    )
+    if momentum and not passes_a_mask:
+        warnings.warn(
+            "recon_aux: expected a momentum encoder's features to go through a head that is "
+            f"masked, saw {attached.name(momentum[0].encoder)} called and none of "
+            f"{attached.names(attached.heads)} without gradient. If the method's loss compares "
+            "with what it gives, the loss sees the equivariant channels. Pass heads=[...] with the "
+            f"momentum encoder's heads, too, of these: {describe_children(attached.model)}. Or "
+            "pass equivariant_dim=0 to train without a split.",
+            stacklevel=2,
+        )
+
+
+def _refuse_mixing_heads(attached: Attachment, step: Step, outputs: Sequence[Tensor]) -> None:
+    """Refuse heads that take what another gives, or what mixes channels before them."""
+    if feed_each_other(step.masked):
+        raise RuntimeError(
+            "expected heads that take the encoder's features, but of "
+            f"{attached.names(attached.heads)} one takes what another gives, and would lose a part "
+            "of that. Pass heads=[...]: those that take the features themselves."
+        )
+    if _sees_equivariant(attached, gradients_to(outputs, step.masked)):
+        raise RuntimeError(_leak(attached, "mixed into"))
+
+
+def _refuse_past_heads(
+    attached: Attachment, plan: Plan, step: Step, loss: Tensor, outputs: Sequence[Tensor]
+) -> None:
+    """Refuse a loss that sees equivariant channels without a masked head in between."""
+    plan.steps += 1
+    # a loss past the heads may weigh nothing at first: look in step 1, 2, 4, 8, ...
+    is_due = not plan.uses_past_heads or plan.steps.bit_count() == 1
+    seen = past(loss, outputs, step.masked) if is_due else []
+    plan.uses_past_heads |= bool(seen)
+    if seen and _sees_equivariant(attached, gradients_of([loss], seen)):
+        raise RuntimeError(_leak(attached, "past"))
+
+
+def _sees_equivariant(attached: Attachment, gradients: Sequence[Tensor]) -> bool:
+    aux = attached.aux
+    features = [as_feature(gradient, spatial=aux.decoder.spatial) for gradient in gradients]
+    return any(bool(aux.equivariant(feature).any()) for feature in features)
+
+
+def _leak(attached: Attachment, where: str) -> str:
+    return (
+        "expected the method's loss to see the invariant channels alone, but it sees the "
+        f"equivariant ones {where} what the heads {attached.names(attached.heads)} receive. Pass "
+        "heads=[...]: every module that takes the encoder's features as they are, of these: "
+        f"{describe_children(attached.model)}. Or pass equivariant_dim=0 to train without a split."
+    )
+
+
+def _refuse_wrong_views(images: Pair, batch: Any, count: int | None) -> None:
+    """Refuse what the batch shows not to be two views, each of them whole and in order."""
+    shapes = [tuple(view.shape) for view in images]
+    advice = (
+        "Call the encoder once for each whole view, or once with all views, one after the other, "
+        "in the batch's order."
+    )
+    if images[0].shape == images[1].shape and torch.equal(*images):
+        raise RuntimeError(f"expected two views, saw the same images {shapes[0]} twice. {advice}")
+    for view in images:
+        known = [x for x in images_in(batch) if x.shape[1:] == view.shape[1:]]
+        joined = [x for x in known if count and len(x) == count * len(view)]
+        parts = [*known, *(part for x in joined for part in torch.split(x, len(view)))]
+        whole = any(x.shape == view.shape and torch.equal(x, view) for x in parts)
+        if known and not whole and rows_in(view, torch.cat(known)) is not None:
+            raise RuntimeError(
+                "expected two views of the batch, saw its images in another arrangement, "
+                f"{shapes}. {advice}"
+            )
+
+
+def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
+    return (
+        f"expected {attached.driver.where} to call {attached.backbone_method} of the encoder "
+        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls without and "
+        f"none with. Pass backbone=: one of {describe_children(attached.model)}. Pass "
+        "backbone_method= if another of its methods is called."
+        + " Call add_loss once in each step."
+        * attached.driver.encodes_others
+    )
+
+
+def _no_second_view(
+    calls: Sequence[EncoderCall], online: Sequence[EncoderCall], batch: Any, count: int | None
+) -> str:
+    trained = [tuple(call.image.shape) for call in online]
+    known = {id(call.output) for call in online}
+    others = [tuple(call.image.shape) for call in calls if id(call.output) not in known]
+    if any(in_batch_order(call, batch, count) is None for call in candidates(calls, online)):
+        return (
+            "expected a momentum encoder to take a view of the batch, in any order, got images "
+            f"{others} for the encoder's {trained[0]}, which aren't in the batch: made within the "
+            "step, or another process's, where a batch is shuffled over processes. If nothing is "
+            "shuffled, pass views=1: it says that they are in the order of the encoder's own. Else "
+            "put the views into the batch. Views of another process can't be used."
+        )
+    return (
+        "expected two views, one in each call of the encoder or concatenated in one, or one of "
+        f"them in a momentum encoder's, saw calls with gradient of images {trained} and others of "
+        f"{others}, where images and labels of the batch number {sorted(batch_sizes(batch))}. Pass "
+        "views=2 to attach if one call gets two views concatenated that the batch doesn't show. In "
+        "a loop pass the batch: add_loss(model, loss, batch)."
+    )
+
+
+def refuse_forgotten_loss(step: Step, has_changed: bool) -> None:
+    """Refuse a loop that trains the encoder on, or changes it, without add_loss."""
+    if has_changed or sum(call.trains for call in step.calls) >= _MANY_CALLS:
+        raise RuntimeError(
+            "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
+            f"{_MANY_CALLS} calls of it without. Call add_loss in each step. For evaluation use "
+            "model.eval() and torch.no_grad(). To train on without the task: "
+            "recon_aux.detach(model)."
+        )
+
+
+def refuse_search_for_unused_parameters() -> None:
+    """Refuse DistributedDataParallel that looks for unused parameters before add_loss."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and wrapper.find_unused_parameters:
+        raise TypeError(
+            "expected DistributedDataParallel with find_unused_parameters=False, got True: it "
+            "looks for them before the decoder is used. Pass find_unused_parameters=False."
+        )
+
+
+def refuse_manual_optimization(model: nn.Module) -> None:
+    """Refuse a model whose losses don't pass through what its training step returns.
+
+    Raises:
+        TypeError: that says what to do instead.
+    """
+    if getattr(model, "automatic_optimization", True) is False:
+        raise TypeError(
+            f"expected automatic optimization, but {type(model).__name__} sets "
+            "automatic_optimization=False, so no loss passes through what training_step returns. "
+            "Call recon_aux.ReconAux in its step instead, see the README."
+        )

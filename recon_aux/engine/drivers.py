@@ -1,0 +1,157 @@
+"""When a step starts and ends: in a training_step, or between a loop's calls of add_loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recon_aux.engine import discover
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.compiling import is_recomputing
+from recon_aux.engine.step import EncoderCall, Step
+from recon_aux.engine.updates import version_of
+from recon_aux.engine.views import is_of, largest_views
+
+# LightningModule's own methods, in either package, do nothing
+_STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
+
+# calls without training that a loop's step keeps: the latest
+_SPARE_CALLS = 16
+
+
+class Driver:
+    """Holds the running step, to which hooks hand what they see.
+
+    Attributes:
+        step: if one is running.
+        where: where the encoder has to be called, for an error.
+        encodes_others: whether a step may encode more than its views, as in an evaluation.
+    """
+
+    where: str
+    encodes_others: bool
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+
+    def __reduce__(self) -> tuple[type[Driver], tuple[()]]:
+        """Leave the running step out of copies and pickles."""
+        return type(self), ()
+
+    def start(self, encoders: Sequence[nn.Module]) -> None:
+        """Start a step, in which these encoders are recorded."""
+        self.step = Step()
+
+    def record(self, step: Step, call: EncoderCall) -> None:
+        """Note a call of an encoder."""
+        step.calls.append(call)
+
+    def record_masked(self, masked: Tensor) -> None:
+        """Note what a head received."""
+        if self.step is not None and not masked.requires_grad:
+            self.step.masked_without_gradient = True
+        elif self.step is not None and not is_recomputing():
+            self.step.masked.append(masked)
+
+    def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
+        """Give the calls that the loss was made of, without those of a probe, say."""
+        raise NotImplementedError
+
+
+class TrainingStepDriver(Driver):
+    """A step is one call of the model's ``training_step``."""
+
+    where = "training_step"
+    encodes_others = False
+
+    def __deepcopy__(self, memo: Any) -> Driver:
+        """Copy, but let a momentum encoder that is copied within a step be recorded in it."""
+        return self if self.step is not None else type(self)()
+
+    def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
+        """Drop the trained encoder's calls on which the loss doesn't depend."""
+        belongs = reached(loss, [call.output for call in step.calls])
+        its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
+        # one view may be encoded without gradient, or detached: then all calls count
+        if len(largest_views(its)) < 2:
+            return step.calls
+        known = {id(call) for call in its}
+        trained = {id(call.encoder) for call in its}
+        return [c for c in step.calls if id(c) in known or id(c.encoder) not in trained]
+
+
+class LoopDriver(Driver):
+    """A step lasts from one ``add_loss`` to the next, whatever the loop encodes in between.
+
+    Args:
+        is_trained: whether calls without gradient are kept. A copy may be a teacher or an average,
+            which would keep images for nothing, until it is trained itself.
+    """
+
+    where = "each step, before add_loss,"
+    encodes_others = True
+
+    def __init__(self, is_trained: bool = False) -> None:
+        super().__init__()
+        self.is_trained = is_trained
+        self.encoders: Sequence[nn.Module] = ()
+        # of each encoder's parameters, at its first call of the step
+        self.versions: dict[int, int] = {}
+
+    def start(self, encoders: Sequence[nn.Module]) -> None:
+        """Start a step, in which these encoders are recorded."""
+        super().start(encoders)
+        self.encoders, self.versions = encoders, {}
+
+    def record(self, step: Step, call: EncoderCall) -> None:
+        """Note a call, unless it is of an evaluation."""
+        with_gradient = call.output.requires_grad
+        if torch.compiler.is_compiling():
+            if with_gradient or call.in_training:
+                step.calls.append(call)
+            return
+        self.is_trained |= with_gradient
+        # a momentum encoder may be in eval mode throughout
+        is_training = call.in_training or any(known.training for known in self.encoders)
+        if not with_gradient and not (is_training and self.is_trained):
+            return
+        discover.refuse_search_for_unused_parameters()
+        if call.trains:
+            now = version_of(call.encoder.parameters())
+            has_changed = self.versions.setdefault(id(call.encoder), now) != now
+            discover.refuse_forgotten_loss(step, has_changed)
+        else:
+            self._make_room(step)
+        step.calls.append(call)
+
+    def _make_room(self, step: Step) -> None:
+        spare = [call for call in step.calls if not call.trains]
+        if len(spare) >= _SPARE_CALLS:
+            step.calls = [call for call in step.calls if call is not spare[0]]
+            if spare[0].output.requires_grad:
+                step.masked = [x for x in step.masked if not reached(x, [spare[0].output])[0]]
+
+    def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
+        """Drop what the loss doesn't depend on. What the batch shows is first, then the latest."""
+        belongs = reached(loss, [call.output for call in step.calls])
+        its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
+        others = [call for call in step.calls if not call.output.requires_grad]
+        shown = [call for call in others if is_of(batch, call.image)]
+        return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]
+
+
+def driver_for(model: nn.Module) -> Driver:
+    """Give the driver that suits a model."""
+    return TrainingStepDriver() if has_training_step(model) else LoopDriver(is_trained=True)
+
+
+def has_training_step(model: nn.Module) -> bool:
+    """Whether a model has a training step and optimizers of its own."""
+    step, configure = (
+        getattr(model, method, None) for method in ("training_step", "configure_optimizers")
+    )
+    is_stub = getattr(step, "__module__", "") in _STUBS
+    return callable(step) and callable(configure) and not is_stub

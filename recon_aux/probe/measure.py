@@ -1,0 +1,155 @@
+"""Encode images, as they are and transformed, and predict labels and parameters from features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from sklearn.metrics import r2_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from recon_aux.probe.linear import linear_classifier, linear_regression
+from recon_aux.probe.results import PartResult, ProbeResult
+from recon_aux.probe.transformations import COMBINED, TRANSFORMATIONS, draw_parameters, transform
+from recon_aux.task.splitter import FeatureSplitter, channel_dim
+from recon_aux.task.temporary import evaluating
+
+# features ``(N, D)`` of each part
+Parts = dict[str, np.ndarray]
+Labelled = tuple[Tensor, Tensor]
+
+
+def probe(
+    encoder: Callable[[Tensor], Tensor],
+    train: Labelled,
+    test: Labelled,
+    *,
+    equivariant_dim: int = 0,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+    pairs: tuple[int, int] = (5000, 2000),
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> ProbeResult:
+    """Measure what an encoder's features know of classes and of transformations.
+
+    Each transformation is applied to ``pairs`` images with known random parameters. Ridge
+    regression predicts the parameters from the features of the original and of the transformed
+    image, concatenated. Its strength is chosen for each parameter, by leave-one-out on the train
+    split.
+
+    Args:
+        encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
+            A module is in eval mode meanwhile.
+        train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)``.
+        test: the same, of the test split.
+        equivariant_dim: if the features are split, how many of their last channels are
+            equivariant. The parts are then measured, too.
+        normalize: applied to images after the transformation, before the encoder.
+        pairs: how many train and how many test images the regression sees.
+        batch_size: images in one call of the encoder.
+        device: where images are transformed and encoded.
+        seed: of the choice of images and of the parameters. The global random state is left as it
+            is.
+        progress: show a progress bar.
+
+    Returns:
+        Accuracies in percent and R², see :class:`PartResult`.
+
+    Raises:
+        ValueError: if ``equivariant_dim`` is larger than the feature, or the feature has another
+            rank.
+
+    Example:
+        >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
+        >>> result = probe(lambda x: x.mean((2, 3)), (images, labels), (images, labels))
+        >>> sorted(result.parts["whole"].combined)[:3]
+        ['brightness', 'contrast', 'hue']
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [
+        torch.randperm(len(images), generator=generator)[:count]
+        for (images, _), count in zip((train, test), pairs, strict=True)
+    ]
+    tasks = {name: (name,) for name in TRANSFORMATIONS} | {"combined": COMBINED}
+
+    def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Parts:
+        features: list[dict[str, Tensor]] = []
+        for rows in torch.split(torch.arange(len(images)), batch_size):
+            batch = images[rows].to(device)
+            batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
+            if parameters is not None:
+                batch = transform(batch, {name: p[rows] for name, p in parameters.items()})
+            feature = encoder(batch if normalize is None else normalize(batch))
+            parts = _split(feature, equivariant_dim)
+            features.append({name: x.flatten(1).float().cpu() for name, x in parts.items()})
+            advance(len(rows))
+        return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
+
+    work = len(train[0]) + len(test[0]) + len(tasks) * sum(len(rows) for rows in chosen)
+    with _bar(progress, work) as advance, evaluating(encoder), torch.no_grad():
+        clean = [encode(images) for images, _ in (train, test)]
+        parameters: dict[str, list[dict[str, Tensor]]] = {}
+        warped: dict[str, list[Parts]] = {}
+        for task, names in tasks.items():
+            drawn = [draw_parameters(len(rows), names, generator=generator) for rows in chosen]
+            warped[task] = [
+                encode(images[rows], values)
+                for (images, _), rows, values in zip((train, test), chosen, drawn, strict=True)
+            ]
+            parameters[task] = drawn
+    parts = {}
+    for part in clean[0]:
+        x = [features[part] for features in clean]
+        r2 = {}
+        for task, both in warped.items():
+            pairs_x = [
+                np.concatenate([original[rows], features[part]], axis=1)
+                for original, rows, features in zip(x, chosen, both, strict=True)
+            ]
+            r2[task] = _ridge_r2(pairs_x, parameters[task])
+        combined = r2.pop("combined")
+        alone = {name: scores[name] for name, scores in r2.items()}
+        labels = [labels.numpy() for _, labels in (train, test)]
+        parts[part] = PartResult(*_accuracies(x, labels), alone=alone, combined=combined)
+    return ProbeResult(parts)
+
+
+def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
+    if not equivariant_dim:
+        return {"whole": feature}
+    channels = feature.shape[channel_dim(feature)]
+    invariant, equivariant = FeatureSplitter(channels, equivariant_dim)(feature)
+    parts = {"whole": feature, "invariant": invariant, "equivariant": equivariant}
+    return {name: part for name, part in parts.items() if part.numel()}
+
+
+def _ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return for each parameter the test R² of a regression fitted on the train split."""
+    targets = [torch.stack(list(p.values()), dim=1).numpy() for p in parameters]
+    model = linear_regression().fit(x[0], targets[0])
+    predicted = model.predict(x[1]).reshape(targets[1].shape)
+    scores = r2_score(targets[1], predicted, multioutput="raw_values")
+    return dict(zip(parameters[0], scores.tolist(), strict=True))
+
+
+def _accuracies(x: Sequence[Any], labels: Sequence[Any]) -> tuple[float, float]:
+    """Return the test accuracies of logistic regression and of nearest neighbours, in percent."""
+    linear = linear_classifier()
+    knn = KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
+    scores = [100 * model.fit(x[0], labels[0]).score(x[1], labels[1]) for model in (linear, knn)]
+    return scores[0], scores[1]
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar; give the function that advances it."""
+    with Progress(disable=not show) as bar:
+        task = bar.add_task("probing", total=total)
+        yield lambda count: bar.advance(task, count)

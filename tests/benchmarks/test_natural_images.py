@@ -1,0 +1,239 @@
+"""The table of natural images: a small version, which goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import natural_images
+import numpy as np
+import pytest
+import torch
+from encoders import build_encoder
+from options import go_on, options_of
+from resuming import is_done, keep, refuse_mixed
+from test_examples import pictures
+from torch import Tensor
+
+from helpers.running import fail_once, rows, run_example
+from recon_aux.integrations.lightly import attach
+from recon_aux.probe import COMBINED, TRANSFORMATIONS
+
+
+def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("some", "others")}
+    for folder in folders.values():
+        pictures(folder, ("train", "test"), classes=2, count=12)
+    out = tmp_path / "out"
+    # what the table was made with, but smaller
+    options: list[Any] = [f"@{Path(natural_images.__file__).with_suffix('.args')}"]
+    options += ["--out", out, "--seeds", "0", "--epochs", "1", "--batch-size", "8"]
+    options += ["--pairs", "16", "--image-size", "16", "--device", "cpu"]
+    data = [f"{name}={folder}" for name, folder in folders.items()]
+    ends = ["untrained", "ceiling"]
+    arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
+    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms)
+    first = (out / "some-SimCLR-attached-0.json").read_text()
+    with pytest.raises(AssertionError, match="--epochs 1, not 2"):
+        run_example("natural_images.py", "--data", *data, *options, "--epochs", "2", "--seeds", "1")
+    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
+    assert (out / "some-SimCLR-attached-0.json").read_text() == first
+    runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    assert {run["options"]["limit"] for run in runs} == {"10000"}
+    done = {(run["data"], run["arm"]) for run in runs}
+    assert done == {(n, a) for n in folders for a in (*arms, *ends)}
+    whole = json.loads(first)["results"]["whole"]
+    assert {"linear", "knn", "1 % of labels", "10 % of labels", "transfer"} <= whole.keys()
+    assert set(whole["alone"]) == set(TRANSFORMATIONS)
+    assert {"commit", "command", "machine", "seconds", "torch"} <= json.loads(first).keys()
+    attached_with = {run["arm"]: run["recon_aux"] for run in runs if "recon_aux" in run}
+    assert attached_with.keys() == set(arms[1:])
+    assert [attached_with[arm]["context"] for arm in arms[1:]] == ["invariant", "both"]
+    table = (out / "table.md").read_text()
+    assert (out / "table.png").is_file()
+    drawn = {path.stem for path in out.glob("*-0.png")}
+    assert drawn == {path.stem for path in out.glob("*attached*.json")}
+    assert table.count("| SimCLR, attached, equivariant") == 4
+    assert all(table.count(f"| {arm}, whole") == 4 for arm in ends)
+
+
+def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: Path) -> None:
+    def add(arm: str, seed: int, r2: float) -> None:
+        part = {"linear": 50.0, "knn": 40.0, "alone": dict.fromkeys(TRANSFORMATIONS, r2)}
+        results = {"whole": part | {"combined": dict.fromkeys(COMBINED, r2)}}
+        if "attached" in arm:
+            results["equivariant"] = part | {"combined": dict.fromkeys(COMBINED, r2 - 0.1)}
+        run = {"data": "some", "arm": arm, "seed": seed, "results": results}
+        (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(run))
+
+    for seed, shift in ((0, -0.01), (1, 0.01)):
+        add("SimCLR", seed, 0.2 + shift)
+        add("SimCLR, attached", seed, 0.5 + shift)
+    add("BYOL, attached", 0, 0.5)
+    # of seed 0 alone: attached 0.49 of bare 0.19
+    add("ceiling", 0, 0.59)
+    add("SimCLR, attached, weight=3", 0, 0.39)
+    # a transfer that one of the seeds lacks
+    run = json.loads((tmp_path / "SimCLR-0.json").read_text())
+    run["results"]["whole"]["transfer"] = 30.0
+    (tmp_path / "SimCLR-0.json").write_text(json.dumps(run))
+    text = natural_images.tables(natural_images.kept(tmp_path))
+    head, *shown = rows(text)
+    assert [row[head.index("transfer")] for row in shown[:4]] == [""] * 4
+    gap, alone = head.index("of the gap"), head.index("equivariant alone")
+    assert [(row[0], row[gap], row[alone]) for row in shown[:4]] == [
+        ("SimCLR", "", ""),
+        ("SimCLR, attached", "75 %", "0.400 ± 0.014"),
+        ("BYOL, attached", "", "0.400"),
+        ("ceiling", "", ""),
+    ]
+    # other options have a table of their own, next to the same bare method
+    assert shown[4] == head
+    assert (shown[5][0], shown[5][gap]) == ("SimCLR, attached, weight=3", "50 %")
+
+
+def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]:
+    """What a small run is told: the command line's options, and images with their labels."""
+    small = {"backbone": "tiny-resnet18", "image_size": 16, "batch_size": 8, "lr": 1e-3}
+    small |= {"optimizer": "AdamW", "views": "probed", "workers": 0, "epochs": 1}
+    small |= {"precision": "32-true", "device": "cpu"}
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+    return argparse.Namespace(**small | options), (images, torch.arange(24) % 2)
+
+
+@pytest.mark.parametrize("method", natural_images.MORE_METHODS)
+def test_more_methods_train_bare_and_attached(tmp_path: Path, method: str) -> None:
+    args, data = training()
+    for arm in (method, f"{method}, attached"):
+        model, _ = natural_images.train(arm, data, 0, tmp_path / f"{arm}.json", args)
+        assert torch.isfinite(model.trainer.callback_metrics["loss"])
+    assert "recon_aux/loss" in model.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_an_interrupted_run_goes_on_from_its_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    args, data = training(optimizer=optimizer, epochs=2)
+    arm = "SimCLR, attached"
+    whole, _ = natural_images.train(arm, data, 0, tmp_path / "whole.json", args)
+    begun = fail_once(monkeypatch, natural_images.SimCLR, at=5)
+    path = tmp_path / "SimCLR.json"
+    with pytest.raises(OSError, match="the power went"):
+        natural_images.train(arm, data, 0, path, args)
+    expected = dict(whole.named_parameters())
+    assert [type(made).__name__ for made in whole.trainer.optimizers] == [optimizer]
+    # and once more, where it was to be measured
+    for _ in range(2):
+        model, seconds = natural_images.train(arm, data, 0, path, args)
+        assert seconds > 0
+        assert begun == [0, 1, 2, 3, 4, 3, 4, 5]
+        # the decoder has been through both epochs
+        assert model.recon_aux._calls == 6
+        # as if nothing had happened
+        assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+def test_what_was_made_with_other_options_is_refused(tmp_path: Path) -> None:
+    was = argparse.Namespace(epochs=8, lr=2e-3, precision="32-true")
+    path = tmp_path / "SimCLR-0.json"
+    assert not is_done(path, was)
+    keep(path, {"options": options_of(was)})
+    assert is_done(path, argparse.Namespace(epochs=8, lr=2e-3, precision="bf16-mixed"))
+    other = argparse.Namespace(epochs=100, lr=2e-3, precision="32-true")
+    with pytest.raises(SystemExit, match=r"--epochs 8, not 100; other options need another folder"):
+        is_done(path, other)
+    # nor may another run's record be next to it, in the same table
+    with pytest.raises(SystemExit, match="--epochs 8, not 100"):
+        refuse_mixed(tmp_path, other)
+    refuse_mixed(tmp_path, was)
+
+
+def test_an_option_that_a_record_is_older_than_is_compared_with_what_was_done(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "SimCLR-0.json"
+    keep(path, {"options": options_of(argparse.Namespace(epochs=8))})
+    assert is_done(path, argparse.Namespace(epochs=8, views="probed"))
+    with pytest.raises(SystemExit, match="--views probed, not lightly"):
+        is_done(path, argparse.Namespace(epochs=8, views="lightly"))
+    with pytest.raises(SystemExit, match="--mlp-steps None, not 4000"):
+        is_done(path, argparse.Namespace(epochs=8, mlp_steps=4000))
+
+
+def test_a_run_goes_on_in_its_own_precision(tmp_path: Path) -> None:
+    go_on(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="32-true"))
+    go_on(tmp_path, argparse.Namespace(epochs=8, device="gpu", precision="32-true"))
+    with pytest.raises(SystemExit, match="--precision 32-true, not bf16-mixed"):
+        go_on(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="bf16-mixed"))
+
+
+def test_options_are_attachs_or_else_the_methods_own() -> None:
+    assert natural_images.parse_arm("BYOL") == ("BYOL", False, {})
+    assert natural_images.parse_arm("BYOL, attached") == ("BYOL", True, {})
+    assert natural_images.parse_arm("BYOL, momentum=0.9") == ("BYOL", False, {"momentum": 0.9})
+    attached = natural_images.parse_arm("BYOL, attached, context='both', weight=1")
+    assert attached == ("BYOL", True, {"context": "both", "weight": 1})
+
+
+@pytest.mark.parametrize("options", ["attached", "0.3", "context=both", "weight="])
+def test_options_that_are_none_are_refused(options: str) -> None:
+    with pytest.raises(SystemExit, match="expected options as name=value"):
+        natural_images.parse_arm(f"SimCLR, attached, {options}")
+
+
+def test_data_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--data", "CIFAR", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="--data expects NAME=FOLDER, got CIFAR"):
+        natural_images.main()
+
+
+def test_views_of_lightly_are_in_the_encoders_units() -> None:
+    torch.manual_seed(0)
+    # random pixels differ in every crop, and their mean stays near the middle, which is 0
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    samples = [(image, torch.tensor(i)) for i, image in enumerate(images)]
+    views, labels = natural_images.SimCLRViews(16)(samples)
+    assert [view.shape for view in views] == [(64, 3, 16, 16)] * 2
+    assert labels.tolist() == list(range(64))
+    assert not torch.isclose(views[0], views[1]).all((1, 2, 3)).any()
+    assert all(view.mean().abs() < 0.2 and view.abs().max() <= 2 for view in views)
+
+
+@pytest.mark.parametrize(("name", "width"), [("tiny-resnet18", 256), ("tiny-vit", 192)])
+def test_every_encoder_can_be_attached_to(name: str, width: int) -> None:
+    encoder = build_encoder(name)
+    model = attach(natural_images.SimCLR(encoder, width, 1e-3))
+    views = list(torch.rand(2, 4, 3, 32, 32))
+    model.training_step((views, torch.zeros(4)), 0).backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_the_ceiling_is_told_what_was_done() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    views, parameters = natural_images.told([(image, torch.tensor(0)) for image in images])
+    assert [view.shape for view in views] == [(64, 3, 16, 16)] * 2
+    assert parameters.shape == (64, len(COMBINED))
+    assert parameters.mean(0).abs().max() < 0.4
+    assert (parameters.std(0) - 1).abs().max() < 0.3
+    # brighter where it was told so
+    brighter = parameters[:, COMBINED.index("brightness")] > 0
+    brightness = (views[1] - views[0]).mean((1, 2, 3))
+    assert brightness[brighter].mean() > brightness[~brighter].mean() + 0.3
+
+
+def test_few_labels_are_the_same_share_of_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def accuracy(features: Any, labels: Any, rows: Any) -> float:
+        chosen.append(np.bincount(labels[0][rows]).tolist())
+        return 50.0
+
+    monkeypatch.setattr(natural_images, "accuracy", accuracy)
+    labels = np.repeat(np.arange(3), [100, 200, 30])
+    scores = natural_images.with_few_labels([labels, labels], [labels, labels])
+    assert scores == {"1 % of labels": 50, "10 % of labels": 50}
+    assert chosen == [[1, 2, 1], [10, 20, 3]]

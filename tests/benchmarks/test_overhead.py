@@ -1,0 +1,38 @@
+"""The measurement of what attaching costs: a small version, and the figures that are counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.running import run_example
+
+SMALL = ["--models", "ResNet-18, 32", "--device", "cpu", "--batch-size", "2"]
+SMALL += ["--rounds", "1", "--steps", "1"]
+
+
+def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
+    run_example("overhead.py", *SMALL, "--methods", "BYOL", "--out", tmp_path)
+    runs: list[dict[str, Any]] = json.loads((tmp_path / "overhead.json").read_text())
+    (found,) = (run["results"] for run in runs)
+    # what is added is there, and small
+    assert 1 < found["FLOPs"] < 1.03
+    assert found["same operations"]
+    assert [time["bare ms"] > 0 for time in found["time"].values()] == [True, True]
+    assert min(found["bare MiB"], found["inference"]) > 0
+    # their sum, and the eight that take longest
+    operations = {key: count for key, (count, _) in found["added"].items()}
+    assert len(operations) == 9
+    assert operations["all"] > max(300, sum(operations.values()) / 2)
+    text = (tmp_path / "table.md").read_text()
+    assert "| ResNet-18, 32, BYOL |" in text
+    assert "ResNet-18, 32, BYOL adds operations (ms) a step: all " in text
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    run_example("overhead.py", *SMALL, "--grow", "--small", "--out", tmp_path)
+    curves = json.loads((tmp_path / "growth.json").read_text())["results"]
+    assert len(curves) == 4
+    assert all(1 < flops < 2 for ((_, _, flops),) in curves.values())
+    assert (tmp_path / "growth.png").stat().st_size > 0

@@ -1,0 +1,303 @@
+"""Attached to a model whose loop, criterion and optimizer are its user's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from lightly.loss import KoLeoLoss
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import recon_aux
+from helpers.data import shaded_views
+from helpers.models import InALoop, Siamese, siamese_loss, tiny_encoder
+from helpers.watching import alive, rebuilt_from, seen_by
+from recon_aux.integrations.lightly import attach
+
+VIEWS = shaded_views(2)
+
+
+def in_a_loop() -> Any:
+    """With batch norm."""
+    return InALoop(tiny_encoder())
+
+
+def test_a_loop_of_ones_own_gets_what_a_training_step_gets() -> None:
+    model = attach(InALoop(), weight=4.0)
+    twin = attach(Siamese(), weight=4.0)
+    for _ in range(2):
+        z0, z1 = (model(view) for view in VIEWS)
+        loss = recon_aux.add_loss(model, siamese_loss(z0, z1))
+        assert torch.equal(loss, twin.training_step((VIEWS, torch.arange(4)), 0))
+    loss.backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_a_loop_that_concatenates_its_views() -> None:
+    model = attach(in_a_loop())
+    seen = rebuilt_from(model)
+    for given in (VIEWS, [*VIEWS, torch.arange(4)]):
+        recon_aux.add_loss(model, model(torch.cat(VIEWS)).var(), given)
+    with pytest.raises(RuntimeError, match="expected two views"):
+        recon_aux.add_loss(model, model(torch.cat(VIEWS)).var())
+    recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
+    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], VIEWS, strict=True))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("without_gradient", [True, False])
+def test_a_loop_may_encode_other_images_between_its_steps(without_gradient: bool) -> None:
+    model = attach(in_a_loop())
+    model.eval()
+    with torch.set_grad_enabled(not without_gradient):
+        for _ in range(100 if without_gradient else 20):
+            model(torch.rand(4, 3, 32, 32))
+    model.train()
+    seen = rebuilt_from(model)
+    recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], VIEWS, strict=True))
+
+
+def test_in_a_loop_a_look_at_other_images_is_no_view() -> None:
+    model = in_a_loop()
+    model.backbone_momentum = copy.deepcopy(model.backbone).requires_grad_(False)
+    attach(model, views=1)
+    seen = rebuilt_from(model)
+    (x0, x1), (other, _) = torch.rand(2, 2, 4, 3, 16, 16)
+    for _ in range(2):
+        z0, z1 = model(x0), model.projection_head(model.backbone_momentum(x1).flatten(1))
+        recon_aux.add_loss(model, (z0 - z1.detach()).square().mean()).backward()
+        with torch.no_grad():
+            model(other)
+    assert all(torch.equal(views[1], x1) for views, _ in seen)
+
+
+def test_a_loop_may_checkpoint_its_encoder() -> None:
+    model = attach(in_a_loop())
+    seen = rebuilt_from(model)
+    for step in range(2):
+        batch = [view + step for view in VIEWS]
+        features = [checkpoint(model.backbone, x, use_reentrant=False) for x in batch]
+        loss = sum(model.projection_head(y.flatten(1)).var() for y in features)
+        recon_aux.add_loss(model, loss).backward()
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], batch, strict=True))
+
+
+def test_a_loop_that_forgets_the_loss_is_stopped() -> None:
+    model = attach(in_a_loop())
+    with pytest.raises(
+        RuntimeError, match=r"expected recon_aux\.add_loss.* once a step, .* or 32 calls"
+    ):
+        for _ in range(300):
+            model(torch.rand(2, 3, 8, 8))
+
+
+def steps_with(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, forget: Any) -> None:
+    for _ in range(count):
+        loss = sum(model(view).var() for view in VIEWS)
+        if not forget:
+            loss = recon_aux.add_loss(model, loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_an_optimizer_without_the_decoder_is_noticed() -> None:
+    model = in_a_loop()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model)
+    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
+        steps_with(model, optimizer, 3, forget=False)
+    model = attach(in_a_loop())
+    steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
+
+
+def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:
+    model = in_a_loop()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    attach(model)
+    with pytest.warns(UserWarning, match=r"train the decoder .*add_param_group"):
+        steps_with(model, optimizer, 3, forget=False)
+    model = attach(in_a_loop())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps_with(model, torch.optim.AdamW(model.parameters(), fused=True), 5, forget=False)
+
+
+def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
+    model = attach(in_a_loop())
+    its = [*model.backbone.parameters(), *model.projection_head.parameters()]
+    optimizers = [
+        torch.optim.SGD(its, lr=0.1),
+        torch.optim.AdamW(model.recon_aux.parameters(), fused=True),
+    ]
+    optimizers[0].register_step_post_hook(lambda *_: optimizers[1].step())
+    steps_with(model, optimizers[0], 5, forget=False)
+
+
+def test_an_average_that_is_evaluated_between_steps_is_no_teacher() -> None:
+    model = in_a_loop()
+    model.average = copy.deepcopy(model.backbone)
+    attach(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.average(torch.rand(4, 3, 32, 32))
+        with torch.enable_grad():
+            recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
+
+
+def test_a_part_of_the_decoder_may_be_frozen_between_steps() -> None:
+    model = attach(in_a_loop())
+    for _ in range(2):
+        recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
+        model.recon_aux.edges.requires_grad_(False)
+
+
+def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
+    model = attach(in_a_loop())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="once a step, saw the encoder change"):
+        steps_with(model, optimizer, 2, forget=True)
+
+
+def test_a_criterion_outside_the_model_may_take_the_features() -> None:
+    model, criterion = in_a_loop(), KoLeoLoss()
+    attach(model, heads=["projection_head", criterion])
+
+    def loss() -> Any:
+        features = [model.backbone(view).flatten(1) for view in VIEWS]
+        return sum(model.projection_head(y).var() + criterion(y) for y in features)
+
+    recon_aux.add_loss(model, loss()).backward()
+    recon_aux.detach(model)
+    assert "forward" not in vars(criterion)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself(copied: Any) -> None:
+    model = attach(in_a_loop())
+    twin = copied(model)
+    loss = recon_aux.add_loss(twin, sum(twin(view).var() for view in VIEWS))
+    loss.backward()
+    assert twin.recon_aux.decoder.queries.grad.any()
+    with pytest.raises(RuntimeError, match="saw 0 calls"):
+        recon_aux.add_loss(model, loss)
+
+
+def test_a_copy_of_the_encoder_alone_remembers_nothing() -> None:
+    model = attach(in_a_loop())
+    encoder = copy.deepcopy(model.backbone)
+    seen = seen_by(encoder)
+    for _ in range(100):
+        encoder(torch.rand(2, 3, 8, 8))
+    assert len(seen) == 200
+    assert alive(seen) == 0
+
+
+def test_the_loss_is_not_added_twice() -> None:
+    model = attach(Siamese())
+    with pytest.raises(TypeError, match="training_step returns the sum of both losses already"):
+        recon_aux.add_loss(model, model.training_step((VIEWS, torch.arange(4)), 0))
+    with pytest.raises(ValueError, match="got a bare Siamese"):
+        recon_aux.add_loss(recon_aux.detach(model), torch.zeros(()))
+    with pytest.raises(TypeError, match="loss as a tensor, got float"):
+        recon_aux.add_loss(model, 3.0)  # type: ignore[arg-type]
+
+
+class MomentumInALoop(InALoop):
+    """One view through the encoder, the other through its momentum copy."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_encoder())
+        self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+
+    def loss(self, views: Any) -> Tensor:
+        with torch.no_grad():
+            key = self.projection_head(self.backbone_momentum(views[1]).flatten(1))
+        return (self(views[0]) - key).square().mean()
+
+
+@pytest.mark.parametrize("shows_the_batch", [True, False])
+def test_in_a_loop_a_momentum_encoders_look_at_other_images_is_no_view(
+    shows_the_batch: bool,
+) -> None:
+    model = attach(MomentumInALoop(), views=None if shows_the_batch else 1)
+    seen = rebuilt_from(model)
+    for views in torch.rand(3, 2, 4, 3, 16, 16).unbind():
+        batch = tuple(views)
+        recon_aux.add_loss(model, model.loss(batch), batch if shows_the_batch else ()).backward()
+        assert torch.equal(seen.pop()[0][1], batch[1])
+        with torch.no_grad():
+            model.backbone_momentum(torch.rand(4, 3, 16, 16))
+
+
+def test_in_a_loop_the_batch_tells_which_of_a_momentum_encoders_calls_is_a_view() -> None:
+    model = attach(MomentumInALoop())
+    x0, x1, negatives = torch.rand(3, 4, 3, 16, 16)
+    seen = rebuilt_from(model)
+    for batch in ((x0, x1), (x0, x1, negatives)):
+        loss = model.loss((x0, x1))
+        with torch.no_grad():
+            loss = loss - model.backbone_momentum(negatives).square().mean()
+        recon_aux.add_loss(model, loss, batch).backward()
+        assert torch.equal(seen.pop()[0][1], x1)
+
+
+def test_in_a_loop_a_momentum_encoder_may_be_in_eval_mode() -> None:
+    model = attach(MomentumInALoop())
+    model.backbone_momentum.eval()
+    views = list(torch.rand(2, 4, 3, 16, 16))
+    seen = rebuilt_from(model)
+    recon_aux.add_loss(model, model.loss(views), views).backward()
+    assert torch.equal(seen[0][0][1], views[1])
+
+
+def test_a_loop_may_validate_by_its_loss() -> None:
+    model = attach(in_a_loop())
+    model.eval()
+    with torch.no_grad():
+        loss = sum(model(view).var() for view in VIEWS)
+        assert recon_aux.add_loss(model, loss) is loss
+    model.train()
+    recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
+
+
+def test_a_loop_may_look_at_its_batch_between_backward_and_step() -> None:
+    model = attach(in_a_loop())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
+        with torch.no_grad():
+            model(VIEWS[0])
+        optimizer.step()
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_encoder_may_be_frozen_for_a_while(mode: bool, copied: Any) -> None:
+    looped, method = copied(attach(in_a_loop())), copied(attach(Siamese(tiny_encoder())))
+
+    def losses() -> list[Tensor]:
+        loss = sum(looped(view).square().mean() for view in VIEWS)
+        return [recon_aux.add_loss(looped, loss), method.training_step((VIEWS, torch.arange(4)), 0)]
+
+    for model in (looped, method):
+        model.backbone.requires_grad_(False).train(mode)
+    with pytest.warns(UserWarning, match=r"encoder backbone is frozen; .* backbone= tells"):
+        found = losses()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found += losses()
+    for loss in found:
+        loss.backward()
+    assert all(p.grad is None for m in (looped, method) for p in m.recon_aux.parameters())
+    for model in (looped, method):
+        model.backbone.requires_grad_(True).train()
+    for loss in losses():
+        loss.backward()
+    assert all(m.recon_aux.decoder.queries.grad.any() for m in (looped, method))

@@ -1,0 +1,1 @@
+"""What tests share: models, methods, data, ways to train, to watch and to run scripts."""

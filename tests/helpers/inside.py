@@ -1,0 +1,113 @@
+"""The tests' only look behind the public lines: what moves in there is adapted here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recon_aux import ReconAux
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.hooks import MethodHook
+from recon_aux.task import finite
+from recon_aux.task.calibration import ChannelWhitening, color_axes
+from recon_aux.task.terms.edges import Edges
+from recon_aux.task.terms.prediction import LinearReadout, PredictionTerm
+from recon_aux.task.terms.reconstruction import resize_view
+from recon_aux.task.terms.registration import Registration
+from recon_aux.task.terms.registration import _affine as affine
+from recon_aux.task.terms.registration import _compose as compose
+from recon_aux.task.terms.registration import _inverse as inverse
+from recon_aux.task.terms.registration import _likeness as likeness
+from recon_aux.task.terms.registration import _standardized as standardized
+from recon_aux.task.terms.statistics import Statistics
+
+__all__ = [
+    "ChannelWhitening",
+    "Edges",
+    "LinearReadout",
+    "MethodHook",
+    "PredictionTerm",
+    "Registration",
+    "Statistics",
+    "affine",
+    "color_axes",
+    "compose",
+    "feature_of_poses",
+    "has_units",
+    "hooked",
+    "inverse",
+    "likeness",
+    "options_in_section",
+    "reached",
+    "resize_view",
+    "send_by",
+    "shift_read_from",
+    "standardized",
+    "take_units_of",
+    "units_are_set",
+    "whitening_of",
+]
+
+
+def hooked(*models: nn.Module) -> list[str]:
+    """The names of the modules of which a method is stood in for."""
+    return [
+        name
+        for model in models
+        for name, module in model.named_modules()
+        if any(isinstance(value, MethodHook) for value in vars(module).values())
+    ]
+
+
+def whitening_of(aux: ReconAux) -> ChannelWhitening:
+    """What brings the views' pixels to a unit of their own."""
+    return aux.pixel_scale
+
+
+def has_units(target: Any) -> bool:
+    """Whether a batch has set the units of what a term asks for."""
+    return target.calibrated
+
+
+def units_are_set(aux: ReconAux) -> list[bool]:
+    """Whether there are units yet: of the pixels, of the statistics, of the edges."""
+    assert aux.statistics is not None
+    assert aux.edges is not None
+    targets = aux.pixel_scale, aux.statistics.told, aux.edges.told
+    return [has_units(target) for target in targets]
+
+
+def take_units_of(aux: ReconAux, other: Any) -> None:
+    """Measure in another's units, which are those of its first batch."""
+    aux.pixel_scale = other.pixel_scale
+    for term in ("statistics", "edges"):
+        getattr(aux, term).told = getattr(other, term).told
+
+
+def feature_of_poses(registration: Registration, *poses: list[float]) -> Tensor:
+    """Features of which the registration reads these poses, as it is set to."""
+    registration.pose.norm = nn.Identity()  # type: ignore[assignment]
+    with torch.no_grad():
+        registration.pose.linear.weight.copy_(torch.eye(6))
+    return torch.atanh(torch.tensor(poses)) / 0.3
+
+
+def shift_read_from(registration: Registration, feature: Tensor) -> Tensor:
+    """How far to the right the registration takes each view to be moved."""
+    return affine(registration.pose(feature))[1][:, 0]
+
+
+def options_in_section(section: Any) -> dict[str, Any]:
+    """What solo-learn's models are attached with where its config has this section."""
+    from recon_aux.integrations.solo_learn import _options  # noqa: PLC0415
+
+    return _options(section)
+
+
+def send_by(monkeypatch: pytest.MonkeyPatch, send: Callable[[Tensor], Any]) -> None:
+    """Let the numbers that tell whether a loss is finite go another way than a CPU's."""
+    monkeypatch.setattr(finite, "_send", send)

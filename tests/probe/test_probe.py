@@ -1,0 +1,165 @@
+"""The probe: does it find what is there, and only that?"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import r2_score
+from torch import Tensor, nn
+
+from recon_aux.probe import (
+    COMBINED,
+    TRANSFORMATIONS,
+    draw_parameters,
+    linear_regression,
+    probe,
+    render,
+    transform,
+)
+
+
+def photographs(n: int, size: int = 16, seed: int = 0) -> Tensor:
+    """Smooth coloured pictures, brighter at the top left."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator) * 0.4 + 0.2
+    smooth = nn.functional.interpolate(coarse, size, mode="bilinear")
+    ramp = torch.linspace(0.3, 0, size)
+    return smooth + (ramp[:, None] + ramp) / 2
+
+
+def pixels(images: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(images, 4).flatten(1)
+
+
+def labelled(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    return photographs(n, seed=seed), torch.arange(n) % 3
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_each_transformation_changes_images_and_none_leaves_them(name: str) -> None:
+    images = photographs(4)
+    high = {name: torch.full((4,), TRANSFORMATIONS[name][1])}
+    assert transform(images, high).shape == images.shape
+    assert not torch.allclose(transform(images, high), images, atol=1e-2)
+    assert torch.equal(transform(images, {}), images)
+
+
+def test_parameters_mean_what_their_names_say() -> None:
+    image = torch.zeros(1, 3, 16, 16)
+    image[0, :, 8, 8] = 1
+    moved = transform(image, {"translation_x": torch.tensor([0.25])})
+    assert moved[0, 0].argmax().item() == 8 * 16 + 12
+    moved = transform(image, {"translation_y": torch.tensor([0.25])})
+    assert moved[0, 0].argmax().item() == 12 * 16 + 8
+    grey = torch.full((1, 3, 4, 4), 0.5)
+    assert transform(grey, {"brightness": torch.tensor([1.2])}).mean().item() == pytest.approx(0.6)
+    assert torch.allclose(transform(grey, {"hue": torch.tensor([0.1])}), grey, atol=1e-5)
+    turned = transform(photographs(1), {"rotation": torch.tensor([30.0])})
+    back = transform(turned, {"rotation": torch.tensor([-30.0])})
+    centre = (..., slice(5, 11), slice(5, 11))
+    assert (back[centre] - photographs(1)[centre]).abs().max() < 0.05
+
+
+def test_each_image_gets_its_own_parameters() -> None:
+    images = photographs(1).repeat(2, 1, 1, 1)
+    both = {name: values for name, values in draw_parameters(2).items()}
+    first = transform(images[:1], {name: values[:1] for name, values in both.items()})
+    together = transform(images, both)
+    assert torch.allclose(together[:1], first, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_drawn_parameters_stay_in_range_and_unknown_names_are_refused() -> None:
+    for name, values in draw_parameters(100, list(TRANSFORMATIONS)).items():
+        low, high = TRANSFORMATIONS[name]
+        assert low <= values.min() < values.max() <= high
+    with pytest.raises(ValueError, match=r"expected names among .*rotation.*got \['shear'\]"):
+        draw_parameters(2, ["shear"])
+
+
+def test_pixels_know_colour_changes_and_noise_knows_nothing() -> None:
+    train, test = labelled(400, 0), labelled(200, 1)
+    knows = probe(pixels, train, test).parts["whole"]
+    noise = torch.Generator().manual_seed(0)
+    ignorant = probe(lambda x: torch.randn(len(x), 20, generator=noise), train, test)
+    assert knows.alone["brightness"] > 0.9
+    assert knows.combined["brightness"] > 0.5
+    assert abs(ignorant.parts["whole"].mean_combined) < 0.1
+    assert ignorant.parts["whole"].linear < 45
+
+
+def test_the_parts_know_what_stands_in_them() -> None:
+    def feature(images: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(len(images), 5), pixels(images)], dim=1)
+
+    result = probe(feature, labelled(300, 0), labelled(100, 1), equivariant_dim=48)
+    assert list(result.parts) == ["whole", "invariant", "equivariant"]
+    assert result.parts["invariant"].mean_combined < 0.01
+    assert result.parts["equivariant"].combined == pytest.approx(
+        result.parts["whole"].combined, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_maps_and_tokens_are_split_along_their_channels(tokens: bool) -> None:
+    def feature(images: Tensor) -> Tensor:
+        known = nn.functional.avg_pool2d(images, 4)
+        whole = torch.cat([torch.zeros_like(known), known], dim=1)
+        return whole.flatten(2).transpose(1, 2) if tokens else whole
+
+    result = probe(feature, labelled(100, 0), labelled(60, 1), equivariant_dim=3)
+    assert result.parts["invariant"].mean_combined < 0.05
+    assert result.parts["equivariant"].alone["brightness"] > 0.5
+
+
+def test_a_number_is_read_as_well_next_to_one_of_larger_units() -> None:
+    # in degrees, say, and not to be told; the other stands in a faint direction of the features
+    random = np.random.default_rng(0)
+    told, untold = random.uniform(0.6, 1.4, 1000), random.uniform(-30, 30, 1000)
+    hidden = random.normal(size=(1000, 20)) * np.linspace(3, 0.05, 20)
+    hidden[:, -1] += 0.3 * told
+    x = hidden @ random.normal(size=(20, 64)) + random.normal(0, 0.02, (1000, 64))
+    alone = linear_regression().fit(x[:500], told[:500]).predict(x[500:])
+    numbers = np.stack([untold, told], axis=1)
+    both = linear_regression().fit(x[:500], numbers[:500]).predict(x[500:])
+    assert r2_score(told[500:], alone) > 0.5
+    np.testing.assert_allclose(both[:, 1], alone, rtol=1e-6)
+
+
+def test_labels_are_found_by_both_classifiers() -> None:
+    def tinted(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        images, labels = labelled(n, seed)
+        tint = nn.functional.one_hot(labels, 3)[:, :, None, None]
+        return images * (0.3 + 0.7 * tint), labels
+
+    part = probe(pixels, tinted(300, 0), tinted(100, 1)).parts["whole"]
+    assert part.linear > 90
+    assert part.knn > 90
+
+
+def test_a_module_keeps_its_modes_and_the_random_state_is_left_alone() -> None:
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.Flatten())
+    encoder[1].eval()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    state = torch.random.get_rng_state()
+    probe(encoder, labelled(60, 0), labelled(30, 1))
+    assert encoder.training
+    assert not encoder[1].training
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_results_repeat_and_become_json() -> None:
+    results = [probe(pixels, labelled(60, 0), labelled(30, 1), seed=s) for s in (0, 0, 1)]
+    run = [result.to_dict() for result in results]
+    assert run[0] == run[1] != run[2]
+    assert json.loads(json.dumps(run[0])) == run[0]
+    result = results[0]
+    table = render({"bare": result, "attached": result})
+    assert table == render({"bare": result, "attached": result})
+    assert "| attached whole" in table
+    assert str(result).count("| whole") == 2
+    assert all(name.replace("translation_", "t") in table for name in COMBINED)

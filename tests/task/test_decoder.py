@@ -1,0 +1,75 @@
+"""The decoder: which image it draws of which features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.features import SHAPES, few
+from recon_aux import CrossAttentionDecoder, ReconAux
+
+
+@few
+@given(
+    batch=st.integers(1, 3),
+    patches=st.integers(1, 4),
+    patch=st.sampled_from([1, 2, 4]),
+    channels=st.integers(1, 5),
+    depth=st.integers(1, 2),
+    kind=st.sampled_from(["vector", "map", "tokens"]),
+)
+def test_the_decoder_gives_an_image_of_any_size(
+    batch: int, patches: int, patch: int, channels: int, depth: int, kind: str
+) -> None:
+    decoder = CrossAttentionDecoder(
+        12, 6, target_size=patch * patches, patch_size=patch, image_channels=channels,
+        dim=16, depth=depth, heads=4, tokens=2, spatial=kind != "vector",
+    )  # fmt: skip
+    own = torch.rand(batch, *SHAPES[kind][1:])
+    other = own.narrow(2 if kind == "tokens" else 1, 0, 6)
+    assert decoder(own, other).shape == (batch, channels, patch * patches, patch * patches)
+
+
+def test_both_features_reach_every_patch() -> None:
+    decoder = CrossAttentionDecoder(12, 6)
+    own = torch.rand(1, 12, requires_grad=True)
+    other = torch.rand(1, 6, requires_grad=True)
+    image = decoder(own, other)
+    for corner in (image[..., :2, :2], image[..., -2:, -2:]):
+        gradients = torch.autograd.grad(corner.sum(), [own, other], retain_graph=True)
+        assert all(g.any() for g in gradients)
+
+
+def test_patches_land_where_their_query_stands() -> None:
+    decoder = CrossAttentionDecoder(4, 4, target_size=8, patch_size=4, image_channels=1)
+    with torch.no_grad():
+        decoder.queries.zero_()
+        decoder.queries[1, 0] = 1.0  # the patch right of the first
+        image = decoder(torch.rand(1, 4), torch.rand(1, 4))[0, 0]
+    others = [image[:4, :4], image[4:, :4], image[4:, 4:]]
+    assert torch.equal(others[0], others[1])
+    assert torch.equal(others[0], others[2])
+    assert not torch.allclose(image[:4, 4:], others[0])
+
+
+def test_the_decoder_names_sizes_that_do_not_divide_and_features_of_another_rank() -> None:
+    with pytest.raises(ValueError, match=r"divides target_size=32, got 5"):
+        ReconAux(8, patch_size=5)
+    with pytest.raises(ValueError, match=r"decoder_heads .* decoder_dim=32, got 5"):
+        ReconAux(8, decoder_dim=32, decoder_heads=5)
+    for option in ("decoder_depth", "decoder_heads", "decoder_tokens", "patch_size"):
+        none: dict[str, Any] = {option: 0}
+        with pytest.raises(ValueError, match=rf"{option}= of 1 or more, got 0"):
+            ReconAux(8, **none)
+    views = torch.rand(2, 4, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"pooled, \(B, D\), got \(4, 4, 2, 2\); spatial=True"):
+        ReconAux(8)(views, torch.rand(2, 4, 8, 2, 2))
+
+
+def test_a_decoder_that_expects_context_says_so() -> None:
+    with pytest.raises(ValueError, match="expected context from the other view"):
+        CrossAttentionDecoder(8, 8)(torch.rand(2, 8))

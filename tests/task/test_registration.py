@@ -1,0 +1,129 @@
+"""Registration: which motion it asks for, in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from helpers.features import smooth_pictures
+from helpers.inside import (
+    Registration,
+    affine,
+    compose,
+    feature_of_poses,
+    inverse,
+    likeness,
+    shift_read_from,
+    standardized,
+)
+from recon_aux.probe import transform
+
+MOVES: list[tuple[dict[str, float], list[float]]] = [
+    ({}, [0, 0, 0, 0, 0, 0]),
+    ({"translation_x": 0.2}, [0, 0, 0, 0, 0.4, 0]),
+    ({"translation_y": -0.1}, [0, 0, 0, 0, 0, -0.2]),
+    ({"scale": 1.3}, [math.log(1.3), 0, 0, 0, 0, 0]),
+    ({"rotation": 25.0}, [0, math.radians(25), 0, 0, 0, 0]),
+    ({"scale": 0.8, "rotation": 10.0}, [math.log(0.8), math.radians(10), 0, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("move", "pose"), MOVES)
+def test_the_right_pose_explains_a_known_motion(move: dict[str, float], pose: list[float]) -> None:
+    view = smooth_pictures(1)
+    moved = transform(view, {name: torch.tensor([value]) for name, value in move.items()})
+    registration, both = Registration(6), torch.cat([view, moved])
+    none = [0.0] * 6
+    right = registration(feature_of_poses(registration, none, pose), both)
+    wrong = registration(feature_of_poses(registration, pose, none), both)
+    unmoved = registration(feature_of_poses(registration, none, none), both)
+    # what has left the picture can't be told
+    assert right < 0.4
+    assert not move or (right < 0.6 * unmoved and wrong > unmoved)
+    # as well where one of them is mirrored
+    for mirrored in ((view.flip(-1), moved), (view, moved.flip(-1))):
+        first, second = none, pose
+        if mirrored[1] is not moved:
+            second = [pose[0], -pose[1], pose[2], -pose[3], -pose[4], pose[5]]
+        explained = registration(feature_of_poses(registration, first, second), torch.cat(mirrored))
+        assert explained.item() == pytest.approx(right.item(), abs=1e-3)
+
+
+def test_a_mirrored_view_is_known() -> None:
+    view = smooth_pictures(1)
+    registration = Registration(6)
+    none = feature_of_poses(registration, [0.0] * 6, [0.0] * 6)
+    assert registration(none, torch.cat([view, view.flip(-1)])) < 0.03
+    assert registration(none, torch.cat([view, smooth_pictures(1, seed=1)])) > 0.5
+
+
+def test_views_with_nothing_in_common_err_by_two_whatever_their_colours() -> None:
+    views = torch.randn(128, 3, 32, 32)
+    registration = Registration(8)
+    features = torch.zeros(128, 8)
+    error = registration(features, views).item()
+    assert error == pytest.approx(2, abs=0.15)
+    assert registration(features, views * 50 + 7).item() == pytest.approx(error, abs=1e-2)
+
+
+def test_affine_maps_invert_and_never_turn_an_image_over() -> None:
+    torch.manual_seed(0)
+    motion = affine(torch.randn(50, 6) * 20)
+    assert (torch.linalg.det(motion[0]) > 0).all()
+    matrix, shift = compose(motion, inverse(motion))
+    torch.testing.assert_close(matrix, torch.eye(2).expand(50, 2, 2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shift, torch.zeros(50, 2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("far", [0, 2])
+@pytest.mark.parametrize("side", [8, 16])
+def test_likeness_is_what_torchs_own_sampling_gives_and_so_is_its_gradient(
+    side: int, far: float
+) -> None:
+    torch.manual_seed(0)
+    images, targets = torch.randn(2, 5, 3, side, side), standardized(torch.randn(5, 3, side, side))
+    matrix, shift = affine(torch.randn(10, 6) * far)
+    motion = torch.cat([matrix, shift[:, :, None]], dim=2).requires_grad_()
+    ours, gradient = likeness(images, targets, motion.detach().view(2, 5, 2, 3))
+    places = torch.nn.functional.affine_grid(motion, [10, 3, side, side], align_corners=False)
+    moved = torch.nn.functional.grid_sample(images.flatten(0, 1), places, align_corners=False)
+    theirs = (standardized(moved).view(2, *targets.shape) * targets).mean(dim=(2, 3, 4))
+    torch.testing.assert_close(ours, theirs)
+    (expected,) = torch.autograd.grad(theirs.sum(), motion)
+    torch.testing.assert_close(gradient, expected.view(2, 5, 2, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_registrations_gradient_is_what_small_steps_show() -> None:
+    torch.manual_seed(0)
+    registration, images = Registration(8), smooth_pictures(6)
+    features, steps = torch.randn(6, 8, requires_grad=True), 1e-2 * torch.randn(20, 6, 8)
+    (gradient,) = torch.autograd.grad(registration(features, images), features)
+    found = [registration(features + s, images) - registration(features - s, images) for s in steps]
+    expected = 2 * (gradient * steps).sum(dim=(1, 2))
+    assert (torch.stack(found) - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.slow
+def test_poses_are_learned_without_being_told() -> None:
+    """Features that hold the motion linearly, among others: it is read off them."""
+    torch.manual_seed(0)
+    views, motion = smooth_pictures(128), (torch.rand(2, 128) - 0.5) * 0.4
+    moved = [transform(views, {"translation_x": motion[i]}) for i in (0, 1)]
+    mixing = torch.randn(4, 16)
+    features = [torch.stack([m * 5, *torch.randn(3, 128)], dim=1) @ mixing for m in motion]
+    registration = Registration(16)
+    optimizer = torch.optim.Adam(registration.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        error = registration(torch.cat(features), torch.cat(moved))
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.5 * errors[0]
+    with torch.no_grad():
+        read = [shift_read_from(registration, x) for x in features]
+    told = torch.corrcoef(torch.stack([read[1] - read[0], motion[1] - motion[0]]))[0, 1]
+    assert told > 0.9

@@ -1,0 +1,45 @@
+"""The feature, cut in two along its channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.features import SHAPES, few
+from recon_aux import FeatureSplitter
+
+
+@few
+@given(
+    shape=st.sampled_from(list(SHAPES.values())),
+    equivariant_dim=st.integers(0, 12),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_the_parts_are_the_feature_cut_in_two(
+    shape: tuple[int, ...], equivariant_dim: int, dtype: torch.dtype
+) -> None:
+    feature = torch.rand(shape).to(dtype)
+    dim = 2 if len(shape) == 3 else 1
+    invariant, equivariant = FeatureSplitter(12, equivariant_dim)(feature)
+    assert equivariant.shape[dim] == equivariant_dim
+    assert torch.equal(torch.cat([invariant, equivariant], dim), feature)
+    assert invariant.dtype == dtype
+
+
+def test_half_is_the_default_and_odd_widths_favour_the_invariant_part() -> None:
+    assert FeatureSplitter(7).equivariant_dim == 3
+    assert FeatureSplitter(7).invariant_dim == 4
+
+
+@pytest.mark.parametrize("dim", [-1, 13])
+def test_an_equivariant_dim_out_of_range_is_named(dim: int) -> None:
+    with pytest.raises(ValueError, match=rf"equivariant_dim from 0 to .*12 channels, got {dim}"):
+        FeatureSplitter(12, dim)
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 11), (4, 11, 3, 3), (4, 12, 5), (4, 12, 1, 1, 1)])
+def test_features_of_another_rank_or_width_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected features \(B, 12\).* feature_dim="):
+        FeatureSplitter(12)(torch.rand(shape))
