@@ -121,6 +121,40 @@ def probe(
     return ProbeResult(parts)
 
 
+def compare(
+    models: Mapping[str, Any],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    **options: Any,
+) -> dict[str, ProbeResult]:
+    """Probe the encoders of several models, to be printed side by side by :func:`render`.
+
+    Args:
+        models: models by name, each with its encoder as ``backbone``. Where recon_aux is attached,
+            the parts of the feature are measured, too.
+        train: as in :func:`probe`.
+        test: as in :func:`probe`.
+        options: other options of :func:`probe`.
+
+    Returns:
+        Results by the name of their model.
+
+    Example:
+        >>> model = torch.nn.Module()
+        >>> model.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
+        >>> results = compare({"bare": model}, (images, labels), (images, labels))
+        >>> print(results["bare"].parts.keys())
+        dict_keys(['whole'])
+    """
+    results = {}
+    for name, model in models.items():
+        aux = getattr(model, "recon_aux", None)
+        split = 0 if aux is None else aux.splitter.equivariant_dim
+        results[name] = probe(model.backbone, train, test, equivariant_dim=split, **options)
+    return results
+
+
 def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     if not equivariant_dim:
         return {"whole": feature}

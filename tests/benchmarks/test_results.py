@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import compare
-import natural_images
 import pytest
-from records import kept, results_of
+from benchmarks import natural_images
+from benchmarks.records import kept, results_of
+from benchmarks.views3d import compare
 
 from helpers.running import rows
 
@@ -52,7 +52,7 @@ def column(table: list[list[str]], name: str) -> list[str]:
     [
         ("\nCIFAR-10:\n", "natural", "CIFAR-10: the whole feature", ""),
         ("\n50 classes of Tiny ImageNet:\n", "natural", "Tiny-ImageNet-50: the whole feature", ""),
-        ("(examples/views3d/objects.jpg)", "views3d", "", ", whole"),
+        ("views3d/objects.jpg)", "views3d", "", ", whole"),
     ],
 )
 def test_the_readmes_tables_are_those_of_the_records(
