@@ -10,10 +10,10 @@ from statistics import mean
 from typing import Any
 
 import pytest
+
 from benchmarks import natural_images
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
-
 from helpers.running import rows
 
 ROOT = Path(__file__).parents[2]
