@@ -320,15 +320,14 @@ def _choose(
 def _has_this_decoder(
     state_dict: dict[str, Any], prefix: str, options: dict[str, Any], errors: list[str]
 ) -> bool:
-    """Return whether a checkpoint has the decoder that these options build; say why not."""
+    """Return whether a checkpoint has the decoder that these options build; if not, say so."""
     extra = state_dict.get(prefix + "_extra_state")
     state = None if extra is None else unpack(extra)
     changes, is_other = differences(state["options"] if state else {}, options)
     is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
     warning = ""
     if is_bare:
-        warning = "a checkpoint of a bare model; the decoder starts as it is, new if it was just "
-        warning += "attached"
+        warning = "a checkpoint of a bare model; the decoder starts as it is"
     elif is_other:
         errors.append(f"recon_aux: expected the options it was saved with: {changes}")
     elif changes:
