@@ -16,8 +16,8 @@ from torch import Tensor
 from recon_aux.probe.linear import linear_classifier, linear_regression
 from recon_aux.probe.results import PartResult, ProbeResult
 from recon_aux.probe.transformations import COMBINED, TRANSFORMATIONS, draw_parameters, transform
+from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
-from recon_aux.task.temporary import evaluating
 
 # features ``(N, D)`` of each part
 Parts = dict[str, np.ndarray]

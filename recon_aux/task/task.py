@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from recon_aux.task.calibration import ChannelWhitening
 from recon_aux.task.checks import finite_number
+from recon_aux.task.contexts import seeded
 from recon_aux.task.decoder import CrossAttentionDecoder
 from recon_aux.task.finite import FiniteCheck
 from recon_aux.task.inputs import check_views
 from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pack, takes, unpack
 from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
-from recon_aux.task.temporary import seeded
 from recon_aux.task.terms.edges import Edges
 from recon_aux.task.terms.prediction import PredictionTerm
 from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view

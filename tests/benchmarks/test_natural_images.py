@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import natural_images
 from benchmarks.encoders import build_encoder
+from benchmarks.methods import MORE_METHODS, SimCLR
 from benchmarks.options import note_options, options_of
 from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
@@ -113,7 +114,7 @@ def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]
     return argparse.Namespace(**small | options), (images, torch.arange(24) % 2)
 
 
-@pytest.mark.parametrize("method", natural_images.MORE_METHODS)
+@pytest.mark.parametrize("method", MORE_METHODS)
 def test_more_methods_train_bare_and_attached(tmp_path: Path, method: str) -> None:
     args, data = training()
     for arm in (method, f"{method}, attached"):
@@ -129,7 +130,7 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
     args, data = training(optimizer=optimizer, epochs=2)
     arm = "SimCLR, attached"
     whole, _ = natural_images.train(arm, data, 0, tmp_path / "whole.json", args)
-    begun = fail_once(monkeypatch, natural_images.SimCLR, at=5)
+    begun = fail_once(monkeypatch, SimCLR, at=5)
     path = tmp_path / "SimCLR.json"
     with pytest.raises(OSError, match="the power went"):
         natural_images.train(arm, data, 0, path, args)
@@ -215,7 +216,7 @@ def test_views_of_lightly_are_in_the_encoders_units() -> None:
 @pytest.mark.parametrize(("name", "width"), [("tiny-resnet18", 256), ("tiny-vit", 192)])
 def test_every_encoder_can_be_attached_to(name: str, width: int) -> None:
     encoder = build_encoder(name)
-    model = attach(natural_images.SimCLR(encoder, width, 1e-3))
+    model = attach(SimCLR(encoder, width, 1e-3))
     views = list(torch.rand(2, 4, 3, 32, 32))
     model.training_step((views, torch.zeros(4)), 0).backward()
     assert all(p.grad is not None for p in encoder.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean
@@ -94,11 +95,17 @@ def test_natural_images_meet_the_targets(data: str, method: str) -> None:
     assert of(f"{method}, attached", "equivariant")[0] > bare[0]
 
 
+def whole(key: str, found: dict[str, Any]) -> float:
+    """What the whole feature has of it."""
+    value: float = found["whole"][key]
+    return value
+
+
 def test_objects_meet_the_targets() -> None:
     runs = kept(RESULTS / "views3d")
     accuracy, rotation, colour = (
         {
-            arm: over_seeds(runs, arm, lambda found, key=key: found["whole"][key])
+            arm: over_seeds(runs, arm, partial(whole, key))
             for arm in ("VICReg", "SIE", "VICReg + recon_aux")
         }
         for key in ("accuracy", "rotation mlp", "color mlp")

@@ -17,10 +17,12 @@ from torch import nn
 from helpers.running import fail_once, rows, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
+from lightly.loss.vicreg_loss import covariance_loss
+
 from benchmarks.views3d import compare, render
 from benchmarks.views3d.data import Objects, targets
 from benchmarks.views3d.objects import OBJECTS, make
-from benchmarks.views3d.sie import HyperPredictor, covariance_loss, variance_loss
+from benchmarks.views3d.sie import SIE, HyperPredictor, variance_loss
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_of_many_objects_fewer_pairs_each_are_read(
 
 def test_right_predictions_are_retrieved_and_collapsed_ones_are_not(folder: Path) -> None:
     data = Objects(folder, "val", size=32, views=4, cached=False)
-    model = compare.SIE(nn.Identity(), 10, 1e-3)
+    model: Any = SIE(nn.Identity(), 10, 1e-3)
     model.heads[1], model.predictor = nn.Identity(), Turn()
     turned = Rotation.from_euler("xyz", data.latents[..., :3].reshape(-1, 3)).as_matrix()
     features = torch.from_numpy(turned).float().view(len(data), 4, 9)
