@@ -22,7 +22,7 @@ Reconstruct = Literal["alternate", "random", "both"]
 TERMS = ("registration", "statistics", "edges")
 """The terms next to the reconstruction; each has a weight of this name."""
 
-# Whether a saved decoder can be trained on although an option has changed. Without an entry: no.
+# Whether training can continue after an option has changed. Without an entry: no.
 _ALWAYS = {"may_differ": lambda saved, current: True}
 _UNLESS_ZERO = {"may_differ": lambda saved, current: bool(saved and current)}
 
@@ -220,8 +220,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[s
 def pack(state: Mapping[str, Any]) -> Tensor:
     """Write plain values as JSON into a tensor of 1024 bytes, for a ``state_dict``.
 
-    Not all that reads a ``state_dict`` accepts anything but tensors. The average of two checkpoints
-    can be read, if each number that changes in training is a string of fixed width.
+    Some readers of a ``state_dict`` accept only tensors. The average of two checkpoints can be
+    read, if each number that changes in training is a string of fixed width.
 
     Example:
         >>> early, late = (pack({"calls": f"{calls:012d}", "seed": 1}) for calls in (9, 10))

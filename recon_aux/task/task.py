@@ -159,9 +159,9 @@ class ReconAux(nn.Module):
         is_frozen = self._options.weight == 0
         if is_frozen and self.weight > 0:
             raise ValueError(
-                f"expected the weight to stay 0, as it was at construction, got {self.weight}; to "
-                "ramp it up, build with a positive weight=, then set .weight = 0, and set .weight "
-                "again after loading a checkpoint, which doesn't hold it"
+                f"expected the weight to stay 0, as it was at construction, got {self.weight}: the "
+                "decoder is frozen. To ramp it up, build with a positive weight=, then set "
+                ".weight = 0. Set .weight again after loading a checkpoint."
             )
         return not is_frozen
 
@@ -333,8 +333,8 @@ def _has_this_decoder(
     elif changes:
         warning = f"saved with other options: {changes}"
     elif extra is not None and state is None:
-        warning = "what was saved next to the weights can't be read, as in an average of "
-        warning += "checkpoints; whether the options were others isn't known"
+        warning = "the saved options can't be read, as in an average of checkpoints; they may "
+        warning += "differ from these"
     if warning:
         warnings.warn(f"recon_aux: {warning}", stacklevel=3)
     return not (is_bare or is_other)
