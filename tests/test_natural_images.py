@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
+from test_examples import pictures
+from torch import Tensor
+from training import fail_once, rows, run_example
+
 from benchmarks import natural_images
 from benchmarks.encoders import build_encoder
 from benchmarks.options import note_options, options_of
 from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
-from test_examples import pictures
-from torch import Tensor
-from training import fail_once, rows, run_example
-
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, TRANSFORMATIONS
 
@@ -39,7 +38,16 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     run_example("benchmarks/natural_images.py", "--data", *data, *options, "--arms", *arms)
     first = (out / "some-SimCLR-attached-0.json").read_text()
     with pytest.raises(AssertionError, match="--epochs 1, not 2"):
-        run_example("benchmarks/natural_images.py", "--data", *data, *options, "--epochs", "2", "--seeds", "1")
+        run_example(
+            "benchmarks/natural_images.py",
+            "--data",
+            *data,
+            *options,
+            "--epochs",
+            "2",
+            "--seeds",
+            "1",
+        )
     run_example("benchmarks/natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
     assert (out / "some-SimCLR-attached-0.json").read_text() == first
     runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
@@ -216,7 +224,9 @@ def test_every_encoder_can_be_attached_to(name: str, width: int) -> None:
 def test_the_ceiling_is_trained_with_the_transformations_parameters() -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    views, parameters = natural_images.transformed_pairs([(image, torch.tensor(0)) for image in images])
+    views, parameters = natural_images.transformed_pairs(
+        [(image, torch.tensor(0)) for image in images]
+    )
     assert [view.shape for view in views] == [(64, 3, 16, 16)] * 2
     assert parameters.shape == (64, len(COMBINED))
     assert parameters.mean(0).abs().max() < 0.4

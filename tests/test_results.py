@@ -10,10 +10,11 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from training import rows
+
 from benchmarks import natural_images
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
-from training import rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
