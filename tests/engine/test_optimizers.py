@@ -428,9 +428,8 @@ def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
 def test_a_decoder_in_a_group_with_others_keeps_that_groups_settings() -> None:
     def configure(model: Any) -> Any:
         rest = [*model.projection_head.parameters(), *model.recon_aux.parameters()]
-        return SGD(
-            [{"params": [*model.backbone.parameters()]}, {"params": rest, "lr": 1.0}], lr=0.1
-        )
+        groups: list[Any] = [{"params": [*model.backbone.parameters()]}]
+        return SGD([*groups, {"params": rest, "lr": 1.0}], lr=0.1)
 
     model = attach(Siamese(configure=configure), decoder_weight_decay=0.5)
     (group,) = groups_of(model.configure_optimizers(), model.recon_aux)
