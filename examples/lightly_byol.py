@@ -1,72 +1,70 @@
-"""BYOL with lightly, bare and with recon_aux attached."""
+"""BYOL with lightly on scikit-learn's digits: trained bare, and with recon_aux attached."""
 
+import argparse
 import copy
 
 import torch
-from common import Study
 from lightly.loss import NegativeCosineSimilarity
-from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.utils.scheduler import cosine_schedule
-from pytorch_lightning import LightningModule
+from lightly.models import ResNetGenerator, modules, utils
+from pytorch_lightning import LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset, default_collate, random_split
 
 from recon_aux.integrations.lightly import attach
+from recon_aux.probe import compare, draw_parameters, render, transform
 
 
 class BYOL(LightningModule):
-    """As lightly's documentation writes it."""
-
-    def __init__(self, backbone, feature_dim, lr, momentum=0.99):
+    def __init__(self):
         super().__init__()
-        self.backbone = backbone
-        self.projection_head = BYOLProjectionHead(feature_dim, 1024, 256)
-        self.prediction_head = BYOLPredictionHead(256, 1024, 256)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.projection_head_momentum = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
+        resnet = ResNetGenerator("resnet-18", width=0.25)
+        self.backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
+        self.projection_head = modules.BYOLProjectionHead(128, 512, 128)
+        self.prediction_head = modules.BYOLPredictionHead(128, 512, 128)
+        self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
         self.criterion = NegativeCosineSimilarity()
-        self.lr = lr
-        self.momentum = momentum
 
     def forward(self, x):
-        h = self.backbone(x).flatten(start_dim=1)
-        return self.prediction_head(self.projection_head(h))
+        return self.prediction_head(self.projection_head(self.backbone(x).flatten(start_dim=1)))
 
-    @torch.no_grad()
     def forward_momentum(self, x):
-        h = self.backbone_momentum(x).flatten(start_dim=1)
-        return self.projection_head_momentum(h)
+        return self.projection_head_momentum(self.backbone_momentum(x).flatten(start_dim=1))
 
     def training_step(self, batch, batch_idx):
-        steps = self.trainer.estimated_stepping_batches
-        momentum = cosine_schedule(self.trainer.global_step, steps, self.momentum, 1)
-        update_momentum(self.backbone, self.backbone_momentum, m=momentum)
-        update_momentum(self.projection_head, self.projection_head_momentum, m=momentum)
+        utils.update_momentum(self.backbone, self.backbone_momentum, m=0.99)
+        utils.update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
         (x0, x1), _ = batch
         p0, p1 = self.forward(x0), self.forward(x1)
         z0, z1 = self.forward_momentum(x0), self.forward_momentum(x1)
-        loss = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        return 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-4)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, pct_start=0.101)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        adamw = optim.AdamW(self.parameters(), lr=2e-3)
+        return [adamw], [optim.lr_scheduler.CosineAnnealingLR(adamw, self.trainer.max_epochs)]
 
 
-if __name__ == "__main__":
-    study = Study(__doc__)
+def two_views(samples):
+    x, labels = default_collate(samples)
+    return [transform(x, draw_parameters(len(x))) for _ in range(2)], labels
 
-    if study.compare:
-        model = BYOL(*study.encoder(), study.args.lr)
-        study.trainer().fit(model, study.loader())
-        study.measure("bare", model.backbone)
 
-    model = attach(BYOL(*study.encoder(), study.args.lr), **study.options)  # the one line
-    study.trainer().fit(model, study.loader())
-    study.measure("attached", model.backbone, model.recon_aux)
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--epochs", type=int, default=30)
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
 
-    study.report()
+x, y = map(torch.tensor, load_digits(return_X_y=True))
+x = nn.functional.pad(x.float().view(-1, 1, 8, 8) / 16, [4, 4, 4, 4])
+x = torch.cat([0.2 + 0.7 * x, 0.3 + 0.3 * x, 0.5 - 0.2 * x], dim=1)  # orange on blue
+train, test = random_split(TensorDataset(x, y), [1400, 397], torch.Generator().manual_seed(0))
+loader = DataLoader(train, 128, shuffle=True, drop_last=True, collate_fn=two_views)
+
+torch.manual_seed(args.seed)
+bare = BYOL()
+Trainer(max_epochs=args.epochs, devices=1).fit(bare, loader)
+torch.manual_seed(args.seed)
+model = attach(BYOL())  # the one line
+Trainer(max_epochs=args.epochs, devices=1).fit(model, loader)
+print(render(compare({"bare": bare, "attached": model}, train[:], test[:])))

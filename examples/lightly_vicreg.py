@@ -1,27 +1,30 @@
-"""VICReg with lightly, bare and with recon_aux attached."""
+"""VICReg with lightly on scikit-learn's digits: trained bare, and with recon_aux attached."""
+
+import argparse
 
 import torch
-from common import Study
 from lightly.loss import VICRegLoss
+from lightly.models import ResNetGenerator
 from lightly.models.modules.heads import VICRegProjectionHead
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset, default_collate, random_split
 
 from recon_aux.integrations.lightly import attach
+from recon_aux.probe import compare, draw_parameters, render, transform
 
 
 class VICReg(LightningModule):
-    """As lightly's documentation writes it."""
-
-    def __init__(self, backbone, feature_dim, lr):
+    def __init__(self):
         super().__init__()
-        self.backbone = backbone
-        self.projection_head = VICRegProjectionHead(feature_dim, 1024, 1024, num_layers=2)
+        resnet = ResNetGenerator("resnet-18", width=0.25)
+        self.backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
+        self.projection_head = VICRegProjectionHead(128, 512, 512, num_layers=2)
         self.criterion = VICRegLoss()
-        self.lr = lr
 
     def forward(self, x):
-        h = self.backbone(x).flatten(start_dim=1)
-        return self.projection_head(h)
+        return self.projection_head(self.backbone(x).flatten(start_dim=1))
 
     def training_step(self, batch, batch_idx):
         (x0, x1), _ = batch
@@ -30,22 +33,32 @@ class VICReg(LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-4)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, pct_start=0.101)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        adamw = optim.AdamW(self.parameters(), lr=2e-3)
+        return [adamw], [optim.lr_scheduler.CosineAnnealingLR(adamw, self.trainer.max_epochs)]
 
 
-if __name__ == "__main__":
-    study = Study(__doc__)
+def two_views(samples):
+    x, labels = default_collate(samples)
+    return [transform(x, draw_parameters(len(x))) for _ in range(2)], labels
 
-    if study.compare:
-        model = VICReg(*study.encoder(), study.args.lr)
-        study.trainer().fit(model, study.loader())
-        study.measure("bare", model.backbone)
 
-    model = attach(VICReg(*study.encoder(), study.args.lr), **study.options)  # the one line
-    study.trainer().fit(model, study.loader())
-    study.measure("attached", model.backbone, model.recon_aux)
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--epochs", type=int, default=30)
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
 
-    study.report()
+x, y = map(torch.tensor, load_digits(return_X_y=True))
+x = nn.functional.pad(x.float().view(-1, 1, 8, 8) / 16, [4, 4, 4, 4])
+x = torch.cat([0.2 + 0.7 * x, 0.3 + 0.3 * x, 0.5 - 0.2 * x], dim=1)  # orange on blue
+train, test = random_split(TensorDataset(x, y), [1400, 397], torch.Generator().manual_seed(0))
+loader = DataLoader(train, 128, shuffle=True, drop_last=True, collate_fn=two_views)
+
+torch.manual_seed(args.seed)
+bare = VICReg()
+Trainer(max_epochs=args.epochs, devices=1).fit(bare, loader)
+
+torch.manual_seed(args.seed)
+model = attach(VICReg())  # the one line
+Trainer(max_epochs=args.epochs, devices=1).fit(model, loader)
+
+print(render(compare({"bare": bare, "attached": model}, train[:], test[:])))

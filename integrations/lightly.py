@@ -40,7 +40,7 @@ def attach(
             encodes two views, one by one or concatenated, or one of them with a momentum encoder.
         backbone: the encoder, or its name; by default found by its usual names.
         heads: the modules that take the encoder's features, or their names; by default lightly's
-            projection heads and what is called one, momentum ones too.
+            projection heads and modules named projection or projector, momentum ones too.
         weight: weight of the reconstruction loss; by default what was measured for the method's
             loss, else ``"auto"``, see :func:`recon_aux.attach`.
         options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.

@@ -181,5 +181,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    # the script becomes __main__, where what the models hold couldn't be found by pickle
+    # the script replaces __main__, where pickle couldn't find our classes
     importlib.import_module("recon_aux.integrations.solo_learn").run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,6 @@ from recon_aux.engine.hooks import HeadMask
 from recon_aux.engine.modules import find_module, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
-from recon_aux.task.checks import check_whole
 from recon_aux.task.options import refuse_unknown
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -180,7 +180,7 @@ def detach(model: Model) -> Model:
 
     Returns:
         The same model. Its encoder and heads keep what they learned. The heads see all channels
-        from here on, those of the equivariant part by weights that are as they were at the start.
+        from here on. Their weights for equivariant channels were never trained.
 
     Raises:
         ValueError: if nothing is attached.
@@ -252,8 +252,8 @@ def _refuse_model(model: nn.Module) -> None:
 def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, Any]) -> None:
     known = {*signature(ReconAux).parameters, *signature(attach).parameters}
     refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
-    if views is not None:
-        check_whole("views", views, least=1)
+    if views is not None and not (isinstance(views, Integral) and int(views) >= 1):
+        raise ValueError(f"expected views= as a whole number of 1 or more, got {views!r}")
     own.check()
     if own.given() and not has_training_step(model):
         raise ValueError(

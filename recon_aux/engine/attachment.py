@@ -24,6 +24,7 @@ from recon_aux.engine.modules import (
     unwrap,
 )
 from recon_aux.engine.optimizers import DecoderGroup, add_decoder_params
+from recon_aux.engine.step import Step
 from recon_aux.engine.updates import DecoderUpdates
 from recon_aux.task.splitter import as_feature
 
@@ -133,7 +134,7 @@ class Attachment:
         while hooks:
             for hook in hooks:
                 hook.remove()
-            # a copied module may have brought one along, behind ours; what others hold may stay
+            # a copied module may carry another hook of ours
             hooks = [
                 hook
                 for hook in find_hooks(self.model, *self.heads)
@@ -194,8 +195,8 @@ class Attachment:
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """Add the reconstruction loss to the method's."""
-        step, aux = self.driver.step, self.aux
-        assert step is not None
+        # there is none left where a training_step calls itself
+        step, aux = self.driver.step or Step(), self.aux
         if self.plan is None:
             plan, views = discover(self, step, loss, batch)
             if views is not None and loss.requires_grad:
@@ -234,8 +235,8 @@ class Attachment:
     def _warn_of_frozen(self) -> None:
         if not self.warned_of_frozen:
             warnings.warn(
-                f"recon_aux: the encoder {self.name(self.encoder)} is frozen; nothing is rebuilt "
-                "until it is trained; if another is, backbone= tells which, of these: "
+                f"recon_aux: the encoder {self.name(self.encoder)} is frozen, so nothing is "
+                "rebuilt. If another module is trained, pass backbone= to attach: one of "
                 f"{describe_children(self.model)}",
                 stacklevel=2,
             )

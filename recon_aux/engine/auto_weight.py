@@ -13,11 +13,11 @@ from torch import Tensor
 from recon_aux.engine.autograd import reached
 from recon_aux.task import ReconAux
 from recon_aux.task.checks import finite_number
-from recon_aux.task.distributed import agree, mean_over_processes
+from recon_aux.task.distributed import agree, are_many, mean_over_processes
 
 # how much larger than the method's gradient on the features the task's is to be, at least
 _SHARE = 2.0
-# next to losses with a small gradient, less was on the whole worse
+# a smaller weight measured worse next to losses with a small gradient
 _LEAST = 1.0
 
 
@@ -117,6 +117,10 @@ class AutoWeight:
         # squared norms of one batch's gradients on the features: the method's, the task's
         self.squares: tuple[list[Tensor], list[Tensor]] = ([], [])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a running step out of copies, whose hooks are others."""
+        return {**vars(self), "squares": ([], [])}
+
     def __call__(
         self,
         aux: AttachedReconAux,
@@ -136,7 +140,7 @@ class AutoWeight:
             The features for ``aux`` to take.
         """
         device = aux.decoder.queries.device
-        if not self.has_agreed:
+        if are_many() and not self.has_agreed:
             # one process alone may have loaded the weight
             self.has_agreed = True
             loaded = torch.tensor([aux.weight], dtype=torch.float64, device=device)

@@ -31,8 +31,7 @@ def reached(
         loss: with gradient.
         tensors: with gradient.
         avoiding: nodes of the graph. A path through one of them doesn't count.
-        strictly: a tensor that is compiled together with another doesn't count for it, since no
-            gradient flows to it on the way.
+        strictly: a tensor doesn't count only because it was compiled together with one that does.
 
     Returns:
         One truth value for each tensor.
@@ -76,7 +75,7 @@ def feed_each_other(masked: Sequence[Tensor]) -> bool:
 
 
 def gradients_to(outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
-    """Give the gradients that random ones at the heads' inputs cause at the encoder's outputs.
+    """Put random gradients on the heads' inputs, and give what reaches the encoder's outputs.
 
     Nothing of the method's own backward pass is run.
     """

@@ -103,7 +103,7 @@ def export_backbone(
         if isinstance(value, Tensor)
     }
     if like is not None and not isinstance(like, nn.Module):
-        raise TypeError(f"expected like= as a model, got {like!r}")
+        raise TypeError(f"expected like= as a model, got {like!r}. Build the model first.")
     if like is not None:
         state = _renamed(state, {key: _whole(x) for key, x in like.state_dict().items()})
     if path is not None:
@@ -121,7 +121,7 @@ def _whole(value: Tensor) -> Tensor:
 def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name one model's tensors as another's, which is in it, or from which it was cut."""
     first = next(iter(names), "")
-    # the name of the module within, the same for all; or another for each, in the same order
+    # either all names have one prefix more, or they differ and the order is the same
     prefixes = [key[: -len(first)] for key in state if f".{key}".endswith(f".{first}")]
     within = [
         {name: prefix + name for name in names if prefix + name in state} for prefix in prefixes
@@ -131,7 +131,7 @@ def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Te
             state[key].shape == names[name].shape and _last(key) == _last(name)
             for name, key in found.items()
         )
-        # what one of them lacks is no part of what both have: a classifier, but no layers
+        # a whole top-level module may be missing, as a classifier, but no single layer
         known = {_first(part) for pair in found.items() for part in pair}
         lacking = [key for key in names if key not in found]
         lacking += [key for key in state if key not in found.values()]
@@ -139,7 +139,8 @@ def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Te
             return {name: state[found[name]] if name in found else x for name, x in names.items()}
     raise ValueError(
         f"expected like= of the encoder's architecture, whose {len(state)} tensors are "
-        f"{_extent(state)}, got {len(names)}, {_extent(names)}"
+        f"{_extent(state)}, got {len(names)}, {_extent(names)}. Pass like= a model that has the "
+        "encoder's layers."
     )
 
 

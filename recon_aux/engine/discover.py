@@ -1,7 +1,7 @@
 """The first step: find the encoder, the views and the heads that see them, and check all of it.
 
-What was found is a plan. Later steps follow it, and look again only where the step differs. Every
-check of a step and its message stands here.
+What was found is a plan. Later steps follow it, and look again only where the step differs. The
+checks of a step and their messages stand here, but for what a single hook or optimizer refuses.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recon_aux.engine.autograd import feed_each_other, gradients_of, gradients_to, past, reached
+from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children
 from recon_aux.engine.step import EncoderCall, Step
+from recon_aux.engine.updates import version_of
 from recon_aux.engine.views import (
     Pair,
     batch_sizes,
@@ -26,6 +28,7 @@ from recon_aux.engine.views import (
     images_in,
     in_batch_order,
     is_of,
+    largest_views,
     rows_in,
     two_views,
 )
@@ -97,7 +100,7 @@ def discover(
 def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any) -> Views | None:
     """Follow the plan, and bring it up to date.
 
-    Heads may be exchanged, so that the loss sees no equivariant channels is checked in every step.
+    Every step checks that the loss sees no equivariant channels, since heads may be replaced.
 
     Returns:
         The step's views; None if the encoder is frozen.
@@ -125,7 +128,7 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
 def _calls_of_method(
     attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any
 ) -> list[EncoderCall]:
-    """Give the step's calls without what the loss doesn't depend on: a probe's, say."""
+    """Give the calls that the loss was made of, without those of a probe, say."""
     if not loss.requires_grad or (plan.calls and len(step.calls) == plan.calls):
         return step.calls
     kept = attached.driver.calls_of_method(step, loss, batch)
@@ -149,8 +152,8 @@ def _trained_encoder(
         )
     elif attached.recorder.features is not None:
         advice = (
-            "features= has to give a tensor that is in the output, as last_hidden_state, not one "
-            "that is made of it, as last_hidden_state[:, 0]."
+            "features= has to give a tensor that is in the output, as last_hidden_state. It can't "
+            "make a new one of it, as last_hidden_state[:, 0]."
         )
     else:
         advice = (
@@ -208,8 +211,8 @@ def _refuse_mixing_heads(attached: Attachment, step: Step, outputs: Sequence[Ten
     if feed_each_other(step.masked):
         raise RuntimeError(
             "expected heads that take the encoder's features, but of "
-            f"{attached.names(attached.heads)} one takes what another gives, and would lose a part "
-            "of that. Pass heads=[...]: those that take the features themselves."
+            f"{attached.names(attached.heads)} one takes what another gives. A part of that would "
+            "be zeroed. Pass heads=[...]: those that take the features themselves."
         )
     if _sees_equivariant(attached, gradients_to(outputs, step.masked)):
         raise RuntimeError(_leak(attached, "mixed into"))
@@ -236,8 +239,8 @@ def _sees_equivariant(attached: Attachment, gradients: Sequence[Tensor]) -> bool
 
 def _leak(attached: Attachment, where: str) -> str:
     return (
-        "expected the method's loss to see the invariant channels alone, but it sees the "
-        f"equivariant ones {where} what the heads {attached.names(attached.heads)} receive. Pass "
+        "expected the method's loss to see the invariant channels alone, but equivariant channels "
+        f"reach it {where} what the heads {attached.names(attached.heads)} receive. Pass "
         "heads=[...]: every module that takes the encoder's features as they are, of these: "
         f"{describe_children(attached.model)}. Or pass equivariant_dim=0 to train without a split."
     )
@@ -284,18 +287,37 @@ def _no_second_view(
     if any(in_batch_order(call, batch, count) is None for call in candidates(calls, online)):
         return (
             "expected a momentum encoder to take a view of the batch, in any order, got images "
-            f"{others} for the encoder's {trained[0]}, which aren't in the batch: made within the "
-            "step, or another process's, where a batch is shuffled over processes. If nothing is "
-            "shuffled, pass views=1: it says that they are in the order of the encoder's own. Else "
-            "put the views into the batch. Views of another process can't be used."
+            f"{others} for the encoder's {tuple(largest_views(online)[0].image.shape)}, which "
+            "aren't in the batch: made within the step, or another process's. If they are in the "
+            "order of the encoder's own, pass views=1. Else put the views into the batch. Views of "
+            "another process can't be used."
         )
     return (
-        "expected two views, one in each call of the encoder or concatenated in one, or one of "
-        f"them in a momentum encoder's, saw calls with gradient of images {trained} and others of "
-        f"{others}, where images and labels of the batch number {sorted(batch_sizes(batch))}. Pass "
-        "views=2 to attach if one call gets two views concatenated that the batch doesn't show. In "
-        "a loop pass the batch: add_loss(model, loss, batch)."
+        "expected two views, one in each call of the encoder or both concatenated in one, or one "
+        f"in a momentum encoder's call, saw calls with gradient of images {trained} and others of "
+        f"{others}, where images and labels of the batch number {sorted(batch_sizes(batch))}. If "
+        "one call gets two views concatenated, and the batch doesn't show it, attach with views=2. "
+        "In a loop pass the batch: add_loss(model, loss, batch)."
     )
+
+
+def refuse_training_outside(head: nn.Module, masked: Tensor, versions: dict[int, int]) -> None:
+    """Refuse to train a masked head past the training_step that adds the loss.
+
+    A loss that is only looked at is no training. It is training if a backward pass went through
+    the head outside a step, and its weights have changed since.
+    """
+    if is_recomputing():
+        return
+    now = version_of(head.parameters())
+    hooked: Any = masked
+    hooked.register_hook(lambda gradient: versions.update({id(head): now}))
+    if versions.get(id(head), now) != now:
+        raise RuntimeError(
+            f"expected the attached training_step to train the head {type(head).__name__}, which "
+            "is masked, saw it change past it. Replace training_step before attaching. Or take "
+            "all off: recon_aux.detach(model)."
+        )
 
 
 def refuse_forgotten_loss(step: Step, has_changed: bool) -> None:

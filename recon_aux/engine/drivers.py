@@ -49,7 +49,7 @@ class Driver:
         """Note a call of an encoder."""
         step.calls.append(call)
 
-    def record_masked(self, masked: Tensor) -> None:
+    def record_masked(self, head: nn.Module, masked: Tensor) -> None:
         """Note what a head received."""
         if self.step is not None and not masked.requires_grad:
             self.step.masked_without_gradient = True
@@ -67,9 +67,26 @@ class TrainingStepDriver(Driver):
     where = "training_step"
     encodes_others = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        # versions of heads that a backward pass went through outside a step, since the last one
+        self.trained_outside: dict[int, int] = {}
+
     def __deepcopy__(self, memo: Any) -> Driver:
         """Copy, but let a momentum encoder that is copied within a step be recorded in it."""
         return self if self.step is not None else type(self)()
+
+    def start(self, encoders: Sequence[nn.Module]) -> None:
+        """Start a step, in which these encoders are recorded."""
+        super().start(encoders)
+        self.trained_outside = {}
+
+    def record_masked(self, head: nn.Module, masked: Tensor) -> None:
+        """Note what a head received, or check that it isn't trained outside a step."""
+        if self.step is not None:
+            super().record_masked(head, masked)
+        elif masked.requires_grad and head.training and not torch.compiler.is_compiling():
+            discover.refuse_training_outside(head, masked, self.trained_outside)
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
         """Drop the trained encoder's calls on which the loss doesn't depend."""
@@ -87,8 +104,8 @@ class LoopDriver(Driver):
     """A step lasts from one ``add_loss`` to the next, whatever the loop encodes in between.
 
     Args:
-        is_trained: whether calls without gradient are kept. A copy may be a teacher or an average,
-            which would keep images for nothing, until it is trained itself.
+        is_trained: whether calls without gradient are kept. False for a copied model: it may be
+            only a teacher, and would keep images for nothing. True once it trains.
     """
 
     where = "each step, before add_loss,"
@@ -135,7 +152,7 @@ class LoopDriver(Driver):
                 step.masked = [x for x in step.masked if not reached(x, [spare[0].output])[0]]
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
-        """Drop what the loss doesn't depend on. What the batch shows is first, then the latest."""
+        """Give the calls of the loss, then those without gradient: the batch's, then the latest."""
         belongs = reached(loss, [call.output for call in step.calls])
         its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
         others = [call for call in step.calls if not call.output.requires_grad]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature, channel_dim
-from recon_aux.task.temporary import evaluating
 
 Features = Callable[[Any], Tensor]
 

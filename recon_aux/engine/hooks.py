@@ -73,7 +73,7 @@ class MethodHook:
         return self.callback(self.module, method, args, kwargs)
 
     def remove(self) -> None:
-        """Give the module its method back. Whoever still holds the hook calls the method by it."""
+        """Give the module its method back. Code that still holds the hook calls that method."""
         self.callback = None
         if vars(self.module).get(self.method) is self:
             del vars(self.module)[self.method]
@@ -124,7 +124,7 @@ class HeadMask:
     """A callback that zeroes the equivariant channels of what a head receives.
 
     A linear layer that is fed zeros computes what a narrower layer would, and its unused weights
-    get no gradient. Exceptions look at a whole layer or feature, as LARS and layer norm do.
+    get no gradient. That isn't so for LARS and layer norm, which look at a whole layer or feature.
 
     Args:
         feature_dim: D, channels of the encoder's feature.
@@ -158,7 +158,7 @@ class HeadMask:
                 "first tensor."
             )
         values[first] = self.mask(values[first], head)
-        self.driver.record_masked(values[first])
+        self.driver.record_masked(head, values[first])
         named = dict(zip(kwargs, values[len(args) :], strict=True))
         return call(*values[: len(args)], **named)
 

@@ -48,10 +48,9 @@ def find_momentum_heads(
 ) -> list[nn.Module]:
     """Find the heads' copies, which take what a momentum encoder gives.
 
-    First by name: what a momentum encoder's is to the encoder's, theirs are to the heads'. Else
-    those that are frozen next to a momentum encoder, in the order of what is trained: of modules
-    that are alike, a projection head and a predictor, say, the first frozen one is the first
-    trained one's.
+    First by name: if ``online.encoder`` has the copy ``target.encoder``, ``online.head`` has the
+    copy ``target.head``. If no name fits, the frozen modules next to a momentum encoder are paired
+    with the trained ones like them, in order.
     """
     around = [
         module
@@ -84,7 +83,7 @@ def find_momentum_heads(
 
 
 def _analogous(name: str, copy: str, other: str) -> list[str]:
-    """Change another name as a name was changed into its copy's: a word in it, before or behind.
+    """Apply to another name the change that turns a name into its copy's.
 
     Example:
         >>> _analogous("online.encoder", "target.encoder", "online.projector")

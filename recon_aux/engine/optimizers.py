@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from recon_aux.engine.updates import watch_optimizer
+from recon_aux.engine.updates import refuse_to_ignore
 from recon_aux.task.checks import check_nonnegative
 
 Group = dict[str, Any]
@@ -19,7 +19,7 @@ Group = dict[str, Any]
 class DecoderGroup(NamedTuple):
     """The decoder's learning rate and weight decay, where they aren't the encoder's.
 
-    ``lr`` is its base: its value where a schedule has the encoder's at its own base.
+    The decoder has the rate ``lr`` when the encoder has its own base rate.
     """
 
     lr: float | None = None
@@ -64,44 +64,27 @@ def add_decoder_params(
             "expected configure_optimizers to return an optimizer, which is to train the decoder, "
             f"got {type(configured).__name__}. Return an optimizer."
         )
+    joined = _join(groups, decoder, encoders)
     ours = {id(p) for p in decoder.parameters()}
-    if own.given():
-        for group in groups:
-            _take_out(group, ours, own)
-    placed = {id(p) for group in groups for p in group["params"]}
-    joining = [
-        (name, parameter)
-        for name, parameter in decoder.named_parameters()
-        if parameter.requires_grad and id(parameter) not in placed
-    ]
-    # joining a group, rather than adding one, keeps schedulers that were built before right
-    homes = {v: _home(groups, encoders, vector=v) for v in {p.ndim < 2 for _, p in joining}}
-    if own.given():
-        homes = _own_groups(homes, optimizers, list(_schedulers(configured)), own)
-    for name, parameter in joining:
-        home = homes[parameter.ndim < 2]
-        home["params"].append(parameter)
-        if "param_names" in home:
-            home["param_names"].append(f"recon_aux.{name}")
     for optimizer in optimizers:
-        _add_hooks(optimizer, ours, {id(p) for _, p in joining}, encoders, own)
+        if own.given():
+            _move_to_own_groups(optimizer, ours, own, list(_schedulers(configured)))
+        _add_hooks(optimizer, ours, joined, encoders, own)
 
 
-def _take_out(group: Group, ours: set[int], own: DecoderGroup) -> None:
-    """Take the decoder's parameters out of a group that is not theirs alone."""
-    is_ours = [id(p) in ours for p in group["params"]]
-    if is_ours and all(is_ours):
-        base = _base(group)
-        if own.lr is not None and not math.isclose(base, own.lr, rel_tol=1e-6):
-            raise ValueError(
-                "expected decoder_lr= or a group of the decoder's own in configure_optimizers, "
-                f"got both, decoder_lr={own.lr} and a group with {base}. Leave one of them out."
-            )
-        return
-    for key in ("params", "param_names"):
-        if key in group:
-            pairs = zip(group[key], is_ours, strict=True)
-            group[key][:] = [value for value, is_our in pairs if not is_our]
+def _join(groups: Sequence[Group], decoder: nn.Module, encoders: Sequence[nn.Module]) -> set[int]:
+    """Put the parameters that have no place into the encoder's groups; say which these are."""
+    placed = {id(p) for group in groups for p in group["params"]}
+    joined = set()
+    for name, parameter in decoder.named_parameters():
+        if parameter.requires_grad and id(parameter) not in placed:
+            # a new group would break schedulers that were made before
+            home = _home(groups, encoders, vector=parameter.ndim < 2)
+            home["params"].append(parameter)
+            joined.add(id(parameter))
+            if "param_names" in home:
+                home["param_names"].append(f"recon_aux.{name}")
+    return joined
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
@@ -116,27 +99,40 @@ def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: boo
     return max(groups, key=alike)
 
 
-def _own_groups(
-    homes: dict[bool, Group],
-    optimizers: Sequence[Any],
-    schedulers: Sequence[Any],
-    own: DecoderGroup,
-) -> dict[bool, Group]:
-    """Add groups of the decoder's own, like its weights' home and its biases' and norms'."""
-    weights, vectors = homes.get(False), homes.get(True)
-    like = {id(home): home for home in homes.values()}
-    new = {key: _own_group(home, optimizers, schedulers, own) for key, home in like.items()}
-    if weights and vectors and weights is not vectors and not vectors.get("weight_decay"):
-        # biases and norms that are exempt from weight decay stay so
-        new[id(vectors)]["weight_decay"] = vectors.get("weight_decay", 0)
-    return {vector: new[id(home)] for vector, home in homes.items()}
+def _move_to_own_groups(
+    optimizer: Any, ours: set[int], own: DecoderGroup, schedulers: Sequence[Any]
+) -> None:
+    """Take the decoder's parameters out of groups that aren't theirs alone."""
+    for index, group in enumerate(list(optimizer.param_groups)):
+        is_ours = [id(p) in ours for p in group["params"]]
+        if is_ours and all(is_ours):
+            _refuse_both(own, _base(group))
+        if not any(is_ours) or all(is_ours):
+            continue
+        moved = [p for p in group["params"] if id(p) in ours]
+        others = [other for other in optimizer.param_groups if other is not group]
+        elsewhere = any(id(p) in ours and p.ndim > 1 for other in others for p in other["params"])
+        new = _own_group(optimizer, index, own, schedulers)
+        if all(p.ndim < 2 for p in moved) and elsewhere and not group.get("weight_decay"):
+            # biases and norms that are exempt from weight decay stay so
+            new["weight_decay"] = group.get("weight_decay", 0)
+        for key in ("params", "param_names"):
+            if key in group:
+                pairs = list(zip(group[key], is_ours, strict=True))
+                new[key] = [value for value, is_our in pairs if is_our]
+                group[key][:] = [value for value, is_our in pairs if not is_our]
 
 
-def _own_group(
-    like: Group, optimizers: Sequence[Any], schedulers: Sequence[Any], own: DecoderGroup
-) -> Group:
-    """Add an empty group that follows the schedule of another."""
-    optimizer = next(o for o in optimizers if any(like is group for group in o.param_groups))
+def _refuse_both(own: DecoderGroup, base: float) -> None:
+    if own.lr is not None and not math.isclose(base, own.lr, rel_tol=1e-6):
+        raise ValueError(
+            "expected decoder_lr= or a group of the decoder's own in configure_optimizers, "
+            f"got both, decoder_lr={own.lr} and a group with {base}. Leave one of them out."
+        )
+
+
+def _own_group(optimizer: Any, index: int, own: DecoderGroup, schedulers: Sequence[Any]) -> Group:
+    """Add a group that follows the schedule of the group with an index."""
     schedulers = [s for s in schedulers if s.optimizer is optimizer]
     for scheduler in schedulers:
         if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
@@ -145,25 +141,21 @@ def _own_group(
                 f"decoder_weight_decay= is given, got a {type(scheduler).__name__}; instead let "
                 "configure_optimizers make a group of self.recon_aux.parameters()"
             )
-    size = len(optimizer.param_groups)
-    index = next(i for i, group in enumerate(optimizer.param_groups) if group is like)
+    like, size = optimizer.param_groups[index], len(optimizer.param_groups)
     ratio = 1.0 if own.lr is None else _ratio(own.lr, _base(like))
-    rates = {key: value * ratio for key, value in like.items() if _is_rate(key, value)}
+    rates = {key: value * ratio for key, value in like.items() if _is_rate(key)}
     decay = {"weight_decay": own.weight_decay} if own.weight_decay is not None else {}
     names = [group.get("name") for group in optimizer.param_groups]
     name = "recon_aux" if "recon_aux" not in names else "recon_aux_biases_and_norms"
-    empty: Group = {key: [] for key in ("params", "param_names") if key in like}
-    new: Group = {**like, **rates, **decay, **empty, "name": name}
+    new: Group = {**like, **rates, **decay, "name": name}
     optimizer.param_groups.append(new)
     for scheduler in schedulers:
         for key, values in vars(scheduler).items():
-            # one entry for each group; whole numbers are milestones
-            if isinstance(values, list) and len(values) == size:
-                value = values[index]
-                if _is_rate(key.removesuffix("s"), value):
-                    values.append(value * ratio)
-                elif isinstance(value, float) or callable(value):
-                    values.append(value)
+            # torch's lists with an entry for each group; a list of the user's own may be as long
+            is_rate = _is_rate(key.removesuffix("s"))
+            of_groups = is_rate or key == "lr_lambdas" or key.endswith("_momentums")
+            if of_groups and isinstance(values, list) and len(values) == size:
+                values.append(values[index] * ratio if is_rate else values[index])
     return new
 
 
@@ -181,20 +173,17 @@ def _add_hooks(
         hooked.register_load_state_dict_pre_hook(_fill_in(ours))
     trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
     params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    watch_optimizer(
-        hooked,
-        [p for p in params if id(p) in ours],
-        [p for p in params if id(p) in trained],
-        joined=any(id(p) in joined for p in params),
-    )
+    joining = [p for p in params if id(p) in joined]
+    if joining:
+        refuse_to_ignore(hooked, joining, [p for p in params if id(p) in trained])
     if own.lr is not None:
         keep = _in_proportion(own.lr, optimizer.param_groups, ours, encoders)
         hooked.register_step_pre_hook(keep)
 
 
-def _is_rate(key: str, value: Any) -> bool:
+def _is_rate(key: str) -> bool:
     """Whether a group's entry is a learning rate: ``lr``, ``max_lr``, ``initial_lr``, ..."""
-    return (key == "lr" or key.endswith("_lr")) and isinstance(value, (int, float, Tensor))
+    return key == "lr" or key.endswith("_lr")
 
 
 def _base(group: Group) -> float:
@@ -242,8 +231,8 @@ def _in_proportion(
     def set_rates(optimizer: Any, args: Any, kwargs: Any) -> None:
         for own, like, base in pairs:
             group = optimizer.param_groups[like]
-            # a schedule that was made later may have a maximum. What else notes an initial rate,
-            # as Lightning's search for one, means no base
+            # a scheduler made later may set max_lr: use it. Ignore a later initial_lr, which
+            # Lightning's rate finder sets
             ratio = _ratio(lr, float(group.get("max_lr", base)))
             optimizer.param_groups[own]["lr"] = group["lr"] * ratio
 
@@ -259,10 +248,10 @@ def _fill_in(ours: set[int]) -> Callable[[Any, dict[str, Any]], dict[str, Any] |
             own = [group for group in [*groups, *saved] if "recon_aux" in str(group.get("name"))]
             raise ValueError(
                 f"expected the saved state of an optimizer with {len(groups)} groups, got one with "
-                f"{len(saved)}"
-                + "; the decoder has a group of its own in one alone: give the decoder_lr= and "
-                "decoder_weight_decay= that it was saved with, or load the model's state_dict alone"
-                * bool(own)
+                f"{len(saved)}; "
+                + ("only one of them has a separate group for the decoder: " if own else "")
+                + "give the decoder_lr= and decoder_weight_decay= that it was saved with, or load "
+                "the model's state_dict alone"
             )
         bare = [sum(id(p) not in ours for p in group["params"]) for group in groups]
         sizes = [len(group["params"]) for group in saved]

@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from recon_aux.probe.linear import linear_classifier, linear_regression
-from recon_aux.probe.measure import probe
+from recon_aux.probe.measure import compare, probe
 from recon_aux.probe.results import (
     PartResult,
     ProbeResult,
@@ -35,6 +35,7 @@ __all__ = [
     "PartResult",
     "ProbeResult",
     "alone_table",
+    "compare",
     "draw_parameters",
     "linear_classifier",
     "linear_regression",

@@ -16,8 +16,8 @@ from torch import Tensor
 from recon_aux.probe.linear import linear_classifier, linear_regression
 from recon_aux.probe.results import PartResult, ProbeResult
 from recon_aux.probe.transformations import COMBINED, TRANSFORMATIONS, draw_parameters, transform
+from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
-from recon_aux.task.temporary import evaluating
 
 # features ``(N, D)`` of each part
 Parts = dict[str, np.ndarray]
@@ -119,6 +119,40 @@ def probe(
         labels = [labels.numpy() for _, labels in (train, test)]
         parts[part] = PartResult(*_accuracies(x, labels), alone=alone, combined=combined)
     return ProbeResult(parts)
+
+
+def compare(
+    models: Mapping[str, Any],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    **options: Any,
+) -> dict[str, ProbeResult]:
+    """Probe the encoders of several models, to be printed side by side by :func:`render`.
+
+    Args:
+        models: models by name, each with its encoder as ``backbone``. Where recon_aux is attached,
+            the parts of the feature are measured, too.
+        train: as in :func:`probe`.
+        test: as in :func:`probe`.
+        options: other options of :func:`probe`.
+
+    Returns:
+        Results by the name of their model.
+
+    Example:
+        >>> model = torch.nn.Module()
+        >>> model.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
+        >>> results = compare({"bare": model}, (images, labels), (images, labels))
+        >>> print(results["bare"].parts.keys())
+        dict_keys(['whole'])
+    """
+    results = {}
+    for name, model in models.items():
+        aux = getattr(model, "recon_aux", None)
+        split = 0 if aux is None else aux.splitter.equivariant_dim
+        results[name] = probe(model.backbone, train, test, equivariant_dim=split, **options)
+    return results
 
 
 def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def agree(values: Sequence[Tensor], known: bool) -> bool:
     This is needed where one process alone has loaded a checkpoint.
 
     Args:
-        values: overwritten by the mean over the processes that know them, unless all do or none.
+        values: if only some processes know them, all get the mean over these.
         known: whether this process knows the values.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Overflows in a row that a loss scaler may skip. torch's needs 16 steps to come down to a scale of
-# 1, each of as many calls as gradients are accumulated over.
+# 1. With gradient accumulation, a step is several calls.
 _MANY_OVERFLOWS = 200
 
 

@@ -22,7 +22,7 @@ Reconstruct = Literal["alternate", "random", "both"]
 TERMS = ("registration", "statistics", "edges")
 """The terms next to the reconstruction; each has a weight of this name."""
 
-# Whether a saved decoder can be trained on although an option has changed. Without an entry: no.
+# Whether training can continue after an option has changed. Without an entry: no.
 _ALWAYS = {"may_differ": lambda saved, current: True}
 _UNLESS_ZERO = {"may_differ": lambda saved, current: bool(saved and current)}
 
@@ -148,14 +148,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a TypeError for an option that isn't known; it suggests a similar one.
-
-    Example:
-        >>> refuse_unknown(["wieght"], ["edges", "weight"])
-        Traceback (most recent call last):
-        ...
-        TypeError: expected options among ['edges', 'weight'], got wieght=; did you mean weight=?
-    """
+    """Raise a TypeError for an option that isn't known; it suggests a similar one."""
     known = sorted(known)
     for name in names:
         if name not in known:
@@ -173,6 +166,17 @@ def takes(
     """Let an ``__init__`` that takes :class:`Options` be called with the options themselves.
 
     Type checkers and ``inspect.signature`` see them as its parameters.
+
+    Example:
+        >>> class Task:
+        ...     @takes(Options)
+        ...     def __init__(self, options: Options) -> None: ...
+        >>> list(inspect.signature(Task).parameters)[:3]
+        ['feature_dim', 'equivariant_dim', 'weight']
+        >>> Task(512, wieght=2.0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        TypeError: expected options among ['context', ...], got wieght=; did you mean weight=?
     """
     parameters = inspect.signature(options).parameters
 
@@ -216,8 +220,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[s
 def pack(state: Mapping[str, Any]) -> Tensor:
     """Write plain values as JSON into a tensor of 1024 bytes, for a ``state_dict``.
 
-    Not all that reads a ``state_dict`` accepts anything but tensors. The average of two checkpoints
-    can be read, if each number that changes in training is a string of fixed width.
+    Some readers of a ``state_dict`` accept only tensors. The average of two checkpoints can be
+    read, if each number that changes in training is a string of fixed width.
 
     Example:
         >>> early, late = (pack({"calls": f"{calls:012d}", "seed": 1}) for calls in (9, 10))
@@ -233,7 +237,6 @@ def unpack(packed: Tensor) -> dict[str, Any] | None:
     """Read what :func:`pack` wrote. Return None if it can't be read, as in some averages."""
     try:
         # an average may be off by a rounding error
-        state: dict[str, Any] = json.loads(bytes(packed.float().round().to(torch.uint8).tolist()))
-        return state
+        return dict(json.loads(bytes(packed.float().round().to(torch.uint8).tolist())))
     except ValueError:
         return None

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from recon_aux.task.calibration import ChannelWhitening
 from recon_aux.task.checks import finite_number
+from recon_aux.task.contexts import seeded
 from recon_aux.task.decoder import CrossAttentionDecoder
 from recon_aux.task.finite import FiniteCheck
 from recon_aux.task.inputs import check_views
 from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pack, takes, unpack
 from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
-from recon_aux.task.temporary import seeded
 from recon_aux.task.terms.edges import Edges
 from recon_aux.task.terms.prediction import PredictionTerm
 from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
@@ -159,9 +159,9 @@ class ReconAux(nn.Module):
         is_frozen = self._options.weight == 0
         if is_frozen and self.weight > 0:
             raise ValueError(
-                f"expected the weight to stay 0, as it was at construction, got {self.weight}; to "
-                "ramp it up, build with a positive weight=, then set .weight = 0, and set .weight "
-                "again after loading a checkpoint, which doesn't hold it"
+                f"expected the weight to stay 0, as it was at construction, got {self.weight}: the "
+                "decoder is frozen. To ramp it up, build with a positive weight=, then set "
+                ".weight = 0. Set .weight again after loading a checkpoint."
             )
         return not is_frozen
 
@@ -320,22 +320,21 @@ def _choose(
 def _has_this_decoder(
     state_dict: dict[str, Any], prefix: str, options: dict[str, Any], errors: list[str]
 ) -> bool:
-    """Return whether a checkpoint has the decoder that these options build; say why not."""
+    """Return whether a checkpoint has the decoder that these options build; if not, say so."""
     extra = state_dict.get(prefix + "_extra_state")
     state = None if extra is None else unpack(extra)
     changes, is_other = differences(state["options"] if state else {}, options)
     is_bare = bool(prefix) and not any(key.startswith(prefix) for key in state_dict)
     warning = ""
     if is_bare:
-        warning = "a checkpoint of a bare model; the decoder starts as it is, new if it was just "
-        warning += "attached"
+        warning = "a checkpoint of a bare model; the decoder starts as it is"
     elif is_other:
         errors.append(f"recon_aux: expected the options it was saved with: {changes}")
     elif changes:
         warning = f"saved with other options: {changes}"
     elif extra is not None and state is None:
-        warning = "what was saved next to the weights can't be read, as in an average of "
-        warning += "checkpoints; whether the options were others isn't known"
+        warning = "the saved options can't be read, as in an average of checkpoints; they may "
+        warning += "differ from these"
     if warning:
         warnings.warn(f"recon_aux: {warning}", stacklevel=3)
     return not (is_bare or is_other)

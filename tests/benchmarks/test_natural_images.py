@@ -7,16 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import natural_images
 import numpy as np
 import pytest
 import torch
-from encoders import build_encoder
-from options import go_on, options_of
-from resuming import is_done, keep, refuse_mixed
 from test_examples import pictures
 from torch import Tensor
 
+from benchmarks import natural_images
+from benchmarks.encoders import build_encoder
+from benchmarks.methods import MORE_METHODS, SimCLR
+from benchmarks.options import note_options, options_of
+from benchmarks.records import keep, kept
+from benchmarks.resuming import is_done, refuse_mixed
 from helpers.running import fail_once, rows, run_example
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, TRANSFORMATIONS
@@ -34,11 +36,20 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     data = [f"{name}={folder}" for name, folder in folders.items()]
     ends = ["untrained", "ceiling"]
     arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
-    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms)
+    run_example("benchmarks/natural_images.py", "--data", *data, *options, "--arms", *arms)
     first = (out / "some-SimCLR-attached-0.json").read_text()
     with pytest.raises(AssertionError, match="--epochs 1, not 2"):
-        run_example("natural_images.py", "--data", *data, *options, "--epochs", "2", "--seeds", "1")
-    run_example("natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
+        run_example(
+            "benchmarks/natural_images.py",
+            "--data",
+            *data,
+            *options,
+            "--epochs",
+            "2",
+            "--seeds",
+            "1",
+        )
+    run_example("benchmarks/natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
     assert (out / "some-SimCLR-attached-0.json").read_text() == first
     runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert {run["options"]["limit"] for run in runs} == {"10000"}
@@ -79,7 +90,7 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     run = json.loads((tmp_path / "SimCLR-0.json").read_text())
     run["results"]["whole"]["transfer"] = 30.0
     (tmp_path / "SimCLR-0.json").write_text(json.dumps(run))
-    text = natural_images.tables(natural_images.kept(tmp_path))
+    text = natural_images.tables(kept(tmp_path))
     head, *shown = rows(text)
     assert [row[head.index("transfer")] for row in shown[:4]] == [""] * 4
     gap, alone = head.index("of the gap"), head.index("equivariant alone")
@@ -95,7 +106,7 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
 
 
 def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]:
-    """What a small run is told: the command line's options, and images with their labels."""
+    """Options and data of a small run."""
     small = {"backbone": "tiny-resnet18", "image_size": 16, "batch_size": 8, "lr": 1e-3}
     small |= {"optimizer": "AdamW", "views": "probed", "workers": 0, "epochs": 1}
     small |= {"precision": "32-true", "device": "cpu"}
@@ -103,7 +114,7 @@ def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]
     return argparse.Namespace(**small | options), (images, torch.arange(24) % 2)
 
 
-@pytest.mark.parametrize("method", natural_images.MORE_METHODS)
+@pytest.mark.parametrize("method", MORE_METHODS)
 def test_more_methods_train_bare_and_attached(tmp_path: Path, method: str) -> None:
     args, data = training()
     for arm in (method, f"{method}, attached"):
@@ -119,7 +130,7 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
     args, data = training(optimizer=optimizer, epochs=2)
     arm = "SimCLR, attached"
     whole, _ = natural_images.train(arm, data, 0, tmp_path / "whole.json", args)
-    begun = fail_once(monkeypatch, natural_images.SimCLR, at=5)
+    begun = fail_once(monkeypatch, SimCLR, at=5)
     path = tmp_path / "SimCLR.json"
     with pytest.raises(OSError, match="the power went"):
         natural_images.train(arm, data, 0, path, args)
@@ -164,10 +175,10 @@ def test_an_option_that_a_record_is_older_than_is_compared_with_what_was_done(
 
 
 def test_a_run_goes_on_in_its_own_precision(tmp_path: Path) -> None:
-    go_on(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="32-true"))
-    go_on(tmp_path, argparse.Namespace(epochs=8, device="gpu", precision="32-true"))
+    note_options(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="32-true"))
+    note_options(tmp_path, argparse.Namespace(epochs=8, device="gpu", precision="32-true"))
     with pytest.raises(SystemExit, match="--precision 32-true, not bf16-mixed"):
-        go_on(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="bf16-mixed"))
+        note_options(tmp_path, argparse.Namespace(epochs=8, device="cpu", precision="bf16-mixed"))
 
 
 def test_options_are_attachs_or_else_the_methods_own() -> None:
@@ -205,21 +216,23 @@ def test_views_of_lightly_are_in_the_encoders_units() -> None:
 @pytest.mark.parametrize(("name", "width"), [("tiny-resnet18", 256), ("tiny-vit", 192)])
 def test_every_encoder_can_be_attached_to(name: str, width: int) -> None:
     encoder = build_encoder(name)
-    model = attach(natural_images.SimCLR(encoder, width, 1e-3))
+    model = attach(SimCLR(encoder, width, 1e-3))
     views = list(torch.rand(2, 4, 3, 32, 32))
     model.training_step((views, torch.zeros(4)), 0).backward()
     assert all(p.grad is not None for p in encoder.parameters())
 
 
-def test_the_ceiling_is_told_what_was_done() -> None:
+def test_the_ceiling_is_trained_with_the_transformations_parameters() -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    views, parameters = natural_images.told([(image, torch.tensor(0)) for image in images])
+    views, parameters = natural_images.transformed_pairs(
+        [(image, torch.tensor(0)) for image in images]
+    )
     assert [view.shape for view in views] == [(64, 3, 16, 16)] * 2
     assert parameters.shape == (64, len(COMBINED))
     assert parameters.mean(0).abs().max() < 0.4
     assert (parameters.std(0) - 1).abs().max() < 0.3
-    # brighter where it was told so
+    # brighter where the parameter says so
     brighter = parameters[:, COMBINED.index("brightness")] > 0
     brightness = (views[1] - views[0]).mean((1, 2, 3))
     assert brightness[brighter].mean() > brightness[~brighter].mean() + 0.3

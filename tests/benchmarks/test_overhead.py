@@ -13,7 +13,7 @@ SMALL += ["--rounds", "1", "--steps", "1"]
 
 
 def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
-    run_example("overhead.py", *SMALL, "--methods", "BYOL", "--out", tmp_path)
+    run_example("benchmarks/overhead.py", *SMALL, "--methods", "BYOL", "--out", tmp_path)
     runs: list[dict[str, Any]] = json.loads((tmp_path / "overhead.json").read_text())
     (found,) = (run["results"] for run in runs)
     # what is added is there, and small
@@ -31,7 +31,7 @@ def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
-    run_example("overhead.py", *SMALL, "--grow", "--small", "--out", tmp_path)
+    run_example("benchmarks/overhead.py", *SMALL, "--grow", "--small", "--out", tmp_path)
     curves = json.loads((tmp_path / "growth.json").read_text())["results"]
     assert len(curves) == 4
     assert all(1 < flops < 2 for ((_, _, flops),) in curves.values())

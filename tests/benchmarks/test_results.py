@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import compare
-import natural_images
 import pytest
-from records import kept, results_of
 
+from benchmarks import natural_images
+from benchmarks.records import kept, results_of
+from benchmarks.views3d import compare
 from helpers.running import rows
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def column(table: list[list[str]], name: str) -> list[str]:
     [
         ("\nCIFAR-10:\n", "natural", "CIFAR-10: the whole feature", ""),
         ("\n50 classes of Tiny ImageNet:\n", "natural", "Tiny-ImageNet-50: the whole feature", ""),
-        ("(examples/views3d/objects.jpg)", "views3d", "", ", whole"),
+        ("views3d/objects.jpg)", "views3d", "", ", whole"),
     ],
 )
 def test_the_readmes_tables_are_those_of_the_records(
@@ -94,11 +95,17 @@ def test_natural_images_meet_the_targets(data: str, method: str) -> None:
     assert of(f"{method}, attached", "equivariant")[0] > bare[0]
 
 
+def whole(key: str, found: dict[str, Any]) -> float:
+    """What the whole feature has of it."""
+    value: float = found["whole"][key]
+    return value
+
+
 def test_objects_meet_the_targets() -> None:
     runs = kept(RESULTS / "views3d")
     accuracy, rotation, colour = (
         {
-            arm: over_seeds(runs, arm, lambda found, key=key: found["whole"][key])
+            arm: over_seeds(runs, arm, partial(whole, key))
             for arm in ("VICReg", "SIE", "VICReg + recon_aux")
         }
         for key in ("accuracy", "rotation mlp", "color mlp")

@@ -17,11 +17,12 @@ from torch import nn
 from helpers.running import fail_once, rows, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
-import compare
-import render
-from data import Objects, targets
-from objects import OBJECTS, make
-from sie import HyperPredictor, covariance_loss, variance_loss
+from lightly.loss.vicreg_loss import covariance_loss
+
+from benchmarks.views3d import compare, render
+from benchmarks.views3d.data import Objects, targets
+from benchmarks.views3d.objects import OBJECTS, make
+from benchmarks.views3d.sie import SIE, HyperPredictor, variance_loss
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two objects of each class, four views of each."""
     root = tmp_path_factory.mktemp("objects")
     options = ["--objects", "2", "--views", "4", "--size", "32", "--val", "0.5", "--workers", "2"]
-    run_example("views3d/render.py", root, *options)
+    run_example("benchmarks/views3d/render.py", root, *options)
     return root
 
 
@@ -48,7 +49,7 @@ def test_the_layout_is_3diebenchs(folder: Path) -> None:
 
 def test_views_are_the_same_again_and_differ_from_each_other(folder: Path, tmp_path: Path) -> None:
     options = ["--objects", "2", "--views", "4", "--size", "32", "--workers", "1"]
-    run_example("views3d/render.py", tmp_path, *options)
+    run_example("benchmarks/views3d/render.py", tmp_path, *options)
     ours = Objects(folder, "train", size=32, views=4)
     again = Objects(tmp_path, "train", size=32, views=4)
     assert ours.images is not None
@@ -153,7 +154,7 @@ def test_of_many_objects_fewer_pairs_each_are_read(
 
 def test_right_predictions_are_retrieved_and_collapsed_ones_are_not(folder: Path) -> None:
     data = Objects(folder, "val", size=32, views=4, cached=False)
-    model = compare.SIE(nn.Identity(), 10, 1e-3)
+    model: Any = SIE(nn.Identity(), 10, 1e-3)
     model.heads[1], model.predictor = nn.Identity(), Turn()
     turned = Rotation.from_euler("xyz", data.latents[..., :3].reshape(-1, 3)).as_matrix()
     features = torch.from_numpy(turned).float().view(len(data), 4, 9)
@@ -191,9 +192,9 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     options += ["--width", "8", "--size", "32", "--views", "4", "--device", "cpu"]
     options += ["--mlp-steps", "2"]
     arms = ["VICReg", "SIE, dim=16", "VICReg + recon_aux, edges=1", "supervised"]
-    run_example("views3d/compare.py", folder, *options, "--arms", *arms[:2])
+    run_example("benchmarks/views3d/compare.py", folder, *options, "--arms", *arms[:2])
     first = (tmp_path / "SIE-dim=16-0.json").read_text()
-    run_example("views3d/compare.py", folder, *options, "--arms", *arms)
+    run_example("benchmarks/views3d/compare.py", folder, *options, "--arms", *arms)
     assert (tmp_path / "SIE-dim=16-0.json").read_text() == first
     shown = [row[0] for row in rows((tmp_path / "table.md").read_text())[1:]]
     parts = ["whole", "invariant", "equivariant"]

@@ -288,7 +288,7 @@ def test_an_encoder_may_be_frozen_for_a_while(mode: bool, copied: Any) -> None:
 
     for model in (looped, method):
         model.backbone.requires_grad_(False).train(mode)
-    with pytest.warns(UserWarning, match=r"encoder backbone is frozen; .* backbone= tells"):
+    with pytest.warns(UserWarning, match=r"encoder backbone is frozen, .* pass backbone="):
         found = losses()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

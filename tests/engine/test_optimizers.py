@@ -401,7 +401,7 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
             model.training_step(batch(4), step).backward()
             optimizer.step()
 
-    with pytest.raises(RuntimeError, match=r"a Sharding that trains those .* list self\.recon_aux"):
+    with pytest.raises(RuntimeError, match=r"a Sharding that trains only .* list self\.recon_aux"):
         train(attach(Sharded()))
     model = attach(Sharded())
     model.listed = True
@@ -412,3 +412,68 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
     model = attach(Sharded())
     model.recon_aux.requires_grad_(False)
     train(model)
+
+
+def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
+    model = attach(Siamese())
+    optimizer = model.configure_optimizers()
+    for step in range(4):
+        if step == 1:
+            recon_aux.detach(model)
+        optimizer.zero_grad()
+        model.training_step(batch(4, side=16), step).backward()
+        optimizer.step()
+
+
+def test_a_decoder_in_a_group_with_others_keeps_that_groups_settings() -> None:
+    def configure(model: Any) -> Any:
+        rest = [*model.projection_head.parameters(), *model.recon_aux.parameters()]
+        groups: list[Any] = [{"params": [*model.backbone.parameters()]}]
+        return SGD([*groups, {"params": rest, "lr": 1.0}], lr=0.1)
+
+    model = attach(Siamese(configure=configure), decoder_weight_decay=0.5)
+    (group,) = groups_of(model.configure_optimizers(), model.recon_aux)
+    assert (group["lr"], group["weight_decay"]) == (1.0, 0.5)
+
+
+def test_a_decoder_that_is_frozen_for_a_while_keeps_its_place() -> None:
+    model = attach(Siamese(), decoder_lr=0.1)
+    model.recon_aux.requires_grad_(False)
+    optimizer = model.configure_optimizers()
+    model.recon_aux.requires_grad_(True)
+    assert groups_of(optimizer, model.recon_aux)
+
+
+def test_a_schedulers_list_of_the_users_own_stays_as_it_is() -> None:
+    class Factors(schedules.LRScheduler):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.factors = [1.0, 0.1]
+            super().__init__(optimizer)
+
+        def get_lr(self) -> list[float | torch.Tensor]:
+            factor = self.factors[min(self.last_epoch, len(self.factors) - 1)]
+            return [factor * base for base in self.base_lrs]
+
+    def configure(model: Any) -> Any:
+        made = SGD(GROUPS["encoder and head"](model), lr=0.1)
+        return [made], [Factors(made)]
+
+    model = attach(Siamese(configure=configure), decoder_lr=0.2)
+    (optimizer,), (scheduler,) = model.configure_optimizers()
+    assert scheduler.factors == [1.0, 0.1]
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.001, 0.01, 0.02])
+
+
+def test_groups_of_the_decoders_own_follow_the_order_of_the_encoders() -> None:
+    def configure(model: Any) -> Any:
+        decayed, not_decayed = by_weight_decay(model)
+        return SGD([not_decayed, decayed], lr=0.1, weight_decay=1e-4)
+
+    model = attach(model_with(), decoder_lr=0.2)
+    model.configure = configure
+    vectors, weights = groups_of(model.configure_optimizers(), model.recon_aux)
+    assert all(p.ndim < 2 for p in vectors["params"])
+    assert all(p.ndim > 1 for p in weights["params"])

@@ -221,7 +221,7 @@ class ManyViews(Method):
 
 
 class AugmentsInTheStep(Method):
-    """The views exist nowhere but at the encoder's door, and go through it concatenated."""
+    """The views are made where the encoder is called, and go through it concatenated."""
 
     def batch(self) -> Any:
         return {"image": shaded_views(1)[0], "index": torch.arange(4)}

@@ -75,8 +75,7 @@ class PredictionTarget(Calibrated):
 
     Args:
         count: N, how many numbers describe an image.
-        units: by how many units they are standardised. Equally many numbers, one after the other,
-            share each unit; it has a mean and a standard deviation.
+        units: number of units. Consecutive numbers share a unit: one mean and one deviation.
     """
 
     middle: Tensor

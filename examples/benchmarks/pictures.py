@@ -7,9 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from images import TwoViews, denormalize
 from torch import Tensor, nn
 
+from benchmarks.images import TwoViews, denormalize
 from recon_aux import ReconAux
 
 
@@ -19,7 +19,8 @@ def save_reconstructions(
 ) -> None:
     """Save a picture of views of some images, each rebuilt in the context of another view."""
     device = next(encoder.parameters()).device
-    encoder.eval(), aux.to(device).eval()
+    encoder.eval()
+    aux.to(device).eval()
     images = images[:: max(1, len(images) // 10)][:10]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -27,7 +28,7 @@ def save_reconstructions(
     view, other = (view.to(device) for view in views)
     rebuilt = aux.rebuild(encoder(view), encoder(other))
     rows = {"view": view, "other view": other, "reconstruction": rebuilt}
-    save_pictures(list(rows.values()), list(rows), path)
+    save_pictures([list(row) for row in rows.values()], list(rows), path)
 
 
 def save_pictures(rows: Sequence[Sequence[Tensor]], labels: Sequence[str], path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Train with Lightning; after an interruption, go on from where the last checkpoint was.
+"""Train with Lightning; after an interruption, go on from the last checkpoint.
 
-A run that is done keeps its last checkpoint, so that one whose record is deleted is only measured
-again.
+A run that is done keeps its last checkpoint. If its record is deleted, the run is measured again
+from that checkpoint, not trained again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import go_on, refuse_others
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
+
+from benchmarks.options import note_options, refuse_others
 
 
 def fit(
@@ -30,51 +31,50 @@ def fit(
     Args:
         model: new, with the same seed as before the interruption, if there was one.
         loader: its batches; as many each epoch.
-        path: of the record's file, which :func:`keep` will write.
+        path: of the record's file.
         args: the command line's ``precision`` and ``device``.
         budget: Lightning's ``max_epochs`` or ``max_steps``.
 
     Returns:
-        How long training took, with what was before an interruption, in seconds.
+        How long training took, in seconds, including what was before an interruption.
 
     Raises:
-        SystemExit: if it was with other options before the interruption.
+        SystemExit: if the options were others before the interruption.
     """
-    go_on(_folder(path), args)
-    checkpoints = _folder(path) / "checkpoints"
+    folder = path.with_suffix("")
+    note_options(folder, args)
+    checkpoints = folder / "checkpoints"
     last = checkpoints / "last.ckpt"
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=False)
-        # Lightning would go on by a step, if an interrupted run had gone on to the end
+        # Lightning would train one step more, if an interrupted run had gone on to the end
         if saved["global_step"] >= (budget.get("max_steps") or budget["max_epochs"] * len(loader)):
             model.load_state_dict(saved["state_dict"])
             return float(saved["callbacks"]["Timer"]["time_elapsed"]["train"])
     timer = Timer()
+    # at each epoch's last step: before the next epoch's order is drawn
+    checkpoint = ModelCheckpoint(
+        checkpoints,
+        save_last=True,
+        save_top_k=0,
+        every_n_train_steps=len(loader),
+        enable_version_counter=False,
+    )
+    options: dict[str, Any] = dict(budget)
     Trainer(
         precision=args.precision,
         accelerator=args.device,
         devices=1,
         logger=False,
-        callbacks=[
-            # of each epoch's last step: before the next epoch's order is drawn
-            ModelCheckpoint(
-                checkpoints,
-                save_last=True,
-                save_top_k=0,
-                every_n_train_steps=len(loader),
-                enable_version_counter=False,
-            ),
-            timer,
-            _RandomState(),
-        ],
+        callbacks=[checkpoint, timer, _RandomState()],
         enable_model_summary=False,
-        **budget,
+        **options,
     ).fit(model, loader, ckpt_path=str(last) if last.exists() else None)
     return timer.time_elapsed("train")
 
 
 def trained_on(args: argparse.Namespace) -> torch.device:
-    """Say which device Lightning's ``--device`` means."""
+    """Give the device that Lightning's ``--device`` means."""
     device: torch.device = Trainer(
         accelerator=args.device, devices=1, logger=False, enable_checkpointing=False
     ).strategy.root_device
@@ -82,7 +82,7 @@ def trained_on(args: argparse.Namespace) -> torch.device:
 
 
 def is_done(path: Path, args: argparse.Namespace) -> bool:
-    """Say whether a run's record is there.
+    """Whether a run's record is there.
 
     Raises:
         SystemExit: if it was made with other options.
@@ -94,21 +94,13 @@ def is_done(path: Path, args: argparse.Namespace) -> bool:
 
 
 def refuse_mixed(out: Path, args: argparse.Namespace) -> None:
-    """Refuse a folder whose records, of whatever run, would be in one table with others.
+    """Refuse a folder whose records are of other options: one table would mix them.
 
     Raises:
         SystemExit: if one was made with other options.
     """
     for path in sorted(out.glob("*.json")):
         is_done(path, args)
-
-
-def keep(path: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run that is done."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1))
-    # at once, so that there is never half of it
-    new.replace(path)
 
 
 class _RandomState(Callback):
@@ -119,7 +111,3 @@ class _RandomState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         torch.set_rng_state(state_dict["torch"])
-
-
-def _folder(path: Path) -> Path:
-    return path.with_suffix("")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from rich.progress import track
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
@@ -19,13 +19,13 @@ Split = tuple[Tensor, Tensor]
 
 
 def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, Split]:
-    """Load the train split and the test split."""
+    """Load the train split and the test split of digits, cifar10, or a folder."""
     if data == "digits":
         train, test = _digits(image_size)
         train = (train[0][:limit], train[1][:limit])
     elif data == "cifar10":
-        splits = [torchvision.datasets.CIFAR10("datasets", s, download=True) for s in (True, False)]
-        train, test = _stack(*splits, image_size, limit)
+        cifar = (torchvision.datasets.CIFAR10("datasets", s, download=True) for s in (True, False))
+        train, test = _stack(*cifar, image_size=image_size, limit=limit)
     else:
         train, test = _folder(Path(data), image_size, limit)
     return train, test
@@ -34,19 +34,19 @@ def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, S
 def _digits(image_size: int) -> tuple[Split, Split]:
     """scikit-learn's handwritten digits in orange ink on blue paper.
 
-    In one shade for all: were each image of its own, SimCLR would learn to tell them by that.
+    All have the same colours: SimCLR would recognise an image by a colour of its own.
     """
     digits = load_digits()
     strokes = torch.from_numpy(digits.images).float()[:, None] / 16
-    strokes = nn.functional.interpolate(strokes, image_size - 8, mode="bilinear")
-    strokes = nn.functional.pad(strokes, (4, 4, 4, 4))
+    strokes = F.interpolate(strokes, image_size - 8, mode="bilinear")
+    strokes = F.pad(strokes, (4, 4, 4, 4))
     ink = torch.tensor([0.9, 0.6, 0.3])[:, None, None]
     paper = torch.tensor([0.2, 0.3, 0.5])[:, None, None]
     images = (strokes * ink + (1 - strokes) * paper) * 255
     labels = torch.from_numpy(digits.target)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(images), generator=generator).split([1400, len(images) - 1400])
-    train, test = ((images[r].to(torch.uint8), labels[r]) for r in rows)
+    rows = torch.randperm(len(images), generator=generator)
+    train, test = ((images[r].to(torch.uint8), labels[r]) for r in (rows[:1400], rows[1400:]))
     return train, test
 
 
@@ -72,11 +72,11 @@ def _folder(root: Path, image_size: int, limit: int | None) -> tuple[Split, Spli
     train, test = datasets
     if train.classes != test.classes:
         raise SystemExit(f"expected the same class folders in {splits[0]} and in {splits[1]}")
-    return _stack(train, test, image_size, limit)
+    return _stack(train, test, image_size=image_size, limit=limit)
 
 
 def _stack(
-    train: VisionDataset, test: VisionDataset, image_size: int, limit: int | None
+    train: VisionDataset, test: VisionDataset, *, image_size: int, limit: int | None
 ) -> tuple[Split, Split]:
     """Read images into memory, of the train split ``limit`` at random."""
     prepare = v2.Compose(
@@ -103,21 +103,19 @@ def _stack(
 
 
 class TwoViews:
-    """Collate images into two augmented views of each.
+    """Collate images into two views of each, transformed at random: ``[x0, x1], labels``.
 
-    That is ``[x0, x1], labels``, lightly's layout, or, ``indexed``, solo-learn's, with the indexes
-    first, which none of the examples' methods looks at.
+    Args:
+        flip: mirror each view at random, too.
     """
 
-    def __init__(self, *, flip: bool, indexed: bool = False) -> None:
+    def __init__(self, *, flip: bool) -> None:
         self.flip = flip
-        self.indexed = indexed
 
-    def __call__(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+    def __call__(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
         images = torch.stack([image for image, _ in samples]).float() / 255
         labels = torch.stack([label for _, label in samples])
-        views = [normalize(self._view(images)) for _ in range(2)]
-        return (torch.arange(len(labels)), views, labels) if self.indexed else (views, labels)
+        return [normalize(self._view(images)) for _ in range(2)], labels
 
     def _view(self, images: Tensor) -> Tensor:
         if self.flip:

@@ -1,58 +1,56 @@
-"""Does an encoder keep how an object turned? SIE, which is told, against recon_aux, which isn't.
+"""Does an encoder keep how an object turned? recon_aux, compared with SIE, which is given it.
 
-``python examples/views3d/compare.py FOLDER`` trains every arm on a data set in 3DIEBench's layout,
-the official one or what render.py makes, measures it as Garrido, Najman and LeCun (2023, arXiv
-2302.10283, section 5) do, and prints a table. An arm that is done is kept as JSON in ``--out``,
-next to it a picture of what an attached one rebuilds; one that was interrupted goes on from its
-last tenth. ``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with any of
-attach's options, or ``"SIE, dim=512"``, with any of the method's own.
+``python examples/benchmarks/views3d/compare.py FOLDER`` trains every arm on a data set in
+3DIEBench's layout: the official one, or what render.py makes. It measures them as Garrido, Najman
+and LeCun (2023, arXiv 2302.10283, section 5) do, and prints a table. Each run is kept as JSON in
+``--out``, next to it a picture of what an attached encoder rebuilds. An interrupted run goes on
+from its last tenth. ``--arms`` compares others, such as ``"VICReg + recon_aux, edges=32"``, with
+any of attach's options, or ``"SIE, dim=512"``, with any of the method's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule, seed_everything
+from pytorch_lightning import seed_everything
 from rich.progress import track
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-sys.path.append(str(Path(__file__).parent.parent))
-from bars import Measure
-from bars import draw as draw_bars
-from data import Objects, targets
-from encoders import small_resnet18
-from images import as_input
-from lightly_simclr import SimCLR
-from lightly_vicreg import VICReg
-from options import parse_options
-from records import as_text, file_name, kept, record, results_of, with_spread
-from resuming import fit, is_done, keep, refuse_mixed, trained_on
-from sie import SIE
-from steering import draw as draw_steering
-
-from recon_aux.integrations.lightly import attach
 from recon_aux.probe import linear_classifier, linear_regression, markdown_table
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks import bars
+from benchmarks.arms import Arm, attached_with, build_model, read_arm
+from benchmarks.encoders import small_resnet18
+from benchmarks.images import as_input
+from benchmarks.methods import SimCLR, StudyModule, VICReg
+from benchmarks.options import study_parser
+from benchmarks.records import Record, as_text, record, results_of, with_spread
+from benchmarks.resuming import fit, trained_on
+from benchmarks.study import run_study
+from benchmarks.views3d import steering
+from benchmarks.views3d.data import Objects, targets
+from benchmarks.views3d.sie import SIE
 
-class Supervised(LightningModule):
-    """The ceiling: told the class of each view and what changed between them."""
 
-    def __init__(self, encoder: nn.Module, width: int, lr: float) -> None:
-        super().__init__()
-        self.backbone = encoder
+class Supervised(StudyModule):
+    """The ceiling: trained with the class of each view and with what changed between them."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, lr: float) -> None:
+        super().__init__(backbone, lr)
         # 3DIEBench has 55 classes
-        self.classify = nn.Linear(width, 64)
-        layers = [nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 6)]
-        self.regress = nn.Sequential(*layers)
-        self.lr = lr
+        self.classify = nn.Linear(feature_dim, 64)
+        hidden = 2 * feature_dim
+        self.regress = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 6))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The losses of both tasks."""
@@ -62,37 +60,27 @@ class Supervised(LightningModule):
         classes = sum(F.cross_entropy(self.classify(y).float(), labels) for y in features)
         return classes + 10 * error
 
-    configure_optimizers = SimCLR.configure_optimizers
-
 
 METHODS = {"VICReg": VICReg, "SimCLR": SimCLR, "SIE": SIE, "supervised": Supervised}
 ATTACHED = " + recon_aux"
 ARMS = ["VICReg", "SimCLR", "SIE", f"VICReg{ATTACHED}", f"SimCLR{ATTACHED}", "supervised"]
 
 
-def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
-    """Tell the method's name, whether it is attached, and attach's or else its own options."""
-    name, _, options = arm.partition(", ")
-    method = name.removesuffix(ATTACHED)
-    if method not in METHODS:
-        raise SystemExit(f"--arms expects {ARMS}, with options behind, got {arm!r}")
-    return method, method != name, parse_options(options)
+def parse_arm(text: str) -> Arm:
+    """Read one of ``--arms``."""
+    return read_arm(text, METHODS, attached=ATTACHED, examples=ARMS)
 
 
 # --- training ---
 
 
 def train(
-    arm: str, data: Objects, seed: int, path: Path, args: argparse.Namespace
-) -> tuple[LightningModule, float]:
-    """Train one arm, or go on with it; and say how long it took, in seconds."""
+    text: str, data: Objects, seed: int, path: Path, args: argparse.Namespace
+) -> tuple[Any, float]:
+    """Train one arm, or go on with it; give the model, and how long it took, in seconds."""
     seed_everything(seed, verbose=False)
     encoder = small_resnet18(args.width, stride=2).to(memory_format=torch.channels_last)
-    method, attached, options = parse_arm(arm)
-    own = {} if attached else options
-    model = METHODS[method](encoder, 8 * args.width, **{"lr": args.lr, **own})
-    if attached:
-        attach(model, **options)
+    model = build_model(parse_arm(text), METHODS, encoder, 8 * args.width, args.lr)
     # an epoch, after which there is a checkpoint, is a tenth of the way
     sampler = RandomSampler(data, num_samples=max(1, args.steps // 10) * args.batch_size)
     loader = DataLoader(data, args.batch_size, sampler=sampler, num_workers=args.workers)
@@ -102,7 +90,7 @@ def train(
 # --- measuring ---
 
 
-# as many as fit into memory where there are as many objects as in 3DIEBench
+# fits into memory with as many objects as 3DIEBench has
 _MANY_PAIRS = 200_000
 
 
@@ -120,8 +108,8 @@ class _AllViews(Dataset[Tensor]):
 
 
 @torch.no_grad()
-def encode(model: LightningModule, data: Objects, device: torch.device, workers: int = 0) -> Tensor:
-    """Features of every view, ``(objects, views, D)``."""
+def encode(model: Any, data: Objects, device: torch.device, workers: int = 0) -> Tensor:
+    """Encode every view, ``(objects, views, D)``."""
     encoder = model.backbone.to(device).eval()
     loader = DataLoader(_AllViews(data), batch_size=None, num_workers=workers)
     features = [
@@ -132,7 +120,10 @@ def encode(model: LightningModule, data: Objects, device: torch.device, workers:
 
 
 def pairs(data: Objects, each: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw pairs of views, so many of each object or as fit: rows, first views, second views."""
+    """Draw pairs of views: rows, first views, second views.
+
+    There are ``each`` pairs of each object, or as many as fit into memory.
+    """
     random = np.random.default_rng(seed)
     each = max(1, min(each, _MANY_PAIRS // len(data)))
     rows = np.repeat(np.arange(len(data)), each)
@@ -150,12 +141,12 @@ def _two_views(
 def _of_pairs(
     features: Tensor, data: Objects, rows: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Features of both views, and what changed between them."""
+    """Give the features of both views, and what changed between them."""
     wanted = targets(data.latents[rows, first], data.latents[rows, second])
     return torch.cat([features[rows, first], features[rows, second]], dim=1), wanted
 
 
-# what changed: which of its numbers, and what they are called
+# what changed between two views, and which of the target's numbers it is
 CHANGES = {"rotation": slice(0, 4), "color": slice(4, 6)}
 
 
@@ -165,7 +156,7 @@ def measure(
     device: torch.device,
     steps: int,
 ) -> dict[str, float]:
-    """Accuracy, and R² of what changed between two views, by a linear map and by MLPs."""
+    """Measure accuracy, and R² of what changed between two views, by a linear map and by MLPs."""
     flat = [x.flatten(0, 1).numpy() for x in features]
     labels = [objects.labels.repeat_interleave(objects.views).numpy() for objects in data]
     some = np.random.default_rng(0).permutation(len(flat[0]))[:20000]
@@ -189,9 +180,9 @@ def measure(
 
 
 def pooled_r2(wanted: np.ndarray, predicted: np.ndarray) -> float:
-    """R² as SIE's authors' code counts it: of all numbers at once, around one mean for all.
+    """Compute R² as SIE's authors' code does: of all numbers at once, around one common mean.
 
-    So what tells each number's own mean, and nothing else, has more than 0.
+    A prediction of each number's own mean, and nothing else, has more than 0.
     """
     rest = np.square(wanted - predicted).sum()
     return float(1 - rest / np.square(wanted - wanted.mean()).sum())
@@ -208,7 +199,8 @@ def _mlp(
 ) -> np.ndarray:
     """Predict what changed with an MLP of three layers, trained on pairs drawn anew each step.
 
-    With a fixed set of pairs it learns those by heart. What usually changes tells the scale.
+    With a fixed set of pairs it would learn those by heart. ``usual``, the train pairs' targets,
+    gives the scale.
     """
     count, views, width = features.shape
     mean, deviation = features.mean((0, 1)), features.std((0, 1)) + 1e-6
@@ -227,7 +219,8 @@ def _mlp(
             inputs, wanted = _of_pairs(x, data, rows, *_two_views(256, views, random))
             wanted = (wanted[:, numbers] - center) / spread
             optimizer.zero_grad()
-            F.mse_loss(mlp(inputs.to(device)), wanted.to(device)).backward()
+            error = F.mse_loss(mlp(inputs.to(device)), wanted.to(device))
+            torch.autograd.backward(error)
             optimizer.step()
             schedule.step()
     with torch.no_grad():
@@ -238,10 +231,10 @@ def _mlp(
 
 @torch.no_grad()
 def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
-    """How high the right view ranks among an object's, by distance to the prediction."""
+    """Measure how high the right view of an object ranks, by distance to the prediction."""
     model = model.cpu().eval()
     rows, first, second = pairs(data, 10, seed=1)
-    embedded = model.heads[1](features.flatten(0, 1)[:, model.half :]).unflatten(
+    embedded = model.heads[1](features.flatten(0, 1)[:, model.split :]).unflatten(
         0, features.shape[:2]
     )
     ranks = []
@@ -251,26 +244,29 @@ def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
         predicted = model.predictor(embedded[row, before], change)
         distance = (embedded[row] - predicted[:, None]).square().sum(-1)
         distance[np.arange(len(row)), before] = torch.inf
-        # of equals the last, or an embedding that is always the same would be right
+        # last among equals, or an embedding that is always the same would be right
         ranks.append((distance <= distance.gather(1, torch.from_numpy(after)[:, None])).sum(1))
     rank = torch.cat(ranks)
     hits = {f"H@{k}": (rank <= k).float().mean().item() for k in (1, 5)}
     return {"MRR": (1 / rank).mean().item(), **hits}
 
 
-def invariant_dim(model: LightningModule) -> int | None:
+def invariant_dim(model: Any) -> int | None:
     """Give the width of the invariant part, where the feature has two."""
     if isinstance(model, SIE):
-        return model.half
+        return model.split
     aux = getattr(model, "recon_aux", None)
     return aux.splitter.invariant_dim if aux and aux.splitter.equivariant_dim else None
 
 
 def run(
-    arm: str, seed: int, data: tuple[Objects, Objects], path: Path, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Train and measure one arm."""
-    model, seconds = train(arm, data[0], seed, path, args)
+    which: dict[str, Any],
+    data: tuple[Objects, Objects],
+    path: Path,
+    args: argparse.Namespace,
+) -> Record:
+    """Train and measure one arm with one seed."""
+    model, seconds = train(which["arm"], data[0], which["seed"], path, args)
     device = trained_on(args)
     features = tuple(encode(model, objects, device, args.workers) for objects in data)
     parts = {"whole": slice(None)}
@@ -281,13 +277,11 @@ def run(
         part: measure((features[0][..., cut], features[1][..., cut]), data, device, args.mlp_steps)
         for part, cut in parts.items()
     }
-    which: dict[str, Any] = {"arm": arm, "seed": seed}
     if hasattr(model, "recon_aux"):
-        which["recon_aux"] = model.recon_aux.options | {"weight": model.recon_aux.weight}
-        draw_steering(model, data[1], path.with_suffix(".png"), device)
+        steering.draw(model, data[1], path.with_suffix(".png"), device)
     if isinstance(model, SIE):
         results["whole"] |= retrieve(model, features[1], data[1])
-    return record(args, device, seconds, results, **which)
+    return record(args, device, seconds, results, **which, **attached_with(model))
 
 
 # --- the table and the picture ---
@@ -305,7 +299,7 @@ COLUMNS = {
 }
 
 
-def table(done: list[dict[str, Any]]) -> str:
+def table(done: list[Record]) -> str:
     """Put the arms that are done side by side: mean and standard deviation over seeds."""
     # older records have fewer
     known = {key for run in done for part in run["results"].values() for key in part}
@@ -322,63 +316,61 @@ def table(done: list[dict[str, Any]]) -> str:
     return as_text(grid)
 
 
-def picture(done: list[dict[str, Any]], path: Path) -> None:
-    """Draw what the arms' whole features tell, the ceiling as a line."""
-    titles = {"accuracy": "linear accuracy, %", "rotation mlp": "rotation, R²"}
-    titles["color mlp"] = "colour, R²"
+def picture(done: list[Record], path: Path) -> None:
+    """Draw what is read from the arms' whole features, the ceiling as a line."""
+    ceiling = {"supervised": "k--"}
     measures = [
-        Measure(title, lambda found, key=key: found["whole"][key], {"supervised": "k--"})
-        for key, title in titles.items()
+        bars.Measure("linear accuracy, %", lambda found: found["whole"]["accuracy"], ceiling),
+        bars.Measure("rotation, R²", lambda found: found["whole"]["rotation mlp"], ceiling),
+        bars.Measure("colour, R²", lambda found: found["whole"]["color mlp"], ceiling),
     ]
-    draw_bars({"": done}, ["VICReg", "SimCLR", "SIE"], ATTACHED, measures, path)
+    bars.draw({"": done}, ["VICReg", "SimCLR", "SIE"], ATTACHED, measures, path)
 
 
-def main() -> None:
-    """Read the command line, run what isn't done, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = study_parser(
+        __doc__,
+        arms=ARMS,
+        out="runs/views3d",
+        batch_size=256,
+        limit="use so many objects of each split",
     )
     add = parser.add_argument
     add("folder", type=Path, help="of the data set")
     add("--lists", type=Path, help="folder of the lists of objects, if it is another")
-    add("--out", type=Path, default=Path("runs/views3d"))
-    add("--arms", nargs="+", default=ARMS, help="with options behind, after a comma")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=5000)
-    add("--batch-size", type=int, default=256)
-    add("--lr", type=float, default=2e-3)
     add("--width", type=int, default=64, help="of ResNet-18's first stage")
     add("--size", type=int, default=64, help="side of the images, in pixels")
     add("--views", type=int, default=50, help="of each object, that the data set has")
-    add("--limit", type=int, help="use so many objects of each split")
     add("--mlp-steps", type=int, default=4000, help="of the MLPs that read what changed")
     add("--no-cache", action="store_true", help="read images when they are needed")
-    add("--workers", type=int, default=0)
-    add("--precision", default="32-true")
-    add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    refuse_mixed(args.out, args)
-    options = {key: getattr(args, key) for key in ("size", "lists", "views", "limit")}
-    data: list[Objects] = []
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the command line, run what isn't done, print the table."""
+    args = parse_options()
     for arm in args.arms:
         parse_arm(arm)
-    for seed in args.seeds:
-        for arm in args.arms:
-            path = args.out / f"{file_name(arm, seed)}.json"
-            if is_done(path, args):
-                continue
-            data = data or [
-                Objects(args.folder, split, cached=not args.no_cache, **options)
-                for split in ("train", "val")
-            ]
-            print(f"{arm}, seed {seed}")
-            keep(path, run(arm, seed, (data[0], data[1]), path, args))
-            print(table(kept(args.out)))
-    done = kept(args.out)
-    (args.out / "table.md").write_text(table(done))
-    picture(done, args.out / "table.png")
-    print(f"saved in {args.out}")
+    options = {key: getattr(args, key) for key in ("size", "lists", "views", "limit")}
+
+    @cache
+    def data() -> tuple[Objects, Objects]:
+        train, val = (
+            Objects(args.folder, split, cached=not args.no_cache, **options)
+            for split in ("train", "val")
+        )
+        return train, val
+
+    runs = [{"arm": arm, "seed": seed} for seed in args.seeds for arm in args.arms]
+    run_study(
+        args,
+        runs,
+        lambda which, path: run(which, data(), path, args),
+        table=table,
+        picture=picture,
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""Natural images: what attaching buys, against bare methods and against a ceiling.
+"""Natural images: what attaching gains, compared with bare methods and with a ceiling.
 
-``python examples/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method bare and
-attached, and a ceiling: the same encoder, supervised to tell the transformation. Each is measured
-by the probe, with few labels, and, frozen, on the other data set. What is done is kept as JSON in
-``--out``, next to it a picture of what an attached one rebuilds; what was interrupted goes on from
-its last epoch; the tables and a picture are made of what is there. ``--arms`` compares others, such
-as ``"SimCLR, attached, context='both'"``, with any of attach's options, or
-``"BYOL, momentum=0.9"``, with any of the method's own. Options may stand in a file, ``@FILE``, one
-a line.
+``python examples/benchmarks/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method
+bare and attached, and a ceiling: the same encoder, supervised to regress the transformation's
+parameters. Each is measured by the probe, with few labels, and, frozen, on the other data set. Each
+run is kept as JSON in ``--out``, next to it a picture of what an attached encoder rebuilds. An
+interrupted run goes on from its last epoch. The tables and a picture are made of all records that
+are there. ``--arms`` compares others, such as ``"SimCLR, attached, context='both'"``, with any of
+attach's options, or ``"BYOL, momentum=0.9"``, with any of the method's own. Options may stand in a
+file, ``@FILE``, one a line.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,22 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bars import Measure, draw
-from encoders import build_encoder, width_of
-from images import Split, TwoViews, as_input, flip_half, load, normalize
-from lightly.transforms import SimCLRTransform
-from lightly_methods import METHODS, MORE_METHODS
-from lightly_simclr import SimCLR
-from options import parse_options
-from pictures import save_reconstructions
-from pytorch_lightning import LightningModule, seed_everything
-from records import as_text, file_name, kept, record, results_of, with_spread
-from resuming import fit, is_done, keep, refuse_mixed, trained_on
+from lightly.transforms.simclr_transform import SimCLRTransform
+from pytorch_lightning import seed_everything
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
-from recon_aux.integrations.lightly import attach
 from recon_aux.probe import (
     COMBINED,
     TRANSFORMATIONS,
@@ -47,33 +40,51 @@ from recon_aux.probe import (
     transform,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.arms import Arm, attached_with, build_model, read_arm
+from benchmarks.bars import Measure, draw
+from benchmarks.encoders import ENCODERS, build_encoder, width_of
+from benchmarks.images import Split, TwoViews, as_input, flip_half, load, normalize
+from benchmarks.methods import METHODS, MORE_METHODS, SimCLR, StudyModule
+from benchmarks.options import study_parser
+from benchmarks.pictures import save_reconstructions
+from benchmarks.records import Record, as_text, record, results_of, with_spread
+from benchmarks.resuming import fit, trained_on
+from benchmarks.study import run_study
+
 CEILING = "ceiling"
 UNTRAINED = "untrained"
-ALL_METHODS = METHODS | MORE_METHODS
 ARMS = [UNTRAINED, *(m + kind for m in METHODS for kind in ("", ", attached")), CEILING]
 
 
-class Ceiling(LightningModule):
-    """Told the parameters of the transformation, which a linear map is to read off the features."""
+# --- training ---
 
-    def __init__(self, encoder: nn.Module, width: int, lr: float) -> None:
-        super().__init__()
-        self.backbone = encoder
-        self.regress = nn.Linear(2 * width, len(COMBINED))
-        self.lr = lr
+
+class ParameterRegression(StudyModule):
+    """The ceiling: trained to regress the transformation's parameters, by a linear map."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, lr: float) -> None:
+        super().__init__(backbone, lr)
+        self.regress = nn.Linear(2 * feature_dim, len(COMBINED))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The error of the standardised parameters."""
         (clean, changed), parameters = batch
         features = [self.backbone(x).flatten(1) for x in (clean, changed)]
         error: Tensor = F.mse_loss(self.regress(torch.cat(features, dim=1)).float(), parameters)
         return error
 
-    configure_optimizers = SimCLR.configure_optimizers
+
+MODELS: dict[str, Any] = {
+    UNTRAINED: SimCLR,
+    **METHODS,
+    **MORE_METHODS,
+    CEILING: ParameterRegression,
+}
+"""What an arm's name stands for, in the order of the tables."""
 
 
-def told(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Collate into clean and transformed images and what was done, standardised."""
+def transformed_pairs(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Collate into images, the same transformed, and the standardised parameters of that."""
     images = torch.stack([image for image, _ in samples]).float() / 255
     images = flip_half(images)
     drawn = draw_parameters(len(images))
@@ -101,59 +112,49 @@ class SimCLRViews:
         return views, torch.stack([label for _, label in samples])
 
 
-def configure_sgd(model: Any) -> Any:
-    """Configure SGD as lightly's benchmarks for small images do, the rate as in the other arms."""
-    sgd = torch.optim.SGD(model.parameters(), model.lr, momentum=0.9, weight_decay=5e-4)
-    steps = model.trainer.estimated_stepping_batches
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        sgd, model.lr, steps, pct_start=0.101, cycle_momentum=False
-    )
-    return [sgd], [{"scheduler": schedule, "interval": "step"}]
+def parse_arm(text: str) -> Arm:
+    """Read one of ``--arms``."""
+    return read_arm(text, MODELS, attached=", attached", examples=[*ARMS, *MORE_METHODS])
 
 
-def parse_arm(arm: str) -> tuple[str, bool, dict[str, Any]]:
-    """Tell the method's name, whether it is attached, and attach's or else its own options."""
-    name, _, options = arm.partition(", ")
-    attached = options.split(", ")[0] == "attached"
-    if attached:
-        options = options.removeprefix("attached").removeprefix(", ")
-    if arm not in (UNTRAINED, CEILING) and name not in ALL_METHODS:
-        raise SystemExit(
-            f"--arms expects {ARMS}, or {list(MORE_METHODS)}, with options behind, got {arm!r}"
-        )
-    return name, attached, parse_options(options)
+def collate(method: str, args: argparse.Namespace) -> Any:
+    """Give what makes a batch for a method."""
+    if method == CEILING:
+        return transformed_pairs
+    if args.views == "lightly":
+        return SimCLRViews(args.image_size)
+    return TwoViews(flip=args.views == "probed")
 
 
-def train(arm: str, data: Split, seed: int, path: Path, args: Any) -> tuple[Any, float]:
-    """Train one arm, or go on with it, or not at all; and say how long it took, in seconds."""
-    name, attached, options = parse_arm(arm)
+def train(
+    text: str, data: Split, seed: int, path: Path, args: argparse.Namespace
+) -> tuple[Any, float]:
+    """Train one arm, or go on with it; give the model, and how long it took, in seconds."""
+    arm = parse_arm(text)
     seed_everything(seed, verbose=False)
     encoder = build_encoder(args.backbone).to(memory_format=torch.channels_last)
-    width = width_of(encoder, args.image_size)
-    method = Ceiling if name == CEILING else ALL_METHODS.get(name, SimCLR)
-    model = method(encoder, width, **{"lr": args.lr} | ({} if attached else options))
-    if name == UNTRAINED:
+    model = build_model(arm, MODELS, encoder, width_of(encoder, args.image_size), args.lr)
+    if arm.method == UNTRAINED:
         return model, 0.0
-    if args.optimizer == "SGD":
-        model.configure_optimizers = partial(configure_sgd, model)
-    if attached:
-        attach(model, **options)
-    views = SimCLRViews(args.image_size) if args.views == "lightly" else TwoViews(flip=True)
+    model.optimizer_name = args.optimizer
     loader = DataLoader(
         TensorDataset(*data),
         args.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=args.workers,
-        collate_fn=told if name == CEILING else views,
+        collate_fn=collate(arm.method, args),
     )
     return model, fit(model, loader, path, args, max_epochs=args.epochs)
+
+
+# --- measuring ---
 
 
 @torch.no_grad()
 def encode(encoder: nn.Module, images: Tensor, device: torch.device) -> np.ndarray:
     """Features of images as they are."""
-    parts = (encoder(as_input(x.to(device))) for x in images.split(256))
+    parts = (encoder(as_input(x.to(device))) for x in torch.split(images, 256))
     return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
 
 
@@ -168,22 +169,17 @@ def accuracy(
 def with_few_labels(features: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, float]:
     """Accuracy of logistic regression on 1 % and on 10 % of the labels of each class."""
     scores = {}
-    random = np.random.default_rng(0)
-    order = random.permutation(len(labels[0]))
+    order = np.random.default_rng(0).permutation(len(labels[0]))
+    classes = [order[labels[0][order] == label] for label in np.unique(labels[0])]
     for share in (1, 10):
-        rows = np.concatenate(
-            [
-                (of_class := order[labels[0][order] == label])[
-                    : max(1, round(len(of_class) * share / 100))
-                ]
-                for label in np.unique(labels[0])
-            ]
-        )
-        scores[f"{share} % of labels"] = accuracy(features, labels, rows)
+        few = [rows[: max(1, round(len(rows) * share / 100))] for rows in classes]
+        scores[f"{share} % of labels"] = accuracy(features, labels, np.concatenate(few))
     return scores
 
 
-def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: Any) -> Any:
+def measure(
+    model: Any, own: str, data: dict[str, tuple[Split, Split]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Probe; then classify with few labels, and the other data sets' images."""
     device = trained_on(args)
     encoder = model.backbone.to(device).eval()
@@ -209,28 +205,32 @@ def measure(model: Any, own: str, data: dict[str, tuple[Split, Split]], args: An
 
 
 def mean_r2(part: dict[str, Any], kind: str = "combined") -> float:
-    """Of a part of a feature, over the parameters, applied all at once or each ``"alone"``."""
-    return mean(part[kind].values())
+    """Mean R² of a part of the feature, all parameters ``"combined"`` or each ``"alone"``."""
+    values: dict[str, float] = part[kind]
+    return mean(values.values())
+
+
+# --- the tables and the picture ---
 
 
 ACCURACY = Measure("linear accuracy, %", lambda found: found["whole"]["linear"], {UNTRAINED: "k:"})
 R2 = Measure("mean R²", lambda found: mean_r2(found["whole"]), {UNTRAINED: "k:", CEILING: "k--"})
 
 
-def picture(done: list[dict[str, Any]], path: Path) -> None:
+def draw_bars(done: list[Record], path: Path) -> None:
     """Draw accuracy and mean R² of whole features, one row for each data set."""
     names = dict.fromkeys(run["data"] for run in done)
     groups = {name: [run for run in done if run["data"] == name] for name in names}
-    draw(groups, list(ALL_METHODS), ", attached", [ACCURACY, R2], path)
+    draw(groups, [*METHODS, *MORE_METHODS], ", attached", [ACCURACY, R2], path)
 
 
-def tables(done: list[dict[str, Any]]) -> str:
-    """What is done, mean and standard deviation over seeds, data set by data set."""
+def tables(done: list[Record]) -> str:
+    """Write what is done, mean and standard deviation over seeds, data set by data set."""
     text = []
     for own in dict.fromkeys(run["data"] for run in done):
         runs = [run for run in done if run["data"] == own]
         arms = sorted({run["arm"] for run in runs}, key=_order)
-        others = [arm for arm in arms if parse_arm(arm)[2]]
+        others = [arm for arm in arms if parse_arm(arm).options]
         shipped = [arm for arm in arms if arm not in others]
         text += [f"{own}: the whole feature, R² with all transformations combined"]
         text += [as_text(_wholes(runs, shipped))]
@@ -250,12 +250,12 @@ TITLES = {
 }
 
 
-def _wholes(runs: list[dict[str, Any]], arms: list[str]) -> Any:
+def _wholes(runs: list[Record], names: list[str]) -> Table:
     """All that is measured of whole features, and how much of it the equivariant part has."""
     grid = markdown_table(
         ["seeds", *TITLES.values(), "mean R²", "of the gap", "equivariant alone", *COMBINED]
     )
-    for arm in arms:
+    for arm in names:
         results = results_of(runs, arm)
         wholes = [result["whole"] for result in results]
         equivariant = [mean_r2(r["equivariant"]) for r in results if "equivariant" in r]
@@ -271,11 +271,11 @@ def _wholes(runs: list[dict[str, Any]], arms: list[str]) -> Any:
     return grid
 
 
-def _parts(runs: list[dict[str, Any]], arms: list[str], kind: str, keys: Any = ()) -> Any:
+def _parts(runs: list[Record], names: list[str], kind: str, keys: Sequence[str] = ()) -> Table:
     """Accuracies and R² of each part of the feature."""
     parameters = COMBINED if kind == "combined" else TRANSFORMATIONS
     grid = markdown_table(["seeds", *(TITLES[key] for key in keys), "mean R²", *parameters])
-    for arm in arms:
+    for arm in names:
         results = results_of(runs, arm)
         for part in results[0]:
             found = [result[part] for result in results]
@@ -297,11 +297,11 @@ def _means(found: list[dict[str, Any]], kind: str) -> list[str]:
 
 
 def _order(arm: str) -> tuple[int, str]:
-    """Methods as they are listed, each bare first, the ceiling last."""
-    return [UNTRAINED, *ALL_METHODS, CEILING].index(parse_arm(arm)[0]), arm
+    """Sort arms as the methods are listed, each bare first."""
+    return list(MODELS).index(parse_arm(arm).method), arm
 
 
-def _closed(runs: list[dict[str, Any]], arm: str) -> str:
+def _closed(runs: list[Record], arm: str) -> str:
     """How much of what the bare method lacks to the ceiling is had, over the seeds of all three."""
     name, attached, _ = parse_arm(arm)
     if not attached:
@@ -316,78 +316,71 @@ def _closed(runs: list[dict[str, Any]], arm: str) -> str:
     return f"{100 * gain / gap:.0f} %"
 
 
-def main() -> None:
-    """Read the command line, run what isn't done, print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        fromfile_prefix_chars="@",
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = study_parser(
+        __doc__,
+        arms=ARMS,
+        out="runs/natural",
+        batch_size=128,
+        limit="use so many train images, drawn at random",
     )
     add = parser.add_argument
     add(
         "--data",
         nargs="+",
         required=True,
-        help="NAME=FOLDER with train/ and test/ (or val/), or NAME=cifar10, which is downloaded",
+        help="NAME=FOLDER with train/ and test/ (or val/), NAME=cifar10, which is downloaded, or "
+        "NAME=digits",
     )
-    add("--arms", nargs="+", default=ARMS, help="with options behind, after a comma")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--out", type=Path, default=Path("runs/natural"))
-    add("--backbone", default="tiny-resnet18", help="as the other examples'")
+    add("--backbone", default="tiny-resnet18", help=f"{', '.join(ENCODERS)}, or torchvision's name")
     add("--image-size", type=int, default=32)
-    add("--limit", type=int, help="use so many train images, drawn at random")
     add(
         "--views",
-        choices=["probed", "lightly"],
+        choices=["probed", "unflipped", "lightly"],
         default="probed",
-        help="what makes the views: the probe's transformations, and flips, or SimCLRTransform",
+        help="what makes the views: the probe's transformations and flips, the same without flips, "
+        "or SimCLRTransform",
     )
     add("--epochs", type=int, default=100)
-    add("--batch-size", type=int, default=128)
     add("--optimizer", choices=["AdamW", "SGD"], default="AdamW", help="SGD: give --lr, too, 0.06")
-    add("--lr", type=float, default=2e-3)
     add("--pairs", type=int, default=5000, help="train images that the probe transforms")
-    add("--workers", type=int, default=0)
-    add("--precision", default="32-true")
-    add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    refuse_mixed(args.out, args)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the command line, run what isn't done, print the tables."""
+    args = parse_options()
     if unnamed := [part for part in args.data if "=" not in part]:
         raise SystemExit(f"--data expects NAME=FOLDER, got {', '.join(unnamed)}")
     folders = dict(part.split("=", 1) for part in args.data)
     if len(folders) > 2:
         raise SystemExit(f"--data expects one data set, or two to transfer between, got {folders}")
-    data: dict[str, tuple[Split, Split]] = {}
     for arm in args.arms:
         parse_arm(arm)
-    for seed in args.seeds:
-        for own in folders:
-            for arm in args.arms:
-                path = args.out / f"{own}-{file_name(arm, seed)}.json"
-                if is_done(path, args):
-                    continue
-                data = data or {
-                    known: load(folder, args.image_size, args.limit)
-                    for known, folder in folders.items()
-                }
-                print(f"{own}: {arm}, seed {seed}")
-                model, seconds = train(arm, data[own][0], seed, path, args)
-                results = measure(model, own, data, args)
-                which = {"data": own, "arm": arm, "seed": seed}
-                if hasattr(model, "recon_aux"):
-                    which["recon_aux"] = model.recon_aux.options | {
-                        "weight": model.recon_aux.weight
-                    }
-                    shown = data[own][1][0], seed, path.with_suffix(".png")
-                    save_reconstructions(model.backbone, model.recon_aux, *shown)
-                keep(path, record(args, trained_on(args), seconds, results, **which))
-    done = kept(args.out)
-    text = tables(done)
-    print(text)
-    (args.out / "table.md").write_text(text)
-    picture(done, args.out / "table.png")
-    print(f"saved in {args.out}")
+
+    @cache
+    def data() -> dict[str, tuple[Split, Split]]:
+        return {name: load(folder, args.image_size, args.limit) for name, folder in folders.items()}
+
+    def run(which: dict[str, Any], path: Path) -> Record:
+        own, seed = which["data"], which["seed"]
+        train_split, (test_images, _) = data()[own]
+        model, seconds = train(which["arm"], train_split, seed, path, args)
+        results = measure(model, own, data(), args)
+        if hasattr(model, "recon_aux"):
+            picture = path.with_suffix(".png")
+            save_reconstructions(model.backbone, model.recon_aux, test_images, seed, picture)
+        which = which | attached_with(model)
+        return record(args, trained_on(args), seconds, results, **which)
+
+    runs = [
+        {"data": name, "arm": arm, "seed": seed}
+        for seed in args.seeds
+        for name in folders
+        for arm in args.arms
+    ]
+    run_study(args, runs, run, table=tables, picture=draw_bars)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
-"""How the cost of a step changes as one thing grows: the cases, and the picture of it."""
+"""How the cost of a step changes as one thing grows: the cases, and their picture."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
-from loops import Case
+
+from benchmarks.loops import Case
 
 
 def grown(case: Case, *, small: bool) -> dict[str, list[tuple[int, Case]]]:
     """Let one thing grow at a time."""
-    # the field that grows, what one of it stands for, and how far
+    # the field that grows, how much one unit of it is, and its values
     growing: dict[str, tuple[str, int, list[int]]] = {
         "images in a batch": ("batch_size", 1, [8, 16, 32, 64, 128]),
         "side of the images": ("image_size", 1, [32, 64, 96, 128, 192]),
         "width of the feature": ("width", 8, [64, 128, 256, 512]),
         "small crops": ("crops", 1, [0, 2, 4, 6, 8]),
     }
-    return {
-        what: [(v, replace(case, **{field: v // unit})) for v in (values[:1] if small else values)]
-        for what, (field, unit, values) in growing.items()
-    }
+    cases: dict[str, list[tuple[int, Case]]] = {}
+    for what, (field, unit, values) in growing.items():
+        changes: list[tuple[int, dict[str, Any]]] = [(v, {field: v // unit}) for v in values]
+        chosen = changes[:1] if small else changes
+        cases[what] = [(value, replace(case, **change)) for value, change in chosen]
+    return cases
 
 
 def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers with all that is needed to make them again."""
+"""What a run leaves behind: numbers, with all that is needed to make them again."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from options import options_of
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.options import options_of
+
+Record = dict[str, Any]
+"""A run's record, as it is written to its JSON file."""
 
 
 def record(
     args: argparse.Namespace, device: torch.device, seconds: float, results: Any, **which: Any
-) -> dict[str, Any]:
-    """Make a run's record, ready for JSON: what it was, what it gave, and how, when and where.
+) -> Record:
+    """Make a run's record: what it was, what it gave, and how, when and where.
 
     Args:
         args: the command line's options.
@@ -44,17 +48,26 @@ def record(
     }
 
 
-def file_name(arm: str, seed: int) -> str:
-    """Name the file of an arm's record, whatever options are behind the arm's name."""
-    return re.sub(r"[^\w.=]+", "-", arm) + f"-{seed}"
+def file_name(arm: str, seed: int, data: str = "") -> str:
+    """Name the file of a run's record, without its ending."""
+    name = re.sub(r"[^\w.=]+", "-", arm) + f"-{seed}"
+    return f"{data}-{name}" if data else name
 
 
-def kept(out: Path) -> list[dict[str, Any]]:
+def keep(path: Path, record: Record) -> None:
+    """Write the record of a run that is done."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1))
+    # in one step, so that there is never half a record
+    new.replace(path)
+
+
+def kept(out: Path) -> list[Record]:
     """Read all records of a folder."""
     return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
 
 
-def results_of(runs: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+def results_of(runs: list[Record], arm: str) -> list[dict[str, Any]]:
     """Give an arm's results, one for each seed."""
     return [run["results"] for run in runs if run["arm"] == arm]
 
@@ -76,15 +89,15 @@ def with_spread(values: list[float], digits: int) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
+    """Name the processor, where the system has its name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
 def _commit() -> str:
-    """The commit that is checked out, with a + if files differ from it."""
+    """Name the commit that is checked out, with a + if files differ from it."""
     if shutil.which("git") is None:
         return "unknown"
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -95,5 +108,5 @@ def _commit() -> str:
     return found[0].strip() + "+" * bool(found[1]) if found[0] else "unknown"
 
 
-# before hours of training, in which the checkout may change
+# read before hours of training, in which the checkout may change
 _COMMIT = _commit()

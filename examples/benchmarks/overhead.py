@@ -1,9 +1,9 @@
 """What attaching costs: the bare and the attached model train in turn, in one run.
 
-``python examples/overhead.py`` prints time, FLOPs and peak memory of a training step, attached over
-bare, the same of the encoder's inference, and which operations the added time goes to, and keeps
-the numbers as JSON. ``--grow`` follows the cost as the batch, the images, the feature or the number
-of crops grow, and draws it.
+``python examples/benchmarks/overhead.py`` prints time, FLOPs and peak memory of a training step,
+attached over bare, and the time of the encoder's inference. It also prints which operations the
+added time goes to. The numbers are kept as JSON. ``--grow`` instead follows the cost as the batch,
+the images, the feature or the number of crops grow, and draws it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from growth import draw, grown
-from lightly_methods import METHODS
-from loops import MODELS, Case, LightningLoop, OwnLoop, now
-from records import as_text, record
-from resuming import trained_on
 from rich.progress import track
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon_aux.probe import markdown_table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.growth import draw, grown
+from benchmarks.loops import MODELS, Case, LightningLoop, OwnLoop, now
+from benchmarks.methods import METHODS
+from benchmarks.records import Record, as_text, record
+from benchmarks.resuming import trained_on
 
 ON_A_CPU = ["ResNet-18, 64", "ResNet-18, 32", "tiny ResNet-18, 32"]
 
@@ -43,19 +45,22 @@ ON_A_CPU = ["ResNet-18, 64", "ResNet-18, 32", "tiny ResNet-18, 32"]
 # --- what is measured ---
 
 
-LOOPS = {"Lightning": LightningLoop, "own loop": OwnLoop}
+LOOPS: dict[str, type[LightningLoop] | type[OwnLoop]] = {
+    "Lightning": LightningLoop,
+    "own loop": OwnLoop,
+}
 
 
 def step_time(case: Case, args: argparse.Namespace, loop: str) -> dict[str, float]:
-    """Time of a training step in milliseconds, and the ratio, round by round."""
+    """Measure a training step in milliseconds, and the ratio, round by round."""
     bare, attached = (LOOPS[loop](case, args, attached=attached) for attached in (False, True))
     rounds = []
     for index in range(args.rounds + 1):
-        # who goes first may matter
+        # the order within a round may matter
         order = (bare, attached) if index % 2 else (attached, bare)
         taken = {arm: arm.seconds(args.steps) for arm in order}
         rounds.append((taken[bare], taken[attached]))
-    # the first one, in which checks are made and memory is taken, doesn't count
+    # the first round makes checks and allocates memory: it doesn't count
     rounds = rounds[1:]
     ratios = sorted(with_it / without for without, with_it in rounds)
     return {
@@ -68,7 +73,7 @@ def step_time(case: Case, args: argparse.Namespace, loop: str) -> dict[str, floa
 
 
 def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """FLOPs of a training step, attached over bare."""
+    """Count the FLOPs of a training step, attached over bare."""
     counted = []
     for attached in (False, True):
         arm = OwnLoop(case, args, attached=attached)
@@ -83,7 +88,7 @@ def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
 
 
 def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Time of the encoder's inference after attaching over before, and whether it runs the same."""
+    """Measure the encoder's inference, attached over bare, and whether its operations differ."""
     device = trained_on(args)
     models = [case.build(attached=attached, in_lightning=False) for attached in (False, True)]
     encoders = [model.backbone.to(device).eval() for model in models]
@@ -113,9 +118,9 @@ def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Tell which operations a step has more of, attached, and how long they take on the device.
+    """Find the operations that attaching adds to a step, and how long they take on the device.
 
-    How long it takes to begin them, and that the device may wait for that, isn't in these times.
+    The time to launch them isn't counted, nor how long the device waits for that.
     """
     device = trained_on(args)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -135,7 +140,7 @@ def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             now(device)
         sign = 1 if attached else -1
         for event in profile.key_averages():
-            # kernels have events of their own, whose time the operations' have in them already
+            # kernels' events are left out: operations' times include their kernels' already
             if event.key.startswith("aten::") and getattr(event, time_of):
                 counts[event.key] += sign * event.count
                 times[event.key] += sign * getattr(event, time_of) / 1000
@@ -146,7 +151,7 @@ def added(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> float:
-    """Peak memory in MiB of a process that trains for a few steps."""
+    """Give this process's peak memory in MiB, after it trained for a few steps."""
     arm = OwnLoop(case, args, attached=attached)
     arm.warm_up()
     arm.step()
@@ -154,16 +159,16 @@ def peak_memory(case: Case, args: argparse.Namespace, *, attached: bool) -> floa
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    # Linux counts the memory of the process that started this one among getrusage's
+    # on Linux getrusage includes the memory of the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     return int(peak) / 2**10
 
 
 def memory(case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory, attached over bare, each in a process of its own."""
+    """Measure peak memory, attached over bare, each in a process of its own."""
     peaks = []
-    # on a GPU, what this process holds the others lack
+    # free what this process holds of the GPU: the others need it
     gc.collect()
     torch.cuda.empty_cache()
     for attached in (False, True):
@@ -173,7 +178,7 @@ def memory(case: Case, args: argparse.Namespace) -> dict[str, float]:
 
 
 def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """How often a training step waits for the GPU, attached less bare."""
+    """Count how often a training step waits for the GPU, attached less bare."""
     if trained_on(args).type != "cuda":
         return {}
     found = []
@@ -190,7 +195,7 @@ def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all of it, or what is the same on any machine."""
+    """Measure everything, or only what is the same on any machine."""
     if args.count_only:
         return flops(case, args)
     times = {loop: step_time(case, args, loop) for loop in LOOPS}
@@ -201,7 +206,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 # --- what is shown ---
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def table(runs: list[Record]) -> str:
     """Put the cases side by side."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "bare, ms": lambda found: f"{found['time']['own loop']['bare ms']:.0f}",
@@ -213,7 +218,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         "same operations": lambda found: "yes" if found["same operations"] else "NO",
         "waits added": lambda found: str(found["waits"]),
     }
-    # what wasn't measured, for want of a GPU or with --count-only, isn't shown
+    # leave out what wasn't measured, without a GPU or with --count-only
     shown = [name for name in columns if any(_cell(columns[name], run) for run in runs)]
     grid = markdown_table(["batch", *shown])
     for run in runs:
@@ -224,8 +229,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     return as_text(grid)
 
 
-def details(runs: list[dict[str, Any]]) -> str:
-    """Tell what operations are added, case by case, as the profiler sees it."""
+def details(runs: list[Record]) -> str:
+    """List the operations that are added, case by case, as the profiler sees them."""
     lines = []
     for run in runs:
         found = run["results"].get("added", {})
@@ -242,7 +247,7 @@ def _name(case: dict[str, Any]) -> str:
     return ", ".join(filter(None, (case["model"], case["method"], case["options"])))
 
 
-def _cell(column: Callable[[dict[str, Any]], str], run: dict[str, Any]) -> str:
+def _cell(column: Callable[[dict[str, Any]], str], run: Record) -> str:
     try:
         return column(run["results"])
     except KeyError:
@@ -253,8 +258,11 @@ def _ratio(time: dict[str, float]) -> str:
     return f"{time['ratio']:.3f} ({time['least']:.3f} to {time['most']:.3f})"
 
 
-def main() -> None:
-    """Read the command line, measure, print the table."""
+# --- the command line ---
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -271,41 +279,55 @@ def main() -> None:
     add("--precision", choices=["32-true", "bf16-mixed"], help="the latter on a GPU")
     add("--device", choices=["auto", "cpu", "gpu"], default="auto")
     add("--out", type=Path, default=Path("runs/overhead"))
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    device = trained_on(args)
-    gpu = device.type == "cuda"
-    args.precision = args.precision or ("bf16-mixed" if gpu else "32-true")
-    batch_size = args.batch_size or (256 if gpu else 32)
-    models = args.models or (list(MODELS) if gpu or args.count_only else ON_A_CPU)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.grow:
-        curves: dict[str, list[tuple[int, float, float]]] = {}
-        started = time.perf_counter()
-        base = Case("tiny ResNet-18, 32", batch_size=batch_size)
-        for what, cases in grown(base, small=args.small).items():
-            curves[what] = [
-                (value, step_time(case, args, "own loop")["ratio"], flops(case, args)["FLOPs"])
-                for value, case in track(cases, what)
-            ]
-            told = record(args, device, time.perf_counter() - started, curves)
-            (args.out / "growth.json").write_text(json.dumps(told, indent=1))
-        draw(curves, args.out / "growth.png")
-        print(f"saved growth.json and growth.png in {args.out}")
-        return
-    runs: list[dict[str, Any]] = []
-    arms = product(models, args.methods, args.options)
-    cases = [Case(model, method, batch_size, options=options) for model, method, options in arms]
+    return parser.parse_args()
+
+
+def measure_growth(args: argparse.Namespace, batch_size: int) -> None:
+    """Measure one case as it grows, keep the numbers and draw the curves."""
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    started = time.perf_counter()
+    base = Case("tiny ResNet-18, 32", batch_size=batch_size)
+    for what, cases in grown(base, small=args.small).items():
+        curves[what] = [
+            (value, step_time(case, args, "own loop")["ratio"], flops(case, args)["FLOPs"])
+            for value, case in track(cases, what)
+        ]
+        kept = record(args, trained_on(args), time.perf_counter() - started, curves)
+        (args.out / "growth.json").write_text(json.dumps(kept, indent=1))
+    draw(curves, args.out / "growth.png")
+    print(f"saved growth.json and growth.png in {args.out}")
+
+
+def measure_cases(args: argparse.Namespace, cases: list[Case]) -> None:
+    """Measure every case, keep the numbers and print the table."""
+    runs: list[Record] = []
     for case in track(cases, "measuring"):
         started = time.perf_counter()
         found = measure(case, args)
-        runs.append(record(args, device, time.perf_counter() - started, found, case=vars(case)))
+        seconds = time.perf_counter() - started
+        runs.append(record(args, trained_on(args), seconds, found, case=vars(case)))
         (args.out / "overhead.json").write_text(json.dumps(runs, indent=1))
     text = f"{table(runs)}\n{details(runs)}\n"
     print(text)
     (args.out / "table.md").write_text(text)
     print(f"saved in {args.out}")
+
+
+def main() -> None:
+    """Read the command line, measure, print the table."""
+    args = parse_options()
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    gpu = trained_on(args).type == "cuda"
+    args.precision = args.precision or ("bf16-mixed" if gpu else "32-true")
+    batch_size = args.batch_size or (256 if gpu else 32)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.grow:
+        measure_growth(args, batch_size)
+    else:
+        models = args.models or (list(MODELS) if gpu or args.count_only else ON_A_CPU)
+        arms = product(models, args.methods, args.options)
+        measure_cases(args, [Case(m, method, batch_size, options=o) for m, method, o in arms])
 
 
 if __name__ == "__main__":

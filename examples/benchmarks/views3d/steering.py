@@ -1,4 +1,4 @@
-"""Draw what the parts of a feature hold: one object's equivariant parts, another's context."""
+"""Draw what the parts of a feature hold: an object rebuilt in the context of another object."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Objects
-from images import as_input
-from pictures import save_pictures
 
-# of an object, next to each other
+from benchmarks.images import as_input
+from benchmarks.pictures import save_pictures
+from benchmarks.views3d.data import Objects
+
+# views of an object, next to each other
 _VIEWS = 9
 
 
@@ -18,17 +19,17 @@ _VIEWS = 9
 def draw(model: Any, data: Objects, path: Path, device: torch.device) -> None:
     """Save a picture: an object's views, and each rebuilt in three contexts.
 
-    That is from its equivariant part, as it is, and from the invariant part of a view in the first
-    column: another view of the object, then of two objects of other classes.
+    A view is rebuilt from its own equivariant part and the invariant part of the view in the first
+    column: first another view of the same object, then views of two objects of other classes.
 
     Args:
         model: trained, with ``backbone`` and ``recon_aux``.
-        data: objects that it hasn't seen.
+        data: objects that it wasn't trained on.
         path: of the PNG file.
         device: where the model is.
     """
     encoder, aux = model.backbone.eval(), model.recon_aux.to(device).eval()
-    classes = [int((data.labels == label).nonzero()[0]) for label in data.labels.unique()]
+    classes = [int((data.labels == label).nonzero()[0]) for label in torch.unique(data.labels)]
     shown = min(data.views - 1, _VIEWS)
     rows, labels = [], []
     for turning in (classes[0], classes[len(classes) // 2]):

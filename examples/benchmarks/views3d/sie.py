@@ -1,9 +1,9 @@
-"""SIE, told how the object turned between the views: the comparison's nearest method.
+"""SIE, which is given how the object turned between the views.
 
 Garrido, Najman, LeCun, "Self-Supervised Learning of Split Invariant Equivariant Representations",
 ICML 2023, arXiv 2302.10283, written from the paper (section 3). The weights are those of the
-authors' command, where the equivariance's is told as 0.45 of the invariance's, but for the
-covariance's.
+authors' command, except the covariance's. That command gives the equivariance's as 0.45 of the
+invariance's.
 """
 
 from __future__ import annotations
@@ -16,54 +16,56 @@ from einops import einsum, rearrange
 from lightly.loss import vicreg_loss
 from lightly.loss.vicreg_loss import covariance_loss
 from lightly.models.modules.heads import VICRegProjectionHead
-from lightly_simclr import SimCLR
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+
+from benchmarks.methods import StudyModule
 
 
 class HyperPredictor(nn.Module):
     """Predicts the second view's equivariant embedding from the first's and what changed.
 
-    A linear map whose matrix a linear hypernetwork makes from the relative rotation, so that the
-    change can't be ignored: linear in both, thus a linear map of their products.
+    A linear hypernetwork makes the matrix of a linear map from the relative rotation, so that the
+    change can't be ignored. The result is linear in both: a linear map of their products.
     """
 
-    def __init__(self, dim: int, told: int = 4) -> None:
+    def __init__(self, dim: int, change_dim: int = 4) -> None:
         super().__init__()
-        self.products = nn.Linear(told * dim, dim, bias=False)
-        # as if nothing turned, which the quaternion's last number says; torch's own first weights
+        self.products = nn.Linear(change_dim * dim, dim, bias=False)
+        # begin as if nothing turned (the quaternion's last number): torch's own first weights
         # predict several times the embedding's size
         nn.init.zeros_(self.products.weight)
         nn.init.eye_(self.products.weight[:, -dim:])
 
     def forward(self, embedding: Tensor, change: Tensor) -> Tensor:
-        """``(B, dim)``, ``(B, told)`` -> ``(B, dim)``."""
+        """``(B, dim)``, ``(B, change_dim)`` -> ``(B, dim)``."""
         products = einsum(change, embedding, "b k, b j -> b k j")
         predicted: Tensor = self.products(rearrange(products, "b k j -> b (k j)"))
         return predicted
 
 
-class SIE(LightningModule):
-    """VICReg on embeddings of both parts of the feature: the invariant parts are to be equal, the
-    equivariant ones predictable from what changed.
+class SIE(StudyModule):
+    """VICReg on embeddings of both parts of the feature.
+
+    The invariant parts are trained to be equal, the equivariant parts to be predictable from what
+    changed.
 
     Args:
-        encoder: images -> ``(B, width)``.
-        width: channels of the feature; the last half is equivariant.
+        backbone: images -> ``(B, feature_dim)``.
+        feature_dim: channels of the feature; the last half is equivariant.
         lr: AdamW's highest learning rate.
         dim: channels of the embeddings.
         layers: of the heads.
         invariance: weight of the invariant parts' distance.
         equivariance: weight of the predictions' distance.
-        variance: weight of the variance terms, that of the predictor's output among them.
-        covariance: weight of the covariance terms; the paper's is 1, for batches eight times as
-            large as the README's, in which covariances are that much less noisy.
+        variance: weight of the variance terms, including that of the predictor's output.
+        covariance: weight of the covariance terms. The paper's is 1, for batches eight times as
+            large as the README's, in which covariances are less noisy.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
-        width: int,
+        backbone: nn.Module,
+        feature_dim: int,
         lr: float,
         *,
         dim: int = 512,
@@ -73,20 +75,18 @@ class SIE(LightningModule):
         variance: float = 10.0,
         covariance: float = 0.1,
     ) -> None:
-        super().__init__()
-        self.backbone = encoder
-        self.half = width // 2
+        super().__init__(backbone, lr)
+        self.split = feature_dim // 2
         self.heads = nn.ModuleList(
-            VICRegProjectionHead(self.half, dim, dim, num_layers=layers) for _ in range(2)
+            VICRegProjectionHead(self.split, dim, dim, num_layers=layers) for _ in range(2)
         )
         self.predictor = HyperPredictor(dim)
-        self.lr = lr
         self.weights = (invariance, equivariance, variance, covariance)
 
     def embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of both parts of the feature."""
         feature = self.backbone(views).flatten(1)
-        return self.heads[0](feature[:, : self.half]), self.heads[1](feature[:, self.half :])
+        return self.heads[0](feature[:, : self.split]), self.heads[1](feature[:, self.split :])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch of two views, labels and changes."""
@@ -104,9 +104,8 @@ class SIE(LightningModule):
         loss: Tensor = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
         return loss
 
-    configure_optimizers = SimCLR.configure_optimizers
-
 
 def variance_loss(x: Tensor) -> Tensor:
     """How far the standard deviations of a batch stay below 1; half of VICReg's."""
-    return vicreg_loss.variance_loss(x) / 2
+    loss: Tensor = vicreg_loss.variance_loss(x) / 2
+    return loss

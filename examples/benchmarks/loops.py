@@ -1,4 +1,4 @@
-"""What trains to see what attaching costs: methods, bare or attached, in two kinds of loop."""
+"""Two kinds of training loop, to measure what attaching costs: Lightning's, and one by hand."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from encoders import build_encoder, small_resnet18, width_of
 from lightly.models.utils import update_momentum
-from lightly_methods import METHODS
-from options import parse_options
 from pytorch_lightning import Callback, Trainer
-from resuming import trained_on
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.arms import parse_options
+from benchmarks.encoders import build_encoder, small_resnet18, width_of
+from benchmarks.methods import METHODS
+from benchmarks.resuming import trained_on
 from recon_aux import add_loss
 from recon_aux.integrations.lightly import attach
 
@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, int]] = {
     "ResNet-18, 32": ("small-resnet18", 32),
     "tiny ResNet-18, 32": ("tiny-resnet18", 32),
 }
-# of each round of steps, that aren't counted
+# steps at the start of each round that aren't counted
 WARM_UP = 2
 
 
@@ -52,7 +52,7 @@ class Case:
         """Height and width of the images."""
         return self.image_size or MODELS[self.model][1]
 
-    def build(self, *, attached: bool, in_lightning: bool) -> nn.Module:
+    def build(self, *, attached: bool, in_lightning: bool) -> Any:
         """Make the model, bare or attached, with the same weights."""
         torch.manual_seed(0)
         name = MODELS[self.model][0]
@@ -63,15 +63,23 @@ class Case:
         return attach(model, **parse_options(self.options)) if attached else model
 
     def views(self, device: torch.device) -> list[Tensor]:
-        """Make up images."""
+        """Draw random images."""
         sides = [self.side] * 2 + [self.side // 2] * self.crops
         shapes = [(self.batch_size, 3, side, side) for side in sides]
-        layout = {"memory_format": torch.channels_last}
-        return [torch.randn(shape).to(device).contiguous(**layout) for shape in shapes]
+        images = (torch.randn(shape).to(device) for shape in shapes)
+        return [image.contiguous(memory_format=torch.channels_last) for image in images]
 
 
 class InALoop(nn.Module):
     """A method's modules without Lightning."""
+
+    backbone: nn.Module
+    projection_head: nn.Module
+    criterion: nn.Module
+    # BYOL's alone
+    prediction_head: nn.Module
+    backbone_momentum: nn.Module
+    projection_head_momentum: nn.Module
 
     def __init__(self, method: Any) -> None:
         super().__init__()
@@ -92,17 +100,17 @@ class InALoop(nn.Module):
             for name in ("backbone", "projection_head"):
                 momentum = self.get_submodule(f"{name}_momentum")
                 update_momentum(self.get_submodule(name), momentum, m=0.99)
-            told = [
+            targets = [
                 self.projection_head_momentum(self.backbone_momentum(view).flatten(1))
                 for view in views[:2]
             ]
         one, other = (self.prediction_head(embedding) for embedding in embeddings[:2])
-        loss: Tensor = (self.criterion(one, told[1]) + self.criterion(other, told[0])) / 2
+        loss: Tensor = (self.criterion(one, targets[1]) + self.criterion(other, targets[0])) / 2
         return loss
 
 
 class OwnLoop:
-    """A training loop of one's own."""
+    """A training loop by hand."""
 
     def __init__(self, case: Case, args: argparse.Namespace, *, attached: bool) -> None:
         self.device = trained_on(args)
@@ -113,7 +121,7 @@ class OwnLoop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
 
     def warm_up(self) -> None:
-        """Take the steps that don't count: checks are made in the first."""
+        """Take the steps that don't count: the first one also makes all checks."""
         for _ in range(WARM_UP):
             self.step()
 
@@ -128,7 +136,7 @@ class OwnLoop:
         self.optimizer.step()
 
     def seconds(self, steps: int) -> float:
-        """How long a step takes, of some after those that don't count."""
+        """Measure how long a step takes, after those that don't count."""
         self.warm_up()
         started = now(self.device)
         for _ in range(steps):
@@ -146,7 +154,7 @@ class LightningLoop(Callback):
         self.batch = case.views(self.device), torch.zeros(case.batch_size)
 
     def seconds(self, steps: int) -> float:
-        """How long a step takes, of some after those that don't count."""
+        """Measure how long a step takes, after those that don't count."""
         batches: Any = [self.batch] * (WARM_UP + steps)
         Trainer(
             max_epochs=1,
@@ -175,7 +183,7 @@ class LightningLoop(Callback):
 
 
 def now(device: torch.device) -> float:
-    """The time when the device has done what it was given."""
+    """Give the time, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Draw what attaching buys: methods bare and attached, next to each other."""
+"""Draw bars of bare and attached methods, next to each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
-from records import results_of
+
+from benchmarks.records import Record, results_of
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,15 @@ class Measure:
     of: Callable[[dict[str, Any]], float]
     lines: Mapping[str, str]
 
-    def values(self, runs: list[dict[str, Any]], arm: str) -> list[float]:
-        """Give an arm's, one for each seed."""
+    def values(self, runs: list[Record], arm: str) -> list[float]:
+        """Give an arm's values, one for each seed."""
         return [self.of(results) for results in results_of(runs, arm)]
 
 
 def draw(
-    groups: dict[str, list[dict[str, Any]]],
+    groups: dict[str, list[Record]],
     methods: list[str],
-    behind: str,
+    attached: str,
     measures: list[Measure],
     path: Path,
 ) -> None:
@@ -36,20 +37,20 @@ def draw(
 
     Args:
         groups: records of all arms and seeds, by what the row is called.
-        methods: whose bare and attached arms are bars, with the standard deviation over seeds;
-            without those of which there is neither.
-        behind: what the attached arms have behind the method's name.
+        methods: their bare and attached arms become bars, with the standard deviation over seeds.
+            Methods without a record are left out.
+        attached: what the attached arms have behind the method's name.
         measures: what is drawn.
         path: of the image file.
     """
     done = {run["arm"] for runs in groups.values() for run in runs}
-    methods = [method for method in methods if {method, method + behind} & done]
+    methods = [method for method in methods if {method, method + attached} & done]
     shape = len(groups), len(measures)
     size = 4.5 * shape[1], 2.6 * shape[0]
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
     for row, (name, runs) in zip(axes, groups.items(), strict=True):
         for axis, measure in zip(row, measures, strict=True):
-            _draw_bars(axis, runs, methods, {"bare": "", "attached": behind}, measure)
+            _draw_bars(axis, runs, methods, {"bare": "", "attached": attached}, measure)
             for arm, style in measure.lines.items():
                 values = measure.values(runs, arm)
                 if values:
@@ -63,7 +64,7 @@ def draw(
 
 def _draw_bars(
     axis: Any,
-    runs: list[dict[str, Any]],
+    runs: list[Record],
     methods: list[str],
     kinds: dict[str, str],
     measure: Measure,
@@ -73,7 +74,7 @@ def _draw_bars(
         found = [measure.values(runs, method + behind) for method in methods]
         places = [x + shift for x, values in enumerate(found) if values]
         heights = [mean(values) for values in found if values]
-        # no bar of error where there is nothing to tell it from
+        # one seed has no standard deviation
         spread = [stdev(v) if len(v) > 1 else float("nan") for v in found if v]
         axis.bar(places, heights, 0.38, yerr=spread, capsize=3, label=kind)
     axis.set_xticks(range(len(methods)), methods)

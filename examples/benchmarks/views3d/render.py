@@ -1,7 +1,7 @@
 """Render a small data set in 3DIEBench's layout: objects turned at random over a coloured floor.
 
-``python examples/views3d/render.py FOLDER`` makes FOLDER/CLASS/OBJECT/image_k.jpg and latent_k.npy,
-the lists of train and val objects with their labels, and a contact sheet to look at.
+``python examples/benchmarks/views3d/render.py FOLDER`` makes FOLDER/CLASS/OBJECT/image_k.jpg and
+latent_k.npy, the lists of train and val objects with their labels, and a contact sheet.
 
 The latents are those of Garrido, Najman and LeCun (2023, arXiv 2302.10283, section 4): three
 Tait-Bryan angles (radians, extrinsic xyz), the floor's hue, the lamp's theta and phi, its hue.
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import pyvista as pv
-from objects import OBJECTS, make
 from PIL import Image
 from rich.progress import track
 from scipy.spatial.transform import Rotation
 
-sys.path.append(str(Path(__file__).parent.parent))
-from options import go_on
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.options import note_options
+from benchmarks.views3d.objects import OBJECTS, make
 
 LOW = np.array([-np.pi / 2] * 3 + [0, 0, 0, 0])
 HIGH = np.array([np.pi / 2] * 3 + [1, np.pi / 4, 2 * np.pi, 1])
@@ -77,7 +77,7 @@ class Scene:
         self.lamp.position = tuple(spherical(4, latent[4], latent[5]))
         self.lamp.diffuse_color = colorsys.hsv_to_rgb(latent[6], 0.7, 1.0)
         self.plotter.render()
-        pixels = self.plotter.screenshot(return_img=True)
+        pixels: Any = self.plotter.screenshot(return_img=True)
         return Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BOX)
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--workers", type=int, help="processes; as many as there are cores if not given")
     args = parser.parse_args()
-    go_on(args.folder, args)
+    note_options(args.folder, args)
     render(args.folder, args)
     sheet = contact_sheet(args.folder, args.size)
     print(f"rendered {len(OBJECTS) * args.objects} objects; look at {sheet}")

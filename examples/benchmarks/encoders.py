@@ -1,6 +1,8 @@
-"""Encoders by name, small ones among them."""
+"""The encoders that the studies train, by name."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torchvision
@@ -33,12 +35,12 @@ def small_resnet18(width: int = 64, stride: int = 1) -> nn.Module:
 def vit(image_size: int, patch_size: int, layers: int, width: int) -> nn.Module:
     """Build torchvision's vision transformer, with heads of 64 channels: ``(B, width)``."""
     sizes = {"num_heads": width // 64, "hidden_dim": width, "mlp_dim": 4 * width}
-    model = torchvision.models.VisionTransformer(image_size, patch_size, layers, **sizes)
+    model: nn.Module = torchvision.models.VisionTransformer(image_size, patch_size, layers, **sizes)
     model.heads = nn.Identity()
     return model
 
 
-ENCODERS = {
+ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "tiny-resnet18": lambda: small_resnet18(width=32, stride=2),
     "small-resnet18": small_resnet18,
     "tiny-vit": lambda: vit(32, 4, layers=6, width=192),
@@ -52,7 +54,7 @@ def build_encoder(name: str) -> nn.Module:
         return ENCODERS[name]()
     if name not in torchvision.models.list_models(torchvision.models):
         raise SystemExit(f"--backbone expects {list(ENCODERS)} or torchvision's name, got {name!r}")
-    encoder = torchvision.models.get_model(name)
+    encoder: nn.Module = torchvision.models.get_model(name)
     for last in ("fc", "classifier", "heads", "head"):
         if hasattr(encoder, last):
             setattr(encoder, last, nn.Identity())

@@ -1,7 +1,7 @@
 """Read a data set in 3DIEBench's layout: the official one, or what render.py makes.
 
-Two views of one object are the two views, nothing else is changed about them. What a pair's target
-says, and how, is as in Garrido, Najman and LeCun (2023, arXiv 2302.10283, section 4).
+A pair of views is two images of one object, not augmented further. A pair's target is as in
+Garrido, Najman and LeCun (2023, arXiv 2302.10283, section 4).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import as_input
 from PIL import Image
 from rich.progress import track
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from benchmarks.images import as_input
 
 COLORS = [3, 6]
 """Where a latent holds the floor's hue and the lamp's."""
@@ -52,8 +53,8 @@ class Objects(Dataset[Any]):
         listed = (lists or root) / f"{split}_images.npy"
         if not listed.is_file():
             raise SystemExit(
-                f"expected {listed}, as render.py makes it; --lists tells where the lists are, if "
-                "not in the data set's folder"
+                f"expected {listed}, as render.py makes it; pass --lists FOLDER if the lists are "
+                "in another folder than the data set"
             )
         paths = np.load(listed)
         labels = np.load((lists or root) / f"{split}_labels.npy")
@@ -98,7 +99,7 @@ class Objects(Dataset[Any]):
 
 
 def targets(first: np.ndarray, second: np.ndarray) -> Tensor:
-    """Say what changed between two views.
+    """Compute what changed between two views.
 
     Args:
         first: latents ``(N, 7)``.

@@ -1,0 +1,47 @@
+"""A study: train and measure every arm with every seed, then put all records into one table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Record, file_name, keep, kept
+from benchmarks.resuming import is_done, refuse_mixed
+
+
+def run_study(
+    args: argparse.Namespace,
+    runs: Iterable[dict[str, Any]],
+    run: Callable[[dict[str, Any], Path], Record],
+    *,
+    table: Callable[[list[Record]], str],
+    picture: Callable[[list[Record], Path], None],
+) -> None:
+    """Do the runs that aren't done, and make the table and the picture of all that are.
+
+    Args:
+        args: the command line's options; everything is kept in ``args.out``.
+        runs: which runs there are, in their order: ``arm``, ``seed``, and ``data`` if there are
+            several data sets.
+        run: takes one of ``runs`` and the path of its record; trains, measures, gives the record.
+        table: makes the text of ``table.md``.
+        picture: draws ``table.png``.
+
+    Raises:
+        SystemExit: if records of other options are in the folder.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    refuse_mixed(args.out, args)
+    for which in runs:
+        path = args.out / f"{file_name(**which)}.json"
+        if not is_done(path, args):
+            print(f"training {path.stem}")
+            keep(path, run(which, path))
+    done = kept(args.out)
+    text = table(done)
+    print(text)
+    (args.out / "table.md").write_text(text)
+    picture(done, args.out / "table.png")
+    print(f"saved in {args.out}")
