@@ -40,6 +40,7 @@ from recon_aux.probe import (
     transform,
 )
 
+# let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.arms import Arm, attached_with, build_model, read_arm
 from benchmarks.bars import Measure, draw

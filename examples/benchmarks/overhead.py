@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recon_aux.probe import markdown_table
 
+# let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.growth import draw, grown
 from benchmarks.loops import MODELS, Case, LightningLoop, OwnLoop, now

@@ -435,10 +435,7 @@ def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not TAKES_A_CONFIG, reason="the examples are for solo-learn's GitHub version")
 @pytest.mark.parametrize("script", ["solo_simclr.py", "solo_byol.py", "solo_vicreg.py"])
-def test_an_example_compares_bare_and_attached(script: str, tmp_path: Path) -> None:
-    small = ["--epochs", "1", "--limit", "128", "--batch-size", "64", "--device", "cpu"]
-    printed = run_example(script, *small, "--out", tmp_path / "out")
+def test_an_example_compares_bare_and_attached(script: str) -> None:
+    printed = run_example(script, "--epochs", "1")
     assert "bare whole" in printed
     assert "attached equivariant" in printed
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(record["results"]) == {"bare", "attached"}

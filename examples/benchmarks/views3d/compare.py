@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from recon_aux.probe import linear_classifier, linear_regression, markdown_table
 
+# let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import bars
 from benchmarks.arms import Arm, attached_with, build_model, read_arm

@@ -23,6 +23,7 @@ from PIL import Image
 from rich.progress import track
 from scipy.spatial.transform import Rotation
 
+# let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.options import note_options
 from benchmarks.views3d.objects import OBJECTS, make
