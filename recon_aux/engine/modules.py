@@ -15,7 +15,8 @@ def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Mo
     Raises:
         ValueError: if it isn't a submodule of the model; the message lists those there are.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    # a module may have two names
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if isinstance(module, str) and module in modules:
         return modules[module]
     if isinstance(module, nn.Module) and any(module is known for known in modules.values()):

@@ -203,8 +203,8 @@ def _ratio(lr: float, base: float) -> float:
 
 def _with_hooks(optimizer: Any) -> Any:
     """Find torch's optimizer in a wrapper that some frameworks put around it."""
-    # LARSWrapper passes for an Optimizer, so isinstance doesn't help
-    while not hasattr(optimizer, "register_step_pre_hook"):
+    # wrappers may pass for an Optimizer, or be one whose own __init__ was never called
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         inner = getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None)
         if inner is None:
             raise TypeError(

@@ -53,6 +53,13 @@ def test_a_name_that_is_no_submodule() -> None:
         attach(plain_method(), heads=["top"])
 
 
+def test_a_module_may_be_named_by_any_of_its_names() -> None:
+    model = plain_method()
+    model.parts = nn.ModuleDict({"encoder": model.backbone, "head": model.projection_head})
+    attach(model, backbone="parts.encoder", heads=["parts.head"])
+    assert torch.isfinite(model.training_step(batch(), 0))
+
+
 def test_a_head_may_be_named_by_itself() -> None:
     assert recon_aux.is_attached(attach(plain_method(), heads="projection_head"))
 

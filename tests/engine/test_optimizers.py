@@ -477,3 +477,30 @@ def test_groups_of_the_decoders_own_follow_the_order_of_the_encoders() -> None:
     vectors, weights = groups_of(model.configure_optimizers(), model.recon_aux)
     assert all(p.ndim < 2 for p in vectors["params"])
     assert all(p.ndim > 1 for p in weights["params"])
+
+
+class CopiedLookahead(Optimizer):
+    """Lookahead as it is widely copied: it never calls its base's ``__init__``."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.state = optimizer.state
+        self.defaults = optimizer.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_that_is_no_proper_one_trains_the_decoder_by_the_one_in_it() -> None:
+    def configure(model: Any) -> Any:
+        its = [*model.backbone.parameters(), *model.projection_head.parameters()]
+        return CopiedLookahead(SGD(its, lr=0.05))
+
+    model = attach(Siamese(configure=configure))
+    before = decoder_of(model)
+    optimizer = model.configure_optimizers()
+    for step in range(2):
+        model.training_step(batch(4, side=16), step).backward()
+        optimizer.step()
+    assert_trained(model, before)
