@@ -16,7 +16,7 @@ from recon_aux.engine.discover import refuse_manual_optimization
 from recon_aux.engine.drivers import has_training_step
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
 from recon_aux.engine.hooks import HeadMask
-from recon_aux.engine.modules import find_module, unwrap
+from recon_aux.engine.modules import find_copies_outside, find_module, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
 from recon_aux.task.options import refuse_unknown
@@ -35,7 +35,10 @@ def attach(
     image_channels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
+    example_input: Any = None,
     views: int | None = None,
+    interleaved: bool = False,
+    momentum_encoders: Sequence[str | nn.Module] = (),
     decoder_lr: float | None = None,
     decoder_weight_decay: float | None = None,
     **options: Any,
@@ -59,10 +62,17 @@ def attach(
         image_channels: channels of the views; by default what the first convolution takes.
         image_size: side of the blank image that is encoded once to find the feature's width, or
             its height and width, for an encoder that accepts one size alone.
-        features: takes the feature from what the encoder returns, if that isn't a tensor.
-        views: how many views one call of the encoder gets concatenated, one after the other, not
-            interleaved; by default the batch of the training step shows it. 1 says that a
-            momentum encoder's view, made within the step, is in the order of the encoder's.
+        features: takes the feature from what the encoder returns, if that isn't one: ``lambda out:
+            out.last_hidden_state[:, 0]``.
+        example_input: is encoded in place of the blank image, for an encoder that is called with
+            more than images: a tuple of its arguments, or a dict of its keyword arguments.
+        views: how many views one call of the encoder gets concatenated; by default the batch of
+            the training step shows it. 1 says that a momentum encoder's view, made within the
+            step, is in the order of the encoder's.
+        interleaved: whether views of one call take turns, image by image, ``x.repeat_interleave(2,
+            0)``; by default the batch shows it, or else they come one view after the other.
+        momentum_encoders: momentum encoders, or their names, that aren't copies of the encoder
+            within the model. Their heads have to be among ``heads``.
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
@@ -107,17 +117,33 @@ def attach(
         image_channels=image_channels,
         image_size=image_size,
         features=features,
+        example_input=example_input,
     )
     aux = _build(shape, options)
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    attached = Attachment(model, encoder, backbone_method, features, views, own)
+    attached = Attachment(
+        model,
+        encoder,
+        backbone_method,
+        features,
+        shape.channels,
+        views,
+        interleaved,
+        [
+            module
+            if isinstance(module, nn.Module)
+            else find_module(model, module, "momentum_encoders")
+            for module in momentum_encoders
+        ],
+        own,
+    )
     if aux.splitter.equivariant_dim:
-        attached.mask = HeadMask(
-            shape.feature_dim, aux.splitter.equivariant_dim, shape.feature_rank, attached.driver
-        )
+        attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
         attached.mask_heads(found)
         attached.mask_momentum_heads()
+        known = (model, *attached.encoders, *attached.heads)
+        attached.driver.watch(find_copies_outside(known, encoder))
     if attached.driver.encodes_others:
         attached.start()
     setattr(model, _ATTACHMENT, attached)

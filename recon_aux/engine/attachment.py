@@ -37,7 +37,10 @@ class Attachment:
         encoder: that is trained, as far as its name shows.
         backbone_method: its method that a step calls.
         features: takes the feature from what the encoder returns.
+        channels: the dimension of the channels in what the encoder returns.
         views: how many views are concatenated in one call.
+        interleaved: whether they take turns there, image by image.
+        momentum_encoders: that the user named.
         decoder_group: the decoder's own learning rate and weight decay.
     """
 
@@ -47,22 +50,27 @@ class Attachment:
         encoder: nn.Module,
         backbone_method: str,
         features: Features | None,
+        channels: int,
         views: int | None,
+        interleaved: bool,
+        momentum_encoders: Sequence[nn.Module],
         decoder_group: DecoderGroup,
     ) -> None:
         self.model = model
         self.backbone_method = backbone_method
         self.views = views
+        self.interleaved = interleaved
         self.decoder_group = decoder_group
         self.plan: Plan | None = None
         self.driver = driver_for(model)
-        self.recorder = EncoderRecorder(features, self.driver)
+        self.recorder = EncoderRecorder(features, channels, self.driver)
         # the first is what the name shows
         self.encoders: list[nn.Module] = []
         self.heads: list[nn.Module] = []
         self.mask: HeadMask | None = None
         self.hooks: list[MethodHook] = []
-        self.record(encoder)
+        for known in (encoder, *momentum_encoders):
+            self.record(known)
         self.record_copies()
         self.auto_weight = AutoWeight()
         # None if the model's own optimizers, which have hooks for it, train the decoder
@@ -128,6 +136,16 @@ class Attachment:
             copies = [known for known in self.encoders if known is not self.encoder]
             self.mask_heads(find_momentum_heads(self.model, self.encoder, copies, self.heads))
 
+    def unmask_heads(self, heads: Sequence[nn.Module]) -> None:
+        """Leave heads alone that take another encoder's features, and their momentum heads."""
+        copies = [known for known in self.encoders if known is not self.encoder]
+        others = [*heads, *find_momentum_heads(self.model, self.encoder, copies, heads)]
+        self.heads = [head for head in self.heads if head not in others]
+        for hook in self.hooks:
+            if hook.callback is self.mask and hook.module in others:
+                hook.remove()
+        self.hooks = [hook for hook in self.hooks if hook.callback is not None]
+
     def remove(self) -> None:
         """Take all hooks off again."""
         hooks = self.hooks
@@ -161,6 +179,7 @@ class Attachment:
     def stop(self) -> None:
         """Drop the step."""
         self.driver.step = None
+        self.driver.unwatch()
 
     # what the method does in its step may be compiled, what is done around it not
     @around_compiled
@@ -201,6 +220,7 @@ class Attachment:
             plan, views = discover(self, step, loss, batch)
             if views is not None and loss.requires_grad:
                 self.plan = plan
+                self.driver.unwatch()
                 aux.encoder_name = self.name(plan.encoder)
         else:
             views = replay(self, self.plan, step, loss, batch)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recon_aux.engine.autograd import reached
+from recon_aux.engine.autograd import gradient_of, reached
 from recon_aux.task import ReconAux
 from recon_aux.task.checks import finite_number
 from recon_aux.task.distributed import agree, are_many, mean_over_processes
@@ -165,24 +166,25 @@ class AutoWeight:
 
         Args:
             features: of the views, those with gradient, in the order of the encoder's calls.
-            outputs: what the encoder returned, of which these are, or are the first rows.
+            outputs: what the encoder returned, of which these are parts.
 
         Returns:
             What the task is to take instead of the features.
         """
         self.squares = method, task = [], []
-        rows = sum(len(feature) for feature in features)
 
-        def note(gradient: Tensor) -> None:
-            method.append(_square(gradient[:rows]))
+        def note(part: Tensor | None, gradient: Tensor) -> None:
+            method.append(_square(gradient if part is None else gradient.where(part != 0, 0.0)))
 
         def note_and_stop(gradient: Tensor) -> Tensor:
             task.append(_square(gradient))
             return torch.zeros_like(gradient)
 
         for output in outputs:
-            if any(reached(feature, [output])[0] for feature in features):
-                output.register_hook(note)  # type: ignore[no-untyped-call]
+            its = [feature for feature in features if reached(feature, [output])[0]]
+            if its:
+                part = gradient_of(its, output)
+                output.register_hook(partial(note, part))  # type: ignore[no-untyped-call]
         own = [feature.view_as(feature) for feature in features]
         for feature in own:
             feature.register_hook(note_and_stop)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recon_aux.engine.autograd import feed_each_other, gradients_of, gradients_to, past, reached
+from recon_aux.engine.autograd import feed_each_other, gradient_of, past, reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children
@@ -37,6 +37,11 @@ from recon_aux.task.splitter import as_feature
 if TYPE_CHECKING:
     from recon_aux.engine.attachment import Attachment
 
+_IN_ORDER = (
+    "Call the encoder once for each whole view, or once with all views, one after the other, in "
+    "the batch's order. If they take turns in one call, image by image, pass interleaved=True."
+)
+
 # calls that train: no step of a loop makes as many
 _MANY_CALLS = 32
 
@@ -50,6 +55,7 @@ class Plan:
         calls: how many calls a step makes, if the method's loss depends on all of them. None if a
             step also encoded other images: then each step is looked through.
         other_is_momentum: whether the other view is encoded without gradient.
+        interleaved: whether the views of one call take turns there, image by image.
         uses_past_heads: whether the loss depends on features that didn't pass a masked head.
         steps: how many steps were checked.
     """
@@ -57,6 +63,7 @@ class Plan:
     encoder: nn.Module
     calls: int | None = 0
     other_is_momentum: bool = False
+    interleaved: bool = False
     uses_past_heads: bool = False
     steps: int = 0
 
@@ -81,19 +88,26 @@ def discover(
     Raises:
         RuntimeError: if something about the step is not as it has to be.
     """
-    plan = Plan(attached.encoder)
+    plan = Plan(attached.encoder, interleaved=attached.interleaved)
     calls = _calls_of_method(attached, plan, step, loss, batch)
     online = [call for call in calls if call.output.requires_grad]
     if online and loss.requires_grad:
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
-            outputs = [call.output for call in online if call.encoder is plan.encoder]
-            _refuse_mixing_heads(attached, step, outputs)
-    if online and attached.mask:
-        _warn_of_unmasked_momentum(attached, plan, step, calls, batch)
+            attached.unmask_heads([head for head in step.not_fed if head not in step.fed])
+            own = [call for call in online if call.encoder is plan.encoder]
+            _refuse_mixing_heads(attached, step, own)
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
-        _refuse_wrong_views(views.images, batch, attached.views)
+        problem = _wrong_views(views.images, batch, attached.views)
+        if problem and not plan.interleaved:
+            plan.interleaved = True
+            views = replay(attached, plan, step, loss, batch) or views
+            problem = problem and _wrong_views(views.images, batch, attached.views)
+        if problem:
+            raise RuntimeError(problem)
+        if attached.mask and loss.requires_grad:
+            _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
     return plan, views
 
 
@@ -116,8 +130,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
             raise RuntimeError(_no_call(attached, plan, step))
         return None
     if attached.mask and loss.requires_grad:
-        _refuse_past_heads(attached, plan, step, loss, [call.output for call in online])
-    found = two_views(calls, online, batch, attached.views)
+        _refuse_past_heads(attached, plan, step, loss, online)
+    found = two_views(calls, online, batch, attached.views, plan.interleaved)
     if found is None:
         raise RuntimeError(_no_second_view(calls, online, batch, attached.views))
     images, outputs = found
@@ -150,11 +164,6 @@ def _trained_encoder(
             "What a momentum encoder gives has to be detached. Two encoders that are alike can't "
             "both be trained."
         )
-    elif attached.recorder.features is not None:
-        advice = (
-            "features= has to give a tensor that is in the output, as last_hidden_state. It can't "
-            "make a new one of it, as last_hidden_state[:, 0]."
-        )
     else:
         advice = (
             "A warm-up of the heads needs encoder.requires_grad_(False) instead of a feature that "
@@ -168,45 +177,64 @@ def _trained_encoder(
     )
 
 
-def _warn_of_unmasked_momentum(
-    attached: Attachment, plan: Plan, step: Step, calls: Sequence[EncoderCall], batch: Any
+def _warn_of_unmasked_targets(
+    attached: Attachment, plan: Plan, step: Step, loss: Tensor, views: Views, batch: Any
 ) -> None:
-    """Warn if a momentum encoder's features pass no masked head, as far as can be seen."""
-    trained = {id(call.image) for call in calls if call.output.requires_grad}
-    momentum = [
+    """Warn if features that the loss sees without gradient pass no masked head.
+
+    They are a momentum encoder's, in the model or outside, or the encoder's own. What happens to
+    them isn't in the graph, so this is as much as can be seen.
+    """
+    is_its = reached(loss, [call.output for call in step.calls])
+    trained = {id(c.image) for c, is_trained in zip(step.calls, is_its, strict=True) if is_trained}
+    viewed = {id(image) for image in views.images}
+    targets = [
         call
-        for call in calls
-        if call.encoder is not plan.encoder
-        # between a loop's steps it may be evaluated
+        for call, is_trained in zip(step.calls, is_its, strict=True)
+        if not is_trained
         and (
-            not attached.driver.encodes_others
-            or id(call.image) in trained
-            or is_of(batch, call.image)
+            id(call.image) in viewed - trained
+            or (
+                call.encoder is not plan.encoder
+                # between a loop's steps it may be evaluated
+                and (
+                    not attached.driver.encodes_others
+                    or id(call.image) in trained
+                    or is_of(batch, call.image)
+                )
+            )
         )
     ]
-    outputs = [call.output for call in momentum if call.output.requires_grad]
-    passes_a_mask = (
-        step.masked_without_gradient
-        or any(any(reached(x, outputs)) for x in step.masked if outputs)
-        # a head that was copied brought a mask along
-        or any(
-            isinstance(hook.callback, HeadMask) and hook.callback is not attached.mask
-            for hook in find_hooks(attached.model)
-        )
+    outputs = [call.output for call in targets if call.output.requires_grad]
+    passes_a_mask = step.masked_without_gradient or any(
+        any(reached(x, outputs)) for x in step.masked if outputs
     )
-    if momentum and not passes_a_mask:
-        warnings.warn(
-            "recon_aux: expected a momentum encoder's features to go through a head that is "
-            f"masked, saw {attached.name(momentum[0].encoder)} called and none of "
-            f"{attached.names(attached.heads)} without gradient. If the method's loss compares "
-            "with what it gives, the loss sees the equivariant channels. Pass heads=[...] with the "
-            f"momentum encoder's heads, too, of these: {describe_children(attached.model)}. Or "
-            "pass equivariant_dim=0 to train without a split.",
-            stacklevel=2,
+    # a head that was copied brought a mask along
+    has_other_mask = any(
+        isinstance(hook.callback, HeadMask) and hook.callback is not attached.mask
+        for hook in find_hooks(attached.model, *step.outside)
+    )
+    if has_other_mask or not (step.outside or (targets and not passes_a_mask)):
+        return
+    if step.outside:
+        seen = f"a {type(step.outside[0]).__name__} like the encoder called that isn't in the model"
+        advice = "Pass momentum_encoders=[it], and heads=[...] with its heads, too,"
+    else:
+        seen = (
+            f"{attached.name(targets[0].encoder)} called and none of "
+            f"{attached.names(attached.heads)} without gradient"
         )
+        advice = "Pass heads=[...] with the heads that take it, too,"
+    warnings.warn(
+        "recon_aux: expected features without gradient, as a momentum encoder's, to go through a "
+        f"head that is masked, saw {seen}. If the method's loss compares with what it gives, the "
+        f"loss sees the equivariant channels. {advice} of these: "
+        f"{describe_children(attached.model)}. Or pass equivariant_dim=0 to train without a split.",
+        stacklevel=2,
+    )
 
 
-def _refuse_mixing_heads(attached: Attachment, step: Step, outputs: Sequence[Tensor]) -> None:
+def _refuse_mixing_heads(attached: Attachment, step: Step, calls: Sequence[EncoderCall]) -> None:
     """Refuse heads that take what another gives, or what mixes channels before them."""
     if feed_each_other(step.masked):
         raise RuntimeError(
@@ -214,27 +242,31 @@ def _refuse_mixing_heads(attached: Attachment, step: Step, outputs: Sequence[Ten
             f"{attached.names(attached.heads)} one takes what another gives. A part of that would "
             "be zeroed. Pass heads=[...]: those that take the features themselves."
         )
-    if _sees_equivariant(attached, gradients_to(outputs, step.masked)):
+    if any(_sees_equivariant(attached, call, step.masked) for call in calls):
         raise RuntimeError(_leak(attached, "mixed into"))
 
 
 def _refuse_past_heads(
-    attached: Attachment, plan: Plan, step: Step, loss: Tensor, outputs: Sequence[Tensor]
+    attached: Attachment, plan: Plan, step: Step, loss: Tensor, calls: Sequence[EncoderCall]
 ) -> None:
     """Refuse a loss that sees equivariant channels without a masked head in between."""
     plan.steps += 1
     # a loss past the heads may weigh nothing at first: look in step 1, 2, 4, 8, ...
     is_due = not plan.uses_past_heads or plan.steps.bit_count() == 1
-    seen = past(loss, outputs, step.masked) if is_due else []
+    seen = past(loss, [call.output for call in calls], step.masked) if is_due else []
     plan.uses_past_heads |= bool(seen)
-    if seen and _sees_equivariant(attached, gradients_of([loss], seen)):
+    its = [call for call in calls if any(call.output is x for x in seen)]
+    if any(_sees_equivariant(attached, call, [loss]) for call in its):
         raise RuntimeError(_leak(attached, "past"))
 
 
-def _sees_equivariant(attached: Attachment, gradients: Sequence[Tensor]) -> bool:
+def _sees_equivariant(attached: Attachment, call: EncoderCall, results: Sequence[Tensor]) -> bool:
+    """Whether some results depend on the equivariant channels of a call's feature."""
     aux = attached.aux
-    features = [as_feature(gradient, spatial=aux.decoder.spatial) for gradient in gradients]
-    return any(bool(aux.equivariant(feature).any()) for feature in features)
+    feature = as_feature(call.feature, spatial=aux.decoder.spatial)
+    own = gradient_of([aux.equivariant(feature)], call.output)
+    seen = gradient_of(results, call.output)
+    return own is not None and seen is not None and bool(((own != 0) & (seen != 0)).any())
 
 
 def _leak(attached: Attachment, where: str) -> str:
@@ -246,25 +278,22 @@ def _leak(attached: Attachment, where: str) -> str:
     )
 
 
-def _refuse_wrong_views(images: Pair, batch: Any, count: int | None) -> None:
-    """Refuse what the batch shows not to be two views, each of them whole and in order."""
+def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
+    """Say so if the batch shows not to be two views, each of them whole and in order."""
     shapes = [tuple(view.shape) for view in images]
-    advice = (
-        "Call the encoder once for each whole view, or once with all views, one after the other, "
-        "in the batch's order."
-    )
     if images[0].shape == images[1].shape and torch.equal(*images):
-        raise RuntimeError(f"expected two views, saw the same images {shapes[0]} twice. {advice}")
+        return f"expected two views, saw the same images {shapes[0]} twice. {_IN_ORDER}"
     for view in images:
         known = [x for x in images_in(batch) if x.shape[1:] == view.shape[1:]]
         joined = [x for x in known if count and len(x) == count * len(view)]
         parts = [*known, *(part for x in joined for part in torch.split(x, len(view)))]
         whole = any(x.shape == view.shape and torch.equal(x, view) for x in parts)
         if known and not whole and rows_in(view, torch.cat(known)) is not None:
-            raise RuntimeError(
+            return (
                 "expected two views of the batch, saw its images in another arrangement, "
-                f"{shapes}. {advice}"
+                f"{shapes}. {_IN_ORDER}"
             )
+    return None
 
 
 def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:

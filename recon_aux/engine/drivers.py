@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from recon_aux.engine import discover
 from recon_aux.engine.autograd import reached
@@ -36,6 +38,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.watching: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple[type[Driver], tuple[()]]:
         """Leave the running step out of copies and pickles."""
@@ -48,6 +51,28 @@ class Driver:
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call of an encoder."""
         step.calls.append(call)
+
+    def watch(self, modules: Sequence[nn.Module]) -> None:
+        """Note calls of modules that are like the encoder, but outside the model."""
+        note = partial(_note_outside, self)
+        self.watching += [module.register_forward_pre_hook(note) for module in modules]
+
+    def unwatch(self) -> None:
+        """Note them no longer."""
+        for handle in self.watching:
+            handle.remove()
+        self.watching = []
+
+    def feeds(self, head: nn.Module, received: Tensor) -> bool:
+        """Whether a head receives an encoder's feature, as far as can be seen."""
+        if self.step is None or torch.compiler.is_compiling() or is_recomputing():
+            return True
+        outputs = [call.output for call in self.step.calls if call.output.requires_grad]
+        if received.grad_fn is None or not outputs:
+            return True
+        fed = any(reached(received, outputs))
+        (self.step.fed if fed else self.step.not_fed).append(head)
+        return fed
 
     def record_masked(self, head: nn.Module, masked: Tensor) -> None:
         """Note what a head received."""
@@ -158,6 +183,11 @@ class LoopDriver(Driver):
         others = [call for call in step.calls if not call.output.requires_grad]
         shown = [call for call in others if is_of(batch, call.image)]
         return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]
+
+
+def _note_outside(driver: Driver, module: nn.Module, args: Any) -> None:
+    if driver.step is not None:
+        driver.step.outside.append(module)
 
 
 def driver_for(model: nn.Module) -> Driver:

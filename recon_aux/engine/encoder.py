@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from recon_aux.engine.autograd import reached
+from recon_aux.engine.step import tensors_in
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature, channel_dim
 
 Features = Callable[[Any], Tensor]
 
+# names under which encoders keep the width of their features
+_WIDTHS = ("num_features", "embed_dim", "hidden_size", "hidden_dim")
+
+_ONLY_IMAGES = (
+    "Only 2-D images can be rebuilt, no volumes, clips or signals. Pass backbone=: the module that "
+    "takes images (B, C, H, W)."
+)
+
 
 class EncoderShape(NamedTuple):
-    """Channels of the images, channels and rank of the features.
+    """Channels of the images; channels, rank and channels' dimension of the features.
 
-    The rank is 2 for ``(B, D)``, 3 for tokens ``(B, N, D)``, 4 for a map ``(B, D, H, W)``.
+    The rank is 2 for ``(B, D)``, 3 for tokens ``(B, N, D)``, 4 for a map ``(B, D, H, W)``. The
+    dimension is that of the encoder's own output, as 3 where a map has its channels last.
     """
 
     image_channels: int
     feature_dim: int
     feature_rank: int
+    channels: int
 
 
 def image_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -31,22 +44,25 @@ def image_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     Raises:
         ValueError: if there are none.
     """
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    tensors = list(tensors_in([args, kwargs]))
     image = next((x for x in tensors if x.ndim == 4), None)
     if image is None:
         raise ValueError(
             "expected the encoder to be called with images (B, C, H, W), got "
-            f"{[tuple(x.shape) for x in tensors]}. Pass backbone=: the module that takes images."
+            f"{[tuple(x.shape) for x in tensors]}. {_ONLY_IMAGES}"
         )
     return image
 
 
-def take_feature(output: Any, features: Features | None = None) -> Tensor:
-    """Take the feature out of what an encoder returned, as the very tensor that is in there.
+def take_feature(
+    output: Any, features: Features | None = None, channels: int | None = None
+) -> Tensor:
+    """Take the feature out of what an encoder returned.
 
     Args:
         output: a tensor, or anything that ``features`` takes one from.
         features: takes the feature from the output.
+        channels: the dimension of its channels; by default where they usually are.
 
     Raises:
         TypeError: if there is no tensor.
@@ -56,14 +72,26 @@ def take_feature(output: Any, features: Features | None = None) -> Tensor:
     except Exception as error:
         raise TypeError(
             f"expected features= to take the feature from {_describe(output)}, but it raised "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}. Pass a function that takes it from there."
         ) from error
     if not isinstance(feature, Tensor):
         raise TypeError(
             f"expected the encoder to return a tensor, got {_describe(feature)}. "
             "Pass features=lambda output: ..., which takes the feature from it."
         )
-    return feature
+    usual = channel_dim(feature)
+    return feature if channels in (None, usual) else feature.movedim(channels, usual)
+
+
+def source_of(feature: Tensor, output: Any) -> Tensor:
+    """Give the tensor of an encoder's output that a feature was made of: it may be itself."""
+    tensors = [x for x in tensors_in(output) if x.requires_grad]
+    if not feature.requires_grad or any(x is feature for x in tensors):
+        return feature
+    if torch.compiler.is_compiling():
+        return tensors[0]
+    is_its = reached(feature, tensors)
+    return next((x for x, is_it in zip(tensors, is_its, strict=True) if is_it), feature)
 
 
 def encoder_shape(
@@ -73,6 +101,7 @@ def encoder_shape(
     image_channels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
+    example_input: Any = None,
 ) -> EncoderShape:
     """Encode one blank image, in eval mode and without gradient, to see the feature's shape.
 
@@ -85,17 +114,20 @@ def encoder_shape(
         image_size: side of the blank image, or its height and width; by default what an attribute
             of the encoder says, or else 64.
         features: takes the feature from what the encoder returns.
+        example_input: is encoded in place of the blank image: a tensor, a tuple of arguments, or a
+            dict of keyword arguments.
 
     Returns:
         The shape.
 
     Raises:
-        ValueError: if the encoder doesn't accept the blank image.
+        ValueError: if the encoder doesn't accept the blank image, or nothing shows which dimension
+            of the feature holds its channels.
 
     Example:
         >>> encoder = nn.Sequential(nn.Conv2d(1, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> encoder_shape(encoder)
-        EncoderShape(image_channels=1, feature_dim=16, feature_rank=2)
+        EncoderShape(image_channels=1, feature_dim=16, feature_rank=2, channels=1)
     """
     call = getattr(encoder, method, None)
     if not callable(call):
@@ -103,23 +135,85 @@ def encoder_shape(
             f"expected backbone_method= to name a method of {type(encoder).__name__}, "
             f"got {method!r}. Pass the name of the method that the training step calls."
         )
-    convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
-    channels = image_channels or next((m.in_channels for m in convolutions), 3)
-    size = image_size or _declared_image_size(encoder) or 64
-    like = next(encoder.parameters(), torch.empty(0))
-    height, width = (size, size) if isinstance(size, int) else size
-    blank = torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
-    try:
-        drawn = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
+    args, kwargs = _call_of(example_input)
+    if example_input is None:
+        args = (_blank(encoder, image_channels, image_size),)
+    image = image_of(args, kwargs)
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        drawn = torch.random.fork_rng(devices=[image.device] if image.is_cuda else [])
         with evaluating(encoder), drawn, torch.no_grad():
-            output = call(blank)
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            return call(*args, **kwargs)
+
+    try:
+        output = encode(*args, **kwargs)
+    except Exception as error:
         raise ValueError(
-            f"expected an encoder that takes images {tuple(blank.shape)}, but {error}. "
-            "Pass image_size= and image_channels= of the images that it takes."
+            f"expected an encoder that takes images {tuple(image.shape)}, but it raised "
+            f"{type(error).__name__}: {error}. Pass image_size= and image_channels= of the images "
+            "that it takes. If it is called with more than images, pass example_input=: a tuple "
+            f"of what it is called with, or a dict of keyword arguments. {_ONLY_IMAGES}"
         ) from error
-    feature = as_feature(take_feature(output, features))
-    return EncoderShape(channels, feature.shape[channel_dim(feature)], feature.ndim)
+
+    def larger() -> Tensor | None:
+        with suppress(Exception):
+            return take_feature(encode(image.repeat(1, 1, 2, 2)), features)
+        return None
+
+    feature = take_feature(output, features)
+    clues = _places_of_channels(encoder, image, feature, larger)
+    usual = None if feature.ndim == 4 and features is None else channel_dim(feature)
+    channels = next((places[0] for places in clues if len(places) == 1), usual)
+    if channels is None:
+        raise ValueError(
+            f"expected an output that shows where its channels are, got {tuple(feature.shape)}. If "
+            "they come first, (B, C, H, W), pass features=lambda output: output. If they are "
+            "last, pass features=lambda output: output.movedim(-1, 1)."
+        )
+    feature = as_feature(take_feature(feature, channels=channels))
+    width = feature.shape[channel_dim(feature)]
+    return EncoderShape(image_channels or image.shape[1], width, feature.ndim, channels)
+
+
+def _call_of(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_input, dict):
+        return (), example_input
+    return example_input if isinstance(example_input, tuple) else (example_input,), {}
+
+
+def _blank(encoder: nn.Module, channels: int | None, size: int | tuple[int, int] | None) -> Tensor:
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next((m for m in encoder.modules() if isinstance(m, kinds)), None)
+    if isinstance(first, (nn.Conv1d, nn.Conv3d)):
+        raise ValueError(
+            f"expected an encoder of images (B, C, H, W), got {type(encoder).__name__}, which "
+            f"begins with a {type(first).__name__}. {_ONLY_IMAGES} If it does take images, pass "
+            "example_input=: what the training step calls it with."
+        )
+    size = size or _declared_image_size(encoder) or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    like = next(encoder.parameters(), torch.empty(0))
+    channels = channels or (3 if first is None else first.in_channels)
+    return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
+
+
+def _places_of_channels(
+    encoder: nn.Module, image: Tensor, feature: Tensor, larger: Callable[[], Tensor | None]
+) -> Iterator[list[int]]:
+    """Give the dimensions of a feature that may hold its channels, by one clue after another."""
+    shape, places = feature.shape, sorted({1, feature.ndim - 1})
+    if feature.ndim == 4:
+        # positions keep the image's proportions
+        height, width = image.shape[-2:]
+        positions = {1: shape[2:4], 3: shape[1:3]}
+        off = {dim: abs(h * width - w * height) for dim, (h, w) in positions.items()}
+        yield [dim for dim in places if off[dim] < max(height, width)]
+    sources = (encoder, getattr(encoder, "config", None))
+    declared = [getattr(source, name, None) for source in sources for name in _WIDTHS]
+    yield [dim for dim in places if shape[dim] in declared]
+    # channels are as many for a larger image
+    other = larger() if len(places) > 1 else None
+    yield [dim for dim in places if other is not None and other.shape[dim] == shape[dim]]
 
 
 def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:

@@ -11,7 +11,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from recon_aux.engine.compiling import is_recomputing
-from recon_aux.engine.encoder import Features, image_of, take_feature
+from recon_aux.engine.encoder import (
+    EncoderShape,
+    Features,
+    image_of,
+    source_of,
+    take_feature,
+)
 from recon_aux.engine.step import EncoderCall
 
 if TYPE_CHECKING:
@@ -91,8 +97,9 @@ def find_hooks(*models: nn.Module) -> list[MethodHook]:
 class EncoderRecorder:
     """A callback that hands each call of an encoder, images and feature, to the driver."""
 
-    def __init__(self, features: Features | None, driver: Driver) -> None:
+    def __init__(self, features: Features | None, channels: int, driver: Driver) -> None:
         self.features = features
+        self.channels = channels
         self.driver = driver
 
     def __call__(
@@ -107,8 +114,9 @@ class EncoderRecorder:
         step = self.driver.step
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs)
-            feature = take_feature(result, self.features)
-            self.driver.record(step, EncoderCall(encoder, image, feature, encoder.training))
+            feature = take_feature(result, self.features, self.channels)
+            source = source_of(feature, result)
+            self.driver.record(step, EncoderCall(encoder, image, source, feature, encoder.training))
         return result
 
     def hook(self, encoder: nn.Module, method: str) -> MethodHook:
@@ -127,18 +135,14 @@ class HeadMask:
     get no gradient. That isn't so for LARS and layer norm, which look at a whole layer or feature.
 
     Args:
-        feature_dim: D, channels of the encoder's feature.
+        shape: of the encoder's feature.
         equivariant_dim: how many of the last channels are equivariant.
-        feature_rank: dimensions of the encoder's feature: 2, 3 (tokens) or 4 (a map).
         driver: to which the masked features are handed.
     """
 
-    def __init__(
-        self, feature_dim: int, equivariant_dim: int, feature_rank: int, driver: Driver
-    ) -> None:
-        self.feature_dim = feature_dim
+    def __init__(self, shape: EncoderShape, equivariant_dim: int, driver: Driver) -> None:
+        self.shape = shape
         self.equivariant_dim = equivariant_dim
-        self.feature_rank = feature_rank
         self.driver = driver
 
     def __call__(
@@ -148,7 +152,7 @@ class HeadMask:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call the head with its first tensor masked."""
+        """Call the head with its first tensor masked, unless that is another encoder's feature."""
         values = [*args, *kwargs.values()]
         first = next((i for i, value in enumerate(values) if isinstance(value, Tensor)), None)
         if first is None:
@@ -157,6 +161,8 @@ class HeadMask:
                 "tensor. Pass heads=[...]: the modules that take the encoder's features as their "
                 "first tensor."
             )
+        if not self.driver.feeds(head, values[first]):
+            return call(*args, **kwargs)
         values[first] = self.mask(values[first], head)
         self.driver.record_masked(head, values[first])
         named = dict(zip(kwargs, values[len(args) :], strict=True))
@@ -176,25 +182,25 @@ class HeadMask:
         Raises:
             ValueError: if the feature isn't the encoder's.
         """
-        maps_first = feature.ndim == 4 and feature.shape[1] == self.feature_dim
-        dim = 1 if maps_first else feature.ndim - 1
-        positions, rest = divmod(feature.shape[dim], self.feature_dim)
-        flattened = positions > 1 and feature.ndim == 2 and self.feature_rank != 2
+        width, rank = self.shape.feature_dim, self.shape.feature_rank
+        # where both dimensions may be the channels, they are where the encoder has them
+        places = [1, feature.ndim - 1] if self.shape.channels == 1 else [feature.ndim - 1, 1]
+        dim = next((d for d in places if feature.shape[d] == width), feature.ndim - 1)
+        positions, rest = divmod(feature.shape[dim], width)
+        flattened = positions > 1 and feature.ndim == 2 and rank != 2
         # a layer before the encoder may receive images
-        is_image = (
-            feature.ndim == 4 and not maps_first and self.feature_rank == 2 and feature.shape[2] > 1
-        )
+        is_image = feature.ndim == 4 and dim == 3 and rank == 2 and feature.shape[2] > 1
         is_other = is_image or feature.ndim not in (2, 3, 4)
         if is_other or rest or (positions != 1 and not flattened):
             raise ValueError(
                 f"expected the head {type(head).__name__} to receive the encoder's "
-                f"{self.feature_dim} channels, got {tuple(feature.shape)}. "
+                f"{width} channels, got {tuple(feature.shape)}. "
                 "Pass heads=[...]: the modules that take the encoder's features."
             )
-        if flattened and self.feature_rank == 3:
+        if flattened and self.shape.channels != 1:
             tokens = rearrange(feature, "b (n d) -> b n d", n=positions)
             return self.mask(tokens, head).flatten(1)
         # a flattened map is channel-major, so its equivariant channels are last, too
-        width = self.equivariant_dim * positions
+        hidden = self.equivariant_dim * positions
         after = [0, 0] * (feature.ndim - 1 - dim)
-        return F.pad(feature.narrow(dim, 0, feature.shape[dim] - width), [*after, 0, width])
+        return F.pad(feature.narrow(dim, 0, feature.shape[dim] - hidden), [*after, 0, hidden])

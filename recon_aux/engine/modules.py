@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
 from os.path import commonprefix
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -29,16 +32,48 @@ def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Mo
 
 
 def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
-    """Find the other submodules of the same class and shape: momentum encoders and teachers."""
+    """Find the other submodules that are like an encoder: momentum encoders and teachers."""
     known = {id(module) for module in encoder.modules()}
     copies = []
     for module in model.modules():
         if id(module) in known or unwrap(module) is unwrap(encoder):
             continue
-        if type(unwrap(module)) is type(unwrap(encoder)) and _shapes(module) == _shapes(encoder):
+        if are_alike(module, encoder):
             copies.append(module)
             known.update(id(inner) for inner in module.modules())
     return copies
+
+
+def find_copies_outside(roots: Iterable[nn.Module], encoder: nn.Module) -> list[nn.Module]:
+    """Find modules that are like an encoder, anywhere but in some modules."""
+    inside = {id(module) for root in roots for module in root.modules()}
+    # another method than forward calls only what is in the encoder
+    parts = [encoder, *sorted(encoder.children(), key=_size)[-1:]]
+    return [
+        x
+        for x in gc.get_objects()
+        if issubclass(type(x), nn.Module)
+        and id(unwrap(x)) not in inside
+        and any(are_alike(x, part) for part in parts)
+    ]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def are_alike(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have parameters and buffers of the same names and shapes.
+
+    Their classes say little: torch.fx makes one for each copy.
+    """
+    pairs = zip_longest(_tensors(module), _tensors(other))
+    return next(module.parameters(), None) is not None and all(a == b for a, b in pairs)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    named = chain(unwrap(module).named_parameters(), unwrap(module).named_buffers())
+    return ((uncompiled(name), tensor.shape) for name, tensor in named)
 
 
 def find_momentum_heads(
@@ -131,7 +166,3 @@ def describe_children(model: nn.Module) -> str:
     """List a model's direct submodules for an error message."""
     children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
     return ", ".join(children) or "none"
-
-
-def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(p.shape)) for name, p in unwrap(module).named_parameters()]

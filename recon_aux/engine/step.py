@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
 class EncoderCall(NamedTuple):
-    """One call of an encoder: the images, and the very tensor that it returned."""
+    """One call of an encoder: the images, the very tensor that it returned, and the feature.
+
+    The feature is that tensor, or what ``features=`` made of it.
+    """
 
     encoder: nn.Module
     image: Tensor
     output: Tensor
+    feature: Tensor
     in_training: bool
 
     @property
@@ -27,9 +33,34 @@ class EncoderCall(NamedTuple):
 
 
 class Step:
-    """What went through the encoders, and what the heads received with and without gradient."""
+    """What went through the encoders, and what the heads received.
+
+    Attributes:
+        calls: of the encoders.
+        masked: what masked heads received, with gradient.
+        masked_without_gradient: whether a masked head received anything without.
+        fed: heads that received an encoder's feature, with gradient.
+        not_fed: heads that received something else, with gradient.
+        outside: modules like the encoder that were called, but aren't in the model.
+    """
 
     def __init__(self) -> None:
         self.calls: list[EncoderCall] = []
         self.masked: list[Tensor] = []
         self.masked_without_gradient = False
+        self.fed: list[nn.Module] = []
+        self.not_fed: list[nn.Module] = []
+        self.outside: list[nn.Module] = []
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Find the tensors in a batch, or in what an encoder takes or returns, but scalars."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+        return
+    if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = vars(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recon_aux.engine.step import EncoderCall
+from recon_aux.engine.step import EncoderCall, tensors_in
 
 Pair = tuple[Tensor, Tensor]
 
 
 def two_views(
-    calls: Sequence[EncoderCall], online: Sequence[EncoderCall], batch: Any, count: int | None
+    calls: Sequence[EncoderCall],
+    online: Sequence[EncoderCall],
+    batch: Any,
+    count: int | None,
+    interleaved: bool,
 ) -> tuple[Pair, Pair] | None:
     """Find two views of one size, the largest. At least one has a feature with gradient.
 
@@ -23,17 +27,17 @@ def two_views(
         online: the calls among them that train the encoder, one or more.
         batch: shows how many images a view has.
         count: how many views are concatenated in one call, where the batch doesn't show it.
+        interleaved: whether they take turns there, image by image.
 
     Returns:
-        The views, and what the encoder returned for each; None if there are no two.
+        The views, and the encoder's feature of each; None if there are no two.
     """
     first, *more = largest_views(online)
     if more:
-        return (first.image, more[0].image), (first.output, more[0].output)
+        return (first.image, more[0].image), (first.feature, more[0].feature)
     size = _view_size(first.image, batch, count)
     if size is not None:
-        images = torch.split(first.image, size)
-        features = torch.split(first.output, size)
+        images, features = (_parts(x, size, interleaved) for x in (first.image, first.feature))
         return (images[0], images[1]), (features[0], features[1])
     for call in candidates(calls, online):
         ordered = in_batch_order(call, batch, count)
@@ -44,6 +48,12 @@ def two_views(
             if image is not first.image and (both_in_batch or not torch.equal(image, first.image)):
                 return (first.image, image), (first.output, feature.detach())
     return None
+
+
+def _parts(joined: Tensor, size: int, interleaved: bool) -> Sequence[Tensor]:
+    """Take concatenated views apart, each of some size."""
+    parts = len(joined) // size
+    return [joined[i::parts] for i in range(parts)] if interleaved else torch.split(joined, size)
 
 
 def candidates(calls: Sequence[EncoderCall], online: Sequence[EncoderCall]) -> list[EncoderCall]:
@@ -80,20 +90,21 @@ def _view_size(image: Tensor, batch: Any, count: int | None) -> int | None:
 
 def batch_sizes(batch: Any) -> set[int]:
     """Say how many images, or else labels, a batch has."""
-    tensors = [x for x in _tensors(batch) if len(x)]
+    tensors = [x for x in tensors_in(batch) if len(x)]
     images = {len(x) for x in tensors if x.ndim == 4}
-    return images or {len(x) for x in tensors if x.ndim == 1}
+    stacked = {max(x.shape[:2]) for x in tensors if x.ndim == 5}
+    return images or {len(x) for x in tensors if x.ndim == 1} or stacked
 
 
 def in_batch_order(call: EncoderCall, batch: Any, count: int | None) -> Pair | None:
     """Undo a shuffle of the images that a momentum encoder took, as MoCo's, if they are known."""
     # comparing values waits for the device, so identity first
     if count == 1 or is_of(batch, call.image):
-        return call.image, call.output
+        return call.image, call.feature
     for view in (x for x in images_in(batch) if x.shape == call.image.shape):
         order = rows_in(view, call.image)
         if order is not None:
-            return view, call.output[order]
+            return view, call.feature[order]
     return None
 
 
@@ -107,22 +118,11 @@ def rows_in(images: Tensor, among: Tensor) -> Tensor | None:
 
 def images_in(batch: Any) -> list[Tensor]:
     """Find a batch's images, those of stacked views, (B, V, C, H, W) or (V, B, ...), too."""
-    tensors = list(_tensors(batch))
+    tensors = list(tensors_in(batch))
     stacked = [part for x in tensors if x.ndim == 5 for dim in (0, 1) for part in x.unbind(dim)]
     return [x for x in tensors if x.ndim == 4] + stacked
 
 
 def is_of(batch: Any, image: Tensor) -> bool:
     """Whether images are the batch's own tensor."""
-    return any(x is image for x in _tensors(batch))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.ndim:
-            yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+    return any(x is image for x in tensors_in(batch))

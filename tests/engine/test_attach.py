@@ -473,6 +473,8 @@ def masked_head(*shape: int) -> Any:
 
     model = nn.ModuleDict({"backbone": Given(), "projection_head": nn.Identity()})
     given: Any = {"backbone": "backbone", "heads": ["projection_head"], "equivariant_dim": 2}
+    # a map of such a shape doesn't show which of its dimensions are positions
+    given["features"] = lambda output: output
     return recon_aux.attach(model, **given)["projection_head"]
 
 
@@ -569,14 +571,30 @@ def test_images_that_are_encoded_twice_are_one_view() -> None:
     assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
 
 
-def test_a_feature_that_is_made_of_the_output_is_refused() -> None:
+def test_a_feature_may_be_made_of_the_output() -> None:
+    """By the method and by ``features=``: two tensors, which both depend on what is in there."""
+
     class OfADict(Siamese):
         def forward(self, x: Tensor) -> Tensor:
             z: Tensor = self.projection_head(self.backbone(x)["pooled"][..., 0, 0])
             return z
 
     model = attach(OfADict(InADict()), features=lambda output: output["pooled"][..., 0, 0])
-    with pytest.raises(RuntimeError, match="features= has to give a tensor that is in the output"):
+    seen = rebuilt_from(model)
+    model.training_step(([*torch.rand(2, 4, 3, 32, 32)], torch.arange(4)), 0).backward()
+    assert [feature.shape for feature in seen[0][1]] == [(4, 16)] * 2
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+def test_channels_past_the_heads_are_seen_through_features_too() -> None:
+    class Past(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = self.backbone(x)["pooled"]
+            z: Tensor = self.projection_head(pooled[..., 0, 0]) + pooled.mean()
+            return z
+
+    model = attach(Past(InADict()), features=lambda output: output["pooled"][..., 0, 0])
+    with pytest.raises(RuntimeError, match="past what the heads"):
         model.training_step(([*torch.rand(2, 4, 3, 32, 32)], torch.arange(4)), 0)
 
 

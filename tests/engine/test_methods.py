@@ -425,8 +425,7 @@ class ArrangedOtherwise(Method):
 
 ARRANGEMENTS = {
     "in small batches": lambda views: [half for view in views for half in view.chunk(2)],
-    "in turns": lambda views: [torch.stack(views, 1).flatten(0, 1)],
-    "stacked in turns": lambda views: [torch.stack(views, 1).flatten(0, 1)],
+    "shuffled": lambda views: [torch.cat(views)[torch.arange(2 * len(views[0])).roll(1)]],
     "twice": lambda views: [views[0], views[0].clone(), views[1]],
 }
 
@@ -435,12 +434,42 @@ ARRANGEMENTS = {
 def test_views_that_the_batch_shows_to_be_paired_wrongly_are_refused(name: str) -> None:
     model = built(type("Arranged", (ArrangedOtherwise,), {"arrange": ARRANGEMENTS[name]}))
     model.arrange = ARRANGEMENTS[name]
-    views, labels = model.batch()
-    if name == "stacked in turns":
-        model.arrange = lambda given: ARRANGEMENTS[name](list(given.unbind(1)))
-        views = torch.stack(views, 1)
     with pytest.raises(RuntimeError, match=r"another arrangement|same images .* twice"):
-        model.training_step((views, labels), 0)
+        model.training_step(model.batch(), 0)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_views_that_take_turns_in_the_batch_are_taken_apart(stacked: bool, labelled: bool) -> None:
+    model = built(ArrangedOtherwise).eval()
+    model.arrange = lambda views: [
+        views.flatten(0, 1) if stacked else torch.stack(views, 1).flatten(0, 1)
+    ]
+    views, labels = model.batch()
+    batch = [torch.stack(views, 1) if stacked else views, *[labels] * labelled]
+    seen = rebuilt_from(model)
+    for _ in range(2):
+        model.training_step(batch, 0)
+        (images, features), _ = seen.pop(), seen.clear()
+        assert all(torch.equal(a, b) for a, b in zip(images, views, strict=True))
+        assert all(
+            torch.allclose(y, model.backbone(x).flatten(1), atol=1e-5)
+            for x, y in zip(images, features, strict=True)
+        )
+
+
+def test_views_that_take_turns_are_taken_apart_where_an_option_says_so() -> None:
+    def step(self: Any, batch: Any, batch_idx: int = 0) -> Tensor:
+        scales = torch.tensor([1.0, 0.5]).repeat(len(batch[0]))
+        z = self.embed(batch[0].repeat_interleave(2, 0) * scales[:, None, None, None])
+        return self.criterion(z[0::2], z[1::2])
+
+    model = built(type("Turns", (Method,), {"training_step": step}), interleaved=True)
+    seen = rebuilt_from(model)
+    (x, _), labels = model.batch()
+    model.training_step((x, labels), 0)
+    assert torch.equal(seen[0][0][0], x)
+    assert torch.equal(seen[0][0][1], 0.5 * x)
 
 
 def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> None:
@@ -607,11 +636,12 @@ def test_a_batch_may_hold_its_views_concatenated() -> None:
     for labels in (torch.arange(4), torch.arange(4).repeat(2)):
         model.training_step((torch.cat(views), labels), 0)
         assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
-    # but not in turns
+    # or, where the encoder gets them so, in turns
     model = built(Concatenated, views=2)
     model.embed = lambda x: Method.embed(model, torch.stack(x.chunk(2), 1).flatten(0, 1))
-    with pytest.raises(RuntimeError, match="another arrangement"):
-        model.training_step((torch.cat(views), torch.arange(4)), 0)
+    seen = rebuilt_from(model)
+    model.training_step((torch.cat(views), torch.arange(4)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
 
 
 def test_a_graph_of_many_ways_is_walked_once() -> None:
