@@ -142,8 +142,8 @@ def attach(
         attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
         attached.mask_heads(found)
         attached.mask_momentum_heads()
-        known = (model, *attached.encoders, *attached.heads)
-        attached.driver.watch(find_copies_outside(known, encoder))
+        named = [*attached.encoders, *attached.heads]
+        attached.driver.watch(find_copies_outside(encoder, model, *named))
     if attached.driver.encodes_others:
         attached.start()
     setattr(model, _ATTACHMENT, attached)

@@ -187,22 +187,22 @@ def _warn_of_unmasked_targets(
     """
     is_its = reached(loss, [call.output for call in step.calls])
     trained = {id(c.image) for c, is_trained in zip(step.calls, is_its, strict=True) if is_trained}
-    viewed = {id(image) for image in views.images}
+    viewed, shape = {id(image) for image in views.images}, views.images[1].shape
     targets = [
         call
         for call, is_trained in zip(step.calls, is_its, strict=True)
         if not is_trained
+        and call.image.shape == shape
         and (
-            id(call.image) in viewed - trained
-            or (
-                call.encoder is not plan.encoder
-                # between a loop's steps it may be evaluated
-                and (
-                    not attached.driver.encodes_others
-                    or id(call.image) in trained
-                    or is_of(batch, call.image)
-                )
-            )
+            call.encoder is not plan.encoder
+            or plan.other_is_momentum
+            or id(call.image) in viewed - trained
+        )
+        # between a loop's steps an encoder may be evaluated
+        and (
+            not attached.driver.encodes_others
+            or id(call.image) in trained | viewed
+            or is_of(batch, call.image)
         )
     ]
     outputs = [call.output for call in targets if call.output.requires_grad]

@@ -72,7 +72,8 @@ def take_feature(
     except Exception as error:
         raise TypeError(
             f"expected features= to take the feature from {_describe(output)}, but it raised "
-            f"{type(error).__name__}: {error}. Pass a function that takes it from there."
+            f"{type(error).__name__}: {error}. Pass a function that takes it from there. If the "
+            "training step calls the encoder with more than images, pass example_input=, too."
         ) from error
     if not isinstance(feature, Tensor):
         raise TypeError(

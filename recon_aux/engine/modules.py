@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from os.path import commonprefix
 
@@ -44,9 +44,9 @@ def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
     return copies
 
 
-def find_copies_outside(roots: Iterable[nn.Module], encoder: nn.Module) -> list[nn.Module]:
-    """Find modules that are like an encoder, anywhere but in some modules."""
-    inside = {id(module) for root in roots for module in root.modules()}
+def find_copies_outside(encoder: nn.Module, *models: nn.Module) -> list[nn.Module]:
+    """Find modules that are like an encoder, anywhere but in some models."""
+    inside = {id(module) for model in models for module in model.modules()}
     # another method than forward calls only what is in the encoder
     parts = [encoder, *sorted(encoder.children(), key=_size)[-1:]]
     return [

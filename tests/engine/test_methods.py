@@ -450,7 +450,7 @@ def test_views_that_take_turns_in_the_batch_are_taken_apart(stacked: bool, label
     seen = rebuilt_from(model)
     for _ in range(2):
         model.training_step(batch, 0)
-        (images, features), _ = seen.pop(), seen.clear()
+        images, features = seen.pop()
         assert all(torch.equal(a, b) for a, b in zip(images, views, strict=True))
         assert all(
             torch.allclose(y, model.backbone(x).flatten(1), atol=1e-5)

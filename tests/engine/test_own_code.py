@@ -1,0 +1,476 @@
+"""Models and loops as people write them: nothing in them may be silently wrong."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules import BYOLProjectionHead, SimCLRProjectionHead
+from torch import Tensor, nn
+from torchvision.models import resnet18, swin_t
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import recon_aux
+from helpers.watching import rebuilt_from
+from recon_aux.integrations import lightly
+
+WIDTH = 32
+
+
+class Noise(nn.Module):
+    """Puts noise on the last half of the channels, where it is switched on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_on = False
+
+    def forward(self, feature: Tensor) -> Tensor:
+        half = feature.shape[1] // 2
+        noise = torch.rand_like(feature[:, half:])
+        return torch.cat([feature[:, :half], noise], 1) if self.is_on else feature
+
+
+def encoder(width: int = WIDTH) -> nn.Sequential:
+    pooled = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return pooled.append(Noise())
+
+
+def frozen(module: nn.Module) -> Any:
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+class Trained(nn.Module):
+    """A model that a trainer would train."""
+
+    recon_aux: Any
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def views() -> Tensor:
+    return torch.rand(4, 3, 32, 32) + 0.05 * torch.rand(2, 4, 3, 32, 32)
+
+
+def methods_loss(model: Any, batch: Any) -> Tensor:
+    """The method's own loss, without the task's."""
+    model.recon_aux.weight = 0.0
+    return model.training_step(batch, 0).detach()
+
+
+def sees_noise(model: Any, noise: Any, batch: Any) -> bool:
+    """Whether the method's own loss changes with the last channels of a feature."""
+    before = methods_loss(model, batch)
+    noise.is_on = True
+    after = methods_loss(model, batch)
+    noise.is_on = False
+    return not torch.equal(before, after)
+
+
+def trains(model: Any, *batches: Any) -> None:
+    """A few steps change the encoder and the decoder."""
+    optimizer = model.configure_optimizers()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for batch in batches:
+        optimizer.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("recon_aux.decoder") for name in changed)
+    assert any(not name.startswith("recon_aux") for name in changed)
+
+
+# --- momentum encoders ---
+
+
+class BYOL(Trained):
+    def __init__(self, online: nn.Module, target: nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.online, self.target = online, target.requires_grad_(False)
+        self.projector = BYOLProjectionHead(width, 64, 16)
+        self.target_projector = frozen(self.projector)
+        self.criterion = NegativeCosineSimilarity()
+        self.eval()
+
+    def take(self, output: Any) -> Tensor:
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        p = [self.projector(self.take(self.online(x))) for x in batch]
+        with torch.no_grad():
+            z = [self.target_projector(self.take(self.target(x))) for x in batch]
+        return self.criterion(p[0], z[1]) + self.criterion(p[1], z[0])
+
+
+def test_a_momentum_encoder_is_known_whatever_its_class_is() -> None:
+    class Fx(BYOL):
+        def take(self, output: Any) -> Tensor:
+            return output["f"]
+
+    def extractor() -> Any:
+        bare: Any = resnet18()
+        bare.avgpool = nn.Sequential(bare.avgpool, Noise())
+        return create_feature_extractor(
+            bare, {"flatten": "f"}, tracer_kwargs={"leaf_modules": [Noise]}
+        )
+
+    model = Fx(extractor(), extractor(), 512)
+    assert type(model.online) is not type(model.target)
+    recon_aux.attach(model, backbone="online", heads=["projector"], features=lambda out: out["f"])
+    assert not sees_noise(model, model.target.get_submodule("avgpool.1"), views())
+
+
+def test_a_momentum_encoder_that_is_built_otherwise_can_be_named() -> None:
+    def attached(**options: Any) -> BYOL:
+        model = BYOL(encoder(), nn.Sequential(encoder()))
+        heads = ["projector", "target_projector"]
+        return recon_aux.attach(model, backbone="online", heads=heads, **options)
+
+    model = attached(momentum_encoders=["target"])
+    assert not sees_noise(model, model.target.get_submodule("0.3"), views())
+    with pytest.raises(ValueError, match="momentum_encoders= to name a submodule"):
+        attached(momentum_encoders=["teacher"])
+
+    # MoCo's other view is what it encoded
+    class MoCo(BYOL):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                key = self.target_projector(self.target(batch[1]))
+            return self.criterion(self.projector(self.online(batch[0])), key)
+
+    heads = ["projector", "target_projector"]
+    model = MoCo(encoder(), nn.Sequential(encoder()))
+    recon_aux.attach(model, backbone="online", heads=heads, momentum_encoders=[model.target])
+    seen = rebuilt_from(model)
+    batch = views()
+    model.training_step(batch, 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], batch, strict=True))
+
+
+OUTSIDE = r"like the encoder called that isn't in the model.*momentum_encoders=\[it\]"
+
+
+class Taught(Trained):
+    """Learns from a teacher that isn't in the model."""
+
+    def __init__(self, build: Callable[[], nn.Module] = encoder, width: int = WIDTH) -> None:
+        super().__init__()
+        self.encoder = build()
+        self.head = BYOLProjectionHead(width, 64, 16)
+        self.outside = [frozen(self.encoder), frozen(self.head)]
+        self.criterion = NegativeCosineSimilarity()
+        for module in (self, *self.outside):
+            module.eval()
+
+    def teach(self, x: Tensor) -> Tensor:
+        return self.outside[1](self.outside[0](x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        p = [self.head(self.encoder(x)) for x in batch]
+        with torch.no_grad():
+            z = [self.teach(x) for x in batch]
+        return self.criterion(p[0], z[1]) + self.criterion(p[1], z[0])
+
+
+def test_a_teacher_outside_the_model_is_warned_of_and_the_advice_helps() -> None:
+    model = recon_aux.attach(Taught(), backbone="encoder", heads=["head"])
+    with pytest.warns(UserWarning, match=OUTSIDE):
+        model.training_step(views(), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(views(), 0)
+    assert sees_noise(model, model.outside[0][3], views())
+
+    model = Taught()
+    teacher, its_head = model.outside
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        heads = ["head", its_head]
+        recon_aux.attach(model, backbone="encoder", heads=heads, momentum_encoders=[teacher])
+        trains(model, views(), views())
+    assert not sees_noise(model, model.outside[0][3], views())
+
+
+def test_a_teacher_outside_is_seen_in_a_loop_and_by_any_method() -> None:
+    def vit() -> nn.Module:
+        name: Any = "vit_tiny_patch16_224"
+        size: Any = {"img_size": 32, "patch_size": 8}
+        return timm.create_model(name, **size, embed_dim=WIDTH, num_heads=2, depth=2, num_classes=0)
+
+    class TaughtByTokens(Taught):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            student: Any = self.encoder
+            teacher: Any = self.outside[0]
+            p = [self.head(student.forward_features(x)[:, 0]) for x in batch]
+            with torch.no_grad():
+                z = [self.outside[1](teacher.forward_features(x)[:, 0]) for x in batch]
+            return self.criterion(p[0], z[1]) + self.criterion(p[1], z[0])
+
+    tokens = TaughtByTokens(vit)
+    given: Any = {"backbone": "encoder", "heads": ["head"]}
+    recon_aux.attach(tokens, **given, backbone_method="forward_features")
+    with pytest.warns(UserWarning, match=OUTSIDE):
+        tokens.training_step(views(), 0)
+
+    net = nn.ModuleDict({"encoder": encoder(), "head": BYOLProjectionHead(WIDTH, 64, 16)})
+    teacher = frozen(net)
+    recon_aux.attach(net, **given)
+    x0, x1 = views()
+    p = net["head"](net["encoder"](x0)), net["head"](net["encoder"](x1))
+    with torch.no_grad():
+        z = teacher["head"](teacher["encoder"](x0))
+    with pytest.warns(UserWarning, match=OUTSIDE):
+        recon_aux.add_loss(net, NegativeCosineSimilarity()(p[1], z) + (p[0] - p[1]).var())
+
+
+def test_copies_that_nothing_calls_are_no_reason_to_warn() -> None:
+    other = encoder()
+    model = recon_aux.attach(BYOL(encoder(), encoder()), backbone="online", heads=["projector"])
+    other(views()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(views(), 0)
+    assert not other._forward_pre_hooks
+
+
+def test_a_target_that_is_the_encoders_own_feature_is_warned_of() -> None:
+    class Detached(Taught):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            target = self.encoder(batch[1])[:, :16].detach()
+            return self.criterion(self.head(self.encoder(batch[0])), target)
+
+    class WithoutGradient(Taught):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                target = self.encoder(batch[1])[:, :16]
+            return self.criterion(self.head(self.encoder(batch[0])), target)
+
+    for kind in (Detached, WithoutGradient):
+        model = recon_aux.attach(kind(), backbone="encoder", heads=["head"])
+        with pytest.warns(UserWarning, match=r"saw encoder called and none of \['head'\] without"):
+            model.training_step(views(), 0)
+
+
+# --- other encoders ---
+
+
+class WithTable(Trained):
+    """Each image has a row of a table, with an encoder of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = encoder()
+        self.projection_head = SimCLRProjectionHead(WIDTH, 32, 16)
+        self.table = nn.Sequential(nn.Linear(5, WIDTH), nn.ReLU())
+        self.projection_head_table = SimCLRProjectionHead(WIDTH, 32, 16)
+        self.criterion = NTXentLoss()
+        self.received: list[Tensor] = []
+        first: Any = self.projection_head_table.layers[0]
+        first.register_forward_pre_hook(lambda module, args: self.received.append(args[0]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x0, x1), rows = batch
+        z0, z1 = (self.projection_head(self.backbone(x)) for x in (x0, x1))
+        z = self.projection_head_table(self.table(rows))
+        return self.criterion(z0, z1) + self.criterion(z0, z)
+
+
+def test_a_head_that_gets_another_encoders_feature_is_not_masked() -> None:
+    model = lightly.attach(WithTable())
+    batch = (views(), torch.rand(4, 5))
+    for _ in range(2):
+        model.training_step(batch, 0)
+        assert torch.equal(model.received.pop(), model.table(batch[1]))
+    # nor outside of a step
+    model.projection_head_table(model.table(batch[1]))
+    assert torch.equal(model.received.pop(), model.table(batch[1]))
+    assert not sees_noise(model, model.backbone[3], batch)
+
+
+def test_a_head_that_two_encoders_share_is_masked_for_the_images_alone() -> None:
+    class Shared(WithTable):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection_head = self.projection_head_table
+
+    model = lightly.attach(Shared())
+    batch = (views(), torch.rand(4, 5))
+    for _ in range(2):
+        model.training_step(batch, 0)
+        *images, table = model.received
+        assert torch.equal(table, model.table(batch[1]))
+        assert all(not x[:, 16:].any() and x[:, :16].any() for x in images)
+        model.received.clear()
+
+
+# --- where the channels are ---
+
+
+class SimCLR(Trained):
+    """Pools what the encoder gives as ``pool`` does."""
+
+    def __init__(self, encoder: nn.Module, width: int, pool: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        self.head = SimCLRProjectionHead(width, 32, 16)
+        self.criterion = NTXentLoss()
+
+    def encode(self, x: Tensor) -> Any:
+        return self.encoder(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(*(self.head(self.pool(self.encode(x))) for x in batch))
+
+
+class Swin(nn.Module):
+    """torchvision's, without what comes after the map."""
+
+    def __init__(self, channels_first: bool = False) -> None:
+        super().__init__()
+        self.features = swin_t().features[:3]
+        self.channels_first = channels_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.features(x)
+        return y.permute(0, 3, 1, 2) if self.channels_first else y
+
+
+@pytest.mark.parametrize("features", [None, lambda out: out, lambda out: out.permute(0, 3, 1, 2)])
+def test_channels_are_found_where_they_are(features: Any) -> None:
+    model = SimCLR(Swin(), 192, lambda y: y.mean((1, 2)))
+    recon_aux.attach(model, backbone="encoder", heads=["head"], features=features)
+    assert model.recon_aux.splitter.feature_dim == 192
+    seen = rebuilt_from(model)
+    trains(model, views(), views())
+    assert {tuple(y.shape) for y in seen[0][1]} == {(4, 192, 4, 4)}
+    first = model.head.layers[0].weight.grad
+    assert first[:, :96].any()
+    assert not first[:, 96:].any()
+
+
+def test_a_map_with_channels_first_stays_as_it_is() -> None:
+    model = SimCLR(Swin(channels_first=True), 192, lambda y: y.mean((2, 3)))
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
+    seen = rebuilt_from(model)
+    trains(model, views(), views())
+    assert {tuple(y.shape) for y in seen[0][1]} == {(4, 192, 4, 4)}
+
+
+def test_timms_swin_by_forward_features() -> None:
+    class Features(SimCLR):
+        def encode(self, x: Tensor) -> Any:
+            return self.encoder.forward_features(x)  # type: ignore[operator]
+
+    sizes: Any = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, num_classes=0, **sizes)
+    model = Features(swin, 48, lambda y: y.mean((1, 2)))
+    given: Any = {"backbone": "encoder", "heads": ["head"]}
+    recon_aux.attach(model, **given, backbone_method="forward_features")
+    assert model.recon_aux.splitter.feature_dim == 48
+    trains(model, views(), views())
+
+
+class OfFlattenedMap(nn.Module):
+    """Positions as tokens, with the channels before them: ``(B, D, N)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, WIDTH, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y.flatten(2)
+
+
+def test_tokens_with_channels_first_are_known_by_another_size() -> None:
+    model = SimCLR(OfFlattenedMap(), WIDTH, lambda y: y.mean(2))
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
+    seen = rebuilt_from(model)
+    trains(model, views(), views())
+    assert {tuple(y.shape) for y in seen[0][1]} == {(4, 64, WIDTH)}
+
+
+def test_a_map_that_does_not_show_its_channels_is_asked_for_and_the_advice_helps() -> None:
+    class Cube(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            return y.permute(0, 2, 3, 1)
+
+    def model() -> SimCLR:
+        return SimCLR(Cube(), 8, lambda y: y.mean((1, 2)))
+
+    given: Any = {"backbone": "encoder", "heads": ["head"]}
+    with pytest.raises(ValueError, match="shows where its channels are") as refusal:
+        recon_aux.attach(model(), **given)
+    assert "last, pass features=lambda output: output.movedim(-1, 1)." in str(refusal.value)
+    trained = model()
+    recon_aux.attach(trained, **given, features=lambda output: output.movedim(-1, 1))
+    trains(trained, views(), views())
+
+
+# --- calls of other kinds ---
+
+
+class Wavelengths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = encoder()
+
+    def forward(self, x: Tensor, wavelengths: Tensor) -> Tensor:
+        y: Tensor = self.layers(x * wavelengths[:, None, None])
+        return y
+
+
+class OfADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = encoder()
+
+    def forward(self, batch: dict[str, Tensor], scale: float = 1.0) -> Any:
+        return {"hidden": None if scale == 1.0 else (self.layers(scale * batch["image"]),)}
+
+
+def test_an_encoder_that_is_called_with_more_than_images() -> None:
+    class Method(SimCLR):
+        def encode(self, x: Tensor) -> Any:
+            return self.encoder(x, torch.ones(3))
+
+    model = Method(Wavelengths(), WIDTH, lambda y: y)
+    given: Any = {"backbone": "encoder", "heads": ["head"]}
+    with pytest.raises(ValueError, match=r"missing 1 required.*example_input=: a tuple") as refusal:
+        recon_aux.attach(model, **given)
+    assert "a dict of keyword arguments" in str(refusal.value)
+    recon_aux.attach(model, **given, example_input=(torch.rand(1, 3, 32, 32), torch.ones(3)))
+    trains(model, views(), views())
+
+
+def test_an_encoder_that_takes_a_dict_and_returns_what_it_is_asked_for() -> None:
+    class Method(SimCLR):
+        def encode(self, x: Tensor) -> Any:
+            return self.encoder({"image": x}, scale=2.0)
+
+    model = Method(OfADict(), WIDTH, lambda out: out["hidden"][0])
+    given: Any = {"backbone": "encoder", "heads": ["head"]}
+    given["features"] = lambda out: out["hidden"][0]
+    with pytest.raises(TypeError, match="pass example_input="):
+        recon_aux.attach(model, **given)
+    example = {"batch": {"image": torch.rand(1, 3, 32, 32)}, "scale": 2.0}
+    recon_aux.attach(model, **given, example_input=example)
+    trains(model, views(), views())
+
+
+@pytest.mark.parametrize("stem", [nn.Conv3d(1, 8, 3), nn.Conv1d(4, 8, 3)])
+def test_images_have_two_dimensions(stem: nn.Module) -> None:
+    model = SimCLR(nn.Sequential(stem, nn.Flatten()), 8, lambda y: y)
+    with pytest.raises(ValueError, match="Only 2-D images can be rebuilt, no volumes"):
+        recon_aux.attach(model, backbone="encoder", heads=["head"])
