@@ -73,8 +73,7 @@ class Attachment:
             self.record(known)
         self.record_copies()
         self.auto_weight = AutoWeight()
-        # None if the model's own optimizers, which have hooks for it, train the decoder
-        self.updates: DecoderUpdates | None = DecoderUpdates()
+        self.updates = DecoderUpdates()
         self.warned_of_frozen = False
         if not self.driver.encodes_others:
             self.hooks += [
@@ -228,7 +227,7 @@ class Attachment:
             self._warn_of_frozen()
         if views is None or not aux.enabled:
             return loss
-        if self.updates is not None and aux.weight > 0:
+        if aux.weight > 0:
             self.updates.verify(self.encoder, aux)
         features = list(views.outputs)
         if aux.has_auto_weight and loss.requires_grad:
@@ -249,7 +248,6 @@ class Attachment:
         args, kwargs = given
         configured = configure(*args, **kwargs)
         add_decoder_params(configured, self.aux, self.encoders, self.decoder_group)
-        self.updates = None
         return configured
 
     def _warn_of_frozen(self) -> None:

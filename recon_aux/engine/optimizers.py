@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from recon_aux.engine.updates import refuse_to_ignore
 from recon_aux.task.checks import check_nonnegative
 
 Group = dict[str, Any]
@@ -64,27 +63,24 @@ def add_decoder_params(
             "expected configure_optimizers to return an optimizer, which is to train the decoder, "
             f"got {type(configured).__name__}. Return an optimizer."
         )
-    joined = _join(groups, decoder, encoders)
+    _join(groups, decoder, encoders)
     ours = {id(p) for p in decoder.parameters()}
     for optimizer in optimizers:
         if own.given():
             _move_to_own_groups(optimizer, ours, own, list(_schedulers(configured)))
-        _add_hooks(optimizer, ours, joined, encoders, own)
+        _add_hooks(optimizer, ours, encoders, own)
 
 
-def _join(groups: Sequence[Group], decoder: nn.Module, encoders: Sequence[nn.Module]) -> set[int]:
-    """Put the parameters that have no place into the encoder's groups; say which these are."""
+def _join(groups: Sequence[Group], decoder: nn.Module, encoders: Sequence[nn.Module]) -> None:
+    """Put the parameters that have no place into the encoder's groups."""
     placed = {id(p) for group in groups for p in group["params"]}
-    joined = set()
     for name, parameter in decoder.named_parameters():
         if parameter.requires_grad and id(parameter) not in placed:
             # a new group would break schedulers that were made before
             home = _home(groups, encoders, vector=parameter.ndim < 2)
             home["params"].append(parameter)
-            joined.add(id(parameter))
             if "param_names" in home:
                 home["param_names"].append(f"recon_aux.{name}")
-    return joined
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
@@ -160,22 +156,13 @@ def _own_group(optimizer: Any, index: int, own: DecoderGroup, schedulers: Sequen
 
 
 def _add_hooks(
-    optimizer: Any,
-    ours: set[int],
-    joined: set[int],
-    encoders: Sequence[nn.Module],
-    own: DecoderGroup,
+    optimizer: Any, ours: set[int], encoders: Sequence[nn.Module], own: DecoderGroup
 ) -> None:
-    """Let an optimizer load a bare run's state, keep rates in proportion, and be checked."""
+    """Let an optimizer load a bare run's state, and keep rates in proportion."""
     hooked = _with_hooks(optimizer)
     # timm's Lookahead has no such hooks, and can't continue a bare run
     if hasattr(hooked, "_optimizer_load_state_dict_pre_hooks"):
         hooked.register_load_state_dict_pre_hook(_fill_in(ours))
-    trained = {id(p) for e in encoders for p in e.parameters() if p.requires_grad}
-    params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    joining = [p for p in params if id(p) in joined]
-    if joining:
-        refuse_to_ignore(hooked, joining, [p for p in params if id(p) in trained])
     if own.lr is not None:
         keep = _in_proportion(own.lr, optimizer.param_groups, ours, encoders)
         hooked.register_step_pre_hook(keep)

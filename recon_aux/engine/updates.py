@@ -12,7 +12,8 @@ from torch import Tensor, nn
 _ADVICE = (
     "expected the optimizer to train the decoder with the encoder, but in the last two steps only "
     "the encoder changed. Make the optimizer after attaching, or call "
-    "optimizer.add_param_group({'params': model.recon_aux.parameters()})."
+    "optimizer.add_param_group({'params': model.recon_aux.parameters()}). If it updates only the "
+    "parameters it was made with, list model.recon_aux.parameters() with them."
 )
 
 
@@ -72,37 +73,6 @@ class DecoderUpdates:
             if self._missed_by_value == 2:
                 warnings.warn(f"recon_aux: {_ADVICE}", stacklevel=2)
         self._values = [{key: x.clone() for key, x in some.items()} for some in values]
-
-
-def refuse_to_ignore(optimizer: Any, joined: Sequence[Tensor], encoders: Sequence[Tensor]) -> None:
-    """Let one of torch's optimizers refuse to update the encoder alone, until it did both.
-
-    Args:
-        optimizer: of the encoders.
-        joined: the decoder's parameters that were put into its groups.
-        encoders: the encoders' parameters in its groups.
-    """
-    before: list[int] = []
-    is_updated = False
-
-    def note(*_: Any) -> None:
-        before[:] = [version_of(encoders), version_of(joined)]
-
-    def look(stepped: Any, *_: Any) -> None:
-        nonlocal is_updated
-        now = [version_of(encoders), version_of(joined)]
-        is_updated |= now[1] != before[1]
-        has_gradient = any(parameter.grad is not None for parameter in joined)
-        if now[0] != before[0] and has_gradient and not is_updated:
-            raise RuntimeError(
-                "expected the optimizer to train the decoder, whose parameters joined the "
-                f"encoder's in its groups, got a {type(stepped).__name__} that trains only the "
-                "parameters it was created with. In configure_optimizers list "
-                "self.recon_aux.parameters() with them."
-            )
-
-    optimizer.register_step_pre_hook(note)
-    optimizer.register_step_post_hook(look)
 
 
 def version_of(parameters: Iterable[Tensor]) -> int:

@@ -401,7 +401,7 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
             model.training_step(batch(4), step).backward()
             optimizer.step()
 
-    with pytest.raises(RuntimeError, match=r"a Sharding that trains only .* list self\.recon_aux"):
+    with pytest.raises(RuntimeError, match=r"it updates only .* list model\.recon_aux"):
         train(attach(Sharded()))
     model = attach(Sharded())
     model.listed = True
