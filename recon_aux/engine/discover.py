@@ -26,9 +26,7 @@ from recon_aux.engine.views import (
     batch_sizes,
     candidates,
     images_in,
-    in_batch_order,
     is_of,
-    largest_views,
     rows_in,
     two_views,
 )
@@ -133,7 +131,7 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         _refuse_past_heads(attached, plan, step, loss, online)
     found = two_views(calls, online, batch, attached.views, plan.interleaved)
     if found is None:
-        raise RuntimeError(_no_second_view(calls, online, batch, attached.views))
+        raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
     images, outputs = found
     plan.other_is_momentum = not outputs[1].requires_grad
     return Views(images, outputs, online)
@@ -164,6 +162,8 @@ def _trained_encoder(
             "What a momentum encoder gives has to be detached. Two encoders that are alike can't "
             "both be trained."
         )
+    elif attached.recorder.features is not None:
+        advice = "Let features= take what the heads receive."
     else:
         advice = (
             "A warm-up of the heads needs encoder.requires_grad_(False) instead of a feature that "
@@ -214,10 +214,13 @@ def _warn_of_unmasked_targets(
         isinstance(hook.callback, HeadMask) and hook.callback is not attached.mask
         for hook in find_hooks(attached.model, *step.outside)
     )
-    if has_other_mask or not (step.outside or (targets and not passes_a_mask)):
+    inside = set(attached.model.modules())
+    names_outside = any(head not in inside for head in attached.heads)
+    outside = [] if passes_a_mask and names_outside else step.outside
+    if has_other_mask or not (outside or (targets and not passes_a_mask)):
         return
-    if step.outside:
-        seen = f"a {type(step.outside[0]).__name__} like the encoder called that isn't in the model"
+    if outside:
+        seen = f"a {type(outside[0]).__name__} like the encoder called that isn't in the model"
         advice = "Pass momentum_encoders=[it], and heads=[...] with its heads, too,"
     else:
         seen = (
@@ -274,59 +277,85 @@ def _leak(attached: Attachment, where: str) -> str:
         "expected the method's loss to see the invariant channels alone, but equivariant channels "
         f"reach it {where} what the heads {attached.names(attached.heads)} receive. Pass "
         "heads=[...]: every module that takes the encoder's features as they are, of these: "
-        f"{describe_children(attached.model)}. Or pass equivariant_dim=0 to train without a split."
+        f"{describe_children(attached.model)}. If something between encoder and head mixes "
+        "channels, as F.normalize or a norm does, make it a part of the head, or of the encoder. "
+        "If features= is given, let it take what the heads receive. Or pass equivariant_dim=0 to "
+        "train without a split."
     )
 
 
 def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
-    """Say so if the batch shows not to be two views, each of them whole and in order."""
+    """Say so if the batch shows that these aren't two views of the same images."""
     shapes = [tuple(view.shape) for view in images]
     if images[0].shape == images[1].shape and torch.equal(*images):
         return f"expected two views, saw the same images {shapes[0]} twice. {_IN_ORDER}"
-    for view in images:
-        known = [x for x in images_in(batch) if x.shape[1:] == view.shape[1:]]
-        joined = [x for x in known if count and len(x) == count * len(view)]
-        parts = [*known, *(part for x in joined for part in torch.split(x, len(view)))]
-        whole = any(x.shape == view.shape and torch.equal(x, view) for x in parts)
-        if known and not whole and rows_in(view, torch.cat(known)) is not None:
-            return (
-                "expected two views of the batch, saw its images in another arrangement, "
-                f"{shapes}. {_IN_ORDER}"
-            )
-    return None
+    known = [x for x in images_in(batch) if x.shape[1:] == images[0].shape[1:]]
+    joined = [x for x in known if count and len(x) == count * len(images[0])]
+    parts = [*known, *(part for x in joined for part in torch.split(x, len(images[0])))]
+    places = [[(x, rows) for x in parts if (rows := rows_in(v, x)) is not None] for v in images]
+    if all(places):
+        # a part of the batch has the same rows of both views
+        pairs = [(b, rows) for _, rows in places[0] for b, _ in places[1] if rows.max() < len(b)]
+        mixed = not any(torch.equal(b[rows], images[1]) for b, rows in pairs)
+    else:
+        unplaced = [view for view, place in zip(images, places, strict=True) if not place]
+        mixed = any(known and rows_in(view, torch.cat(known)) is not None for view in unplaced)
+    if not mixed:
+        return None
+    return (
+        f"expected two views of the batch, saw its images in another arrangement, {shapes}. "
+        f"{_IN_ORDER}"
+    )
 
 
 def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
+    in_a_loop = " Encode both views with gradient, then call add_loss, in each step."
     return (
         f"expected {attached.driver.where} to call {attached.backbone_method} of the encoder "
         f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls without and "
         f"none with. Pass backbone=: one of {describe_children(attached.model)}. Pass "
         "backbone_method= if another of its methods is called."
-        + " Call add_loss once in each step."
+        + in_a_loop
         * attached.driver.encodes_others
     )
 
 
 def _no_second_view(
-    calls: Sequence[EncoderCall], online: Sequence[EncoderCall], batch: Any, count: int | None
+    attached: Attachment,
+    step: Step,
+    calls: Sequence[EncoderCall],
+    online: Sequence[EncoderCall],
+    batch: Any,
 ) -> str:
     trained = [tuple(call.image.shape) for call in online]
     known = {id(call.output) for call in online}
     others = [tuple(call.image.shape) for call in calls if id(call.output) not in known]
-    if any(in_batch_order(call, batch, count) is None for call in candidates(calls, online)):
-        return (
-            "expected a momentum encoder to take a view of the batch, in any order, got images "
-            f"{others} for the encoder's {tuple(largest_views(online)[0].image.shape)}, which "
-            "aren't in the batch: made within the step, or another process's. If they are in the "
-            "order of the encoder's own, pass views=1. Else put the views into the batch. Views of "
-            "another process can't be used."
+    advice = []
+    if step.outside:
+        outside = type(step.outside[0]).__name__
+        advice.append(
+            f"A {outside} like the encoder was called that isn't in the model: pass "
+            "momentum_encoders=[it], and heads=[...] with its heads, too."
         )
+    if candidates(calls, online):
+        advice.append(
+            "A momentum encoder's images aren't in the batch: they were made within the step, or "
+            "are another process's, which can't be used. If they are in the order of the "
+            "encoder's own, pass views=1. Else put the views into the batch."
+        )
+    if len({*trained}) > 1:
+        advice.append("Make two views of one size.")
+    advice.append(
+        "If one call gets several views concatenated, and the batch doesn't show it, pass views= "
+        "how many."
+    )
+    if attached.driver.encodes_others:
+        advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
     return (
-        "expected two views, one in each call of the encoder or both concatenated in one, or one "
-        f"in a momentum encoder's call, saw calls with gradient of images {trained} and others of "
-        f"{others}, where images and labels of the batch number {sorted(batch_sizes(batch))}. If "
-        "one call gets two views concatenated, and the batch doesn't show it, attach with views=2. "
-        "In a loop pass the batch: add_loss(model, loss, batch)."
+        "expected two views of one size, one in each call of the encoder, or both concatenated in "
+        "one, or one in a momentum encoder's call, saw calls with gradient of images "
+        f"{trained} and others of {others}, where images and labels of the batch number "
+        f"{sorted(batch_sizes(batch))}. {' '.join(advice)}"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,7 @@ class Driver:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.watching: list[RemovableHandle] = []
+        self.is_encoding = False
 
     def __reduce__(self) -> tuple[type[Driver], tuple[()]]:
         """Leave the running step out of copies and pickles."""
@@ -63,12 +65,22 @@ class Driver:
             handle.remove()
         self.watching = []
 
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Within the call of an encoder."""
+        was, self.is_encoding = self.is_encoding, True
+        try:
+            yield
+        finally:
+            self.is_encoding = was
+
     def feeds(self, head: nn.Module, received: Tensor) -> bool:
         """Whether a head receives an encoder's feature, as far as can be seen."""
         if self.step is None or torch.compiler.is_compiling() or is_recomputing():
             return True
         outputs = [call.output for call in self.step.calls if call.output.requires_grad]
-        if received.grad_fn is None or not outputs:
+        # a head may be run by a hook, before the encoder returns
+        if received.grad_fn is None or not outputs or self.is_encoding:
             return True
         fed = any(reached(received, outputs))
         (self.step.fed if fed else self.step.not_fed).append(head)

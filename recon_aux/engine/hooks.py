@@ -110,7 +110,8 @@ class EncoderRecorder:
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the encoder and record the call."""
-        result = call(*args, **kwargs)
+        with self.driver.encoding():
+            result = call(*args, **kwargs)
         step = self.driver.step
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs)

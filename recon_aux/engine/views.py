@@ -20,7 +20,7 @@ def two_views(
     count: int | None,
     interleaved: bool,
 ) -> tuple[Pair, Pair] | None:
-    """Find two views of one size, the largest. At least one has a feature with gradient.
+    """Find two views of one size, the largest of which there are two, one of them with gradient.
 
     Args:
         calls: all that went through the encoder and its momentum encoders in one step.
@@ -32,22 +32,29 @@ def two_views(
     Returns:
         The views, and the encoder's feature of each; None if there are no two.
     """
-    first, *more = largest_views(online)
-    if more:
-        return (first.image, more[0].image), (first.feature, more[0].feature)
-    size = _view_size(first.image, batch, count)
-    if size is not None:
-        images, features = (_parts(x, size, interleaved) for x in (first.image, first.feature))
-        return (images[0], images[1]), (features[0], features[1])
-    for call in candidates(calls, online):
+    views = largest_views(online)
+    for i, call in enumerate(views):
+        other = next((c for c in views[i + 1 :] if c.image.shape == call.image.shape), None)
+        if other is not None:
+            return (call.image, other.image), (call.feature, other.feature)
+    for call in views:
+        size = _view_size(call.image, batch, count)
+        if size is not None:
+            parts = (_parts(x, size, interleaved) for x in (call.image, call.feature))
+            images, features = parts
+            return (images[0], images[1]), (features[0], features[1])
+    first, others = views[0], candidates(calls, online)
+    for call in others:
         ordered = in_batch_order(call, batch, count)
         if ordered is not None:
             image, feature = ordered
             # two tensors of the batch differ, without a look at their values
             both_in_batch = is_of(batch, image) and is_of(batch, first.image)
             if image is not first.image and (both_in_batch or not torch.equal(image, first.image)):
-                return (first.image, image), (first.output, feature.detach())
-    return None
+                return (first.image, image), (first.feature, feature.detach())
+    # a larger image is none of the views
+    smaller = [call for call in online if call.pixels < first.pixels]
+    return two_views(calls, smaller, batch, count, interleaved) if smaller and not others else None
 
 
 def _parts(joined: Tensor, size: int, interleaved: bool) -> Sequence[Tensor]:

@@ -43,8 +43,9 @@ def check_views(
     shapes = [tuple(x.shape) for x in tensors]
     if any(len(s) != 4 or s[1] != channels or 0 in s[2:] for s in shapes[:2]):
         raise ValueError(
-            f"expected views (B, {channels}, H, W), got {shapes[0]} and {shapes[1]}; "
-            "pass image_channels= if views have another number of channels"
+            f"expected views (B, {channels}, H, W), got {shapes[0]} and {shapes[1]}. Pass "
+            "image_channels= if all views have another number of channels. Views of two kinds, as "
+            "of 2 and of 3 bands, can't be rebuilt by one decoder: encode two of one kind."
         )
     for feature in features:
         channel_dim(feature, options.feature_dim)

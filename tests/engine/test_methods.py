@@ -330,7 +330,7 @@ def test_images_of_another_process_are_refused() -> None:
             return super().key(torch.rand_like(x))
 
     model = built(Elsewhere)
-    with pytest.raises(RuntimeError, match="aren't in the batch: made within the step, or another"):
+    with pytest.raises(RuntimeError, match="made within the step, or are another process"):
         model.training_step(model.batch(), 0)
 
 
