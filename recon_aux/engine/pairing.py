@@ -1,29 +1,25 @@
-"""Whether two views show the same images, row by row. Only the images are looked at."""
+"""Whether two views show the same images, row by row."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# cells along each side of an image
-_SIDE = 4
-# an image whose cells differ by less shows nothing: its pixels are 0..1, or normalised
+# cells along each side of an image, and by how many cells one image is moved over the other
+_SIDE, _MOVE = 8, 2
+# standard deviation of the cells of a blank image, at most; pixels are 0..1, or normalised
 _BLANK = 0.01
-# an image that is about as similar to all others tells nothing: the spread of its similarities
-_TIED = 0.05
-# rows that a look needs, and rows after which it is decided
-_FEW, _MANY = 32, 512
-# standard errors from which on rows are paired. After many rows, 4 are enough.
-_PAIRED = 6.0
+# rows that a first look needs, and rows after which it is decided
+_FEW, _MANY = 32, 256
 
 
 class PairCheck:
     """Gathers rows of two views over steps, until it is sure whether they are paired.
 
-    Augmented views of one image are more alike than views of two images. So the similarity of row
-    i of both views is compared with that of row i and row j. Over random pairings, the sum over
-    rows has a mean and a variance that are known for any data (Hoeffding 1951). Paired rows are
-    many standard errors above this mean.
+    Views of one image are more alike than views of two. So the similarity of row i and row i is
+    compared with that of row i and row j. Over random pairings, the sum over rows has a mean and a
+    variance that are known for any images (Hoeffding 1951). Pairs are many standard errors above.
 
     Attributes:
         paired: None until it is decided.
@@ -35,44 +31,48 @@ class PairCheck:
 
     @torch.no_grad()
     def __call__(self, view0: Tensor, view1: Tensor) -> bool:
-        """Look at a step's views (B, C, H, W). Return True once: when it finds them not paired."""
+        """Look at a step's views, (B, C, H, W); say once that they are not paired."""
         if self.paired is not None or view0.shape != view1.shape:
             return False
         self._rows.append(torch.stack([_cells(view[:_MANY]) for view in (view0, view1)], 1))
         if sum(map(len, self._rows)) < _FEW:
             return False
-        rows = torch.cat([x.cpu() for x in self._rows])[-_MANY:].double()
+        rows = torch.cat([x.cpu() for x in self._rows])[-_MANY:]
         errors, telling = _standard_errors(rows[:, 0], rows[:, 1])
-        self._rows = [rows[telling]]
         count = int(telling.sum())
-        # views that are hardly alike are half a standard error per row above the mean
-        if errors < min(0.4 * count**0.5 - 4, 2) or errors > _PAIRED or count >= _MANY:
+        # views that are hardly alike are 0.4 of a standard error above for each row's root
+        if errors < min(0.4 * count**0.5 - 4, 2) or errors > 6 or count == _MANY:
             self.paired = errors > 4
-            self._rows = []
+        self._rows = [] if self.paired is not None else [rows[telling]]
         return self.paired is False
 
 
 def _cells(view: Tensor) -> Tensor:
-    """Average brightness over 4×4 cells: (B, 4, 4), of mean 0 and norm 1, or less if blank."""
-    height, width = (size // _SIDE for size in view.shape[-2:])
-    cut = view[..., : _SIDE * height, : _SIDE * width]
-    cells = cut.unflatten(3, (_SIDE, width)).unflatten(2, (_SIDE, height))
-    cells = cells.mean((1, 3, 5), dtype=torch.float32)
+    """Average brightness over cells, (B, 8, 8), of mean 0 and norm 1; all 0 if blank."""
+    cells = F.adaptive_avg_pool2d(view.float(), _SIDE).mean(1)
     cells = cells - cells.mean((1, 2), keepdim=True)
-    norm = cells.square().sum((1, 2), keepdim=True).sqrt().clamp(min=_BLANK * _SIDE)
+    norm = cells.flatten(1).norm(dim=1)[:, None, None]
     # what isn't finite is as good as blank
-    return (cells / norm).nan_to_num(0, 0, 0)
+    return torch.where((norm > _BLANK * _SIDE) & norm.isfinite(), cells / norm, 0)
 
 
 def _standard_errors(cells0: Tensor, cells1: Tensor) -> tuple[float, Tensor]:
-    """Say how much more alike rows are than at random, and which rows aren't alike to all."""
+    """Say how much more alike rows are than at random, and which rows tell something."""
     turned = [cells1, cells1.flip(-1)]
     turned += [x.flip(-2) for x in turned]
     turned += [x.mT for x in turned]
-    similar = torch.stack([cells0.flatten(1) @ x.flatten(1).T for x in turned]).amax(0)
-    telling = (similar.std(0) > _TIED) & (similar.std(1) > _TIED)
+    moved = F.pad(torch.stack(turned), (_MOVE,) * 4).unfold(-2, _SIDE, 1).unfold(-2, _SIDE, 1)
+    moved = moved.movedim(1, 3).flatten(0, 2).flatten(2)
+    # in float64, which autocast leaves alone
+    flat = cells0.flatten(1).double()
+    alike = torch.full((len(flat),) * 2, -1.0, dtype=torch.float64)
+    for others in moved:
+        alike = torch.maximum(alike, flat @ others.double().T)
+    # blank images are like none, equal ones like all
+    spreads, means = zip(*(torch.std_mean(alike, dim) for dim in (0, 1)), strict=True)
+    telling = (torch.minimum(*spreads) > 0.01) & (torch.maximum(*means) < 0.9)
     # the logarithm weighs differences between near duplicates, the offset limits it
-    score = -(1.01 - similar[telling][:, telling]).log()
+    score = -(1.01 - alike[telling][:, telling]).log()
     score = score - score.mean(0, keepdim=True) - score.mean(1, keepdim=True) + score.mean()
-    variance = score.square().sum() / (len(score) - 1)
-    return float(score.trace() / variance.sqrt()), telling
+    error = (score.square().sum() / (len(score) - 1)).sqrt()
+    return float(score.trace() / error), telling
