@@ -183,8 +183,8 @@ def parse_options() -> argparse.Namespace:
     add("--transforms", nargs="+", choices=names, default=names)
     add("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     add("--image-size", type=int, default=32, help="side of an image, and of its views")
-    add("--runs", type=int, default=300, help="with paired views, of each transform and batch size")
-    add("--wrong-runs", type=int, default=60, help="of each kind of wrong pairing")
+    add("--runs", type=int, default=250, help="with paired views, of each transform and batch size")
+    add("--wrong-runs", type=int, default=50, help="of each kind of wrong pairing")
     add("--out", type=Path, default=Path("runs/pair-check"))
     return parser.parse_args()
 

@@ -61,13 +61,10 @@ def _standard_errors(cells0: Tensor, cells1: Tensor) -> tuple[float, Tensor]:
     turned = [cells1, cells1.flip(-1)]
     turned += [x.flip(-2) for x in turned]
     turned += [x.mT for x in turned]
-    moved = F.pad(torch.stack(turned), (_MOVE,) * 4).unfold(-2, _SIDE, 1).unfold(-2, _SIDE, 1)
-    moved = moved.movedim(1, 3).flatten(0, 2).flatten(2)
-    # in float64, which autocast leaves alone
-    flat = cells0.flatten(1).double()
-    alike = torch.full((len(flat),) * 2, -1.0, dtype=torch.float64)
-    for others in moved:
-        alike = torch.maximum(alike, flat @ others.double().T)
+    moved = F.pad(cells0, (_MOVE,) * 4).unfold(1, _SIDE, 1).unfold(2, _SIDE, 1)
+    moved = moved.movedim(0, 2).flatten(3).flatten(0, 1)
+    with torch.autocast("cpu", enabled=False):
+        alike = torch.stack([(moved @ x.flatten(1).T).amax(0) for x in turned]).amax(0)
     # blank images are like none, equal ones like all
     spreads, means = zip(*(torch.std_mean(alike, dim) for dim in (0, 1)), strict=True)
     telling = (torch.minimum(*spreads) > 0.01) & (torch.maximum(*means) < 0.9)

@@ -48,5 +48,5 @@ def test_false_alarms_and_catches_are_measured(tmp_path: Path) -> None:
 def test_too_few_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path, ("train", "test"), classes=2, count=4)
     monkeypatch.setattr("sys.argv", ["", "--data", f"some={tmp_path}", "--batch-sizes", "5"])
-    with pytest.raises(SystemExit, match="found 8. Pass smaller"):
+    with pytest.raises(SystemExit, match="found 8"):
         main()
