@@ -1,0 +1,52 @@
+"""The measurement of the pair check: a small version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_examples import pictures
+
+from benchmarks.pair_check import main, table
+from benchmarks.records import kept
+from helpers.running import rows, run_example
+
+OPTIONS = ["--transforms", "DINO", "probed", "--image-size", "16", "--runs", "5"]
+OPTIONS += ["--wrong-runs", "5"]
+
+
+def test_false_alarms_and_catches_are_measured(tmp_path: Path) -> None:
+    pictures(tmp_path / "some", ("train", "test"), classes=2, count=40)
+    out = tmp_path / "out"
+    data = ["--data", f"some={tmp_path / 'some'}", "--out", out]
+    printed = run_example("benchmarks/pair_check.py", *data, *OPTIONS, "--batch-sizes", "8", "40")
+    (run,) = kept(out)
+    found = run["results"]
+    assert {name: list(sizes) for name, sizes in found.items()} == {
+        "DINO": ["8", "40"],
+        "probed": ["8", "40"],
+    }
+    for sizes in found.values():
+        for batch_size, kinds in sizes.items():
+            assert kinds["paired"]["reported"] == 0
+            for kind in ("shifted", "interleaved", "other images"):
+                assert kinds[kind]["reported"] >= 4
+            for kind in kinds.values():
+                assert sum(kind["steps"].values()) == kind["runs"] == 5
+                # a look needs 32 rows
+                assert min(map(int, kind["steps"])) * int(batch_size) >= 32
+    assert rows((out / "table.md").read_text()) == rows(table([run]))
+    shown = rows(printed)
+    assert [row[:3] for row in shown[1:]] == [
+        ["DINO", "8", "0 of 5"],
+        ["DINO", "40", "0 of 5"],
+        ["probed", "8", "0 of 5"],
+        ["probed", "40", "0 of 5"],
+    ]
+
+
+def test_too_few_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path, ("train", "test"), classes=2, count=4)
+    monkeypatch.setattr("sys.argv", ["", "--data", f"some={tmp_path}", "--batch-sizes", "5"])
+    with pytest.raises(SystemExit, match="found 8"):
+        main()
