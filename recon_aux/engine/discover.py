@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from recon_aux.engine.autograd import feed_each_other, gradient_of, past, reache
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children
+from recon_aux.engine.pairing import PairCheck
 from recon_aux.engine.step import EncoderCall, Step
 from recon_aux.engine.updates import version_of
 from recon_aux.engine.views import (
@@ -40,6 +41,13 @@ _IN_ORDER = (
     "the batch's order. If they take turns in one call, image by image, pass interleaved=True."
 )
 
+_UNLIKE = (
+    "expected two views of the same images, row by row, saw rows no more alike than any two "
+    "images. Encode the views first, one by one, then other images, as labelled ones. If one call "
+    "gets several views concatenated, pass views= how many; if they take turns there, image by "
+    "image, interleaved=True; or put the views into the batch."
+)
+
 # calls that train: no step of a loop makes as many
 _MANY_CALLS = 32
 
@@ -56,6 +64,7 @@ class Plan:
         interleaved: whether the views of one call take turns there, image by image.
         uses_past_heads: whether the loss depends on features that didn't pass a masked head.
         steps: how many steps were checked.
+        pairs: whether the views show the same images, row by row.
     """
 
     encoder: nn.Module
@@ -64,6 +73,7 @@ class Plan:
     interleaved: bool = False
     uses_past_heads: bool = False
     steps: int = 0
+    pairs: PairCheck = field(default_factory=PairCheck)
 
 
 @dataclass
@@ -133,6 +143,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     if found is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
     images, outputs = found
+    if plan.pairs(*images):
+        warnings.warn(f"recon_aux: {_UNLIKE}", stacklevel=2)
     plan.other_is_momentum = not outputs[1].requires_grad
     return Views(images, outputs, online)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -255,6 +256,94 @@ def test_a_target_that_is_the_encoders_own_feature_is_warned_of() -> None:
         model = recon_aux.attach(kind(), backbone="encoder", heads=["head"])
         with pytest.warns(UserWarning, match=r"saw encoder called and none of \['head'\] without"):
             model.training_step(views(), 0)
+
+
+# --- which images are a pair ---
+
+UNLIKE = r"no more alike than any two .*Encode the views first.*interleaved=True"
+
+
+class Augmenting(Trained):
+    """Makes the views within the step, in turns: image 0, image 0, image 1, image 1, ..."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = encoder()
+        self.head = SimCLRProjectionHead(WIDTH, 32, 16)
+        self.classifier = nn.Linear(WIDTH, 10)
+        self.criterion = NTXentLoss()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self.head(self.encoder(noised(batch.repeat_interleave(2, 0))))
+        return self.criterion(z[0::2], z[1::2])
+
+
+class Labelled(Augmenting):
+    """Encodes a labelled batch of the same size before the views, or after them."""
+
+    first = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (labelled, labels), x = batch
+        order = [labelled, noised(x), noised(x)] if self.first else [noised(x), noised(x), labelled]
+        y = [self.encoder(images) for images in order]
+        y, z = (y[0], y[1:]) if self.first else (y[2], y[:2])
+        loss = nn.functional.cross_entropy(self.classifier(y), labels)
+        return loss + self.criterion(*map(self.head, z))
+
+
+def noised(images: Tensor) -> Tensor:
+    return images + 0.05 * torch.rand_like(images)
+
+
+def photographs(count: int) -> Tensor:
+    """Images that differ from each other in more than noise."""
+    coarse = torch.rand(count, 3, 4, 4)
+    return nn.functional.interpolate(coarse, size=32, mode="bilinear")
+
+
+def warnings_in(model: Any, batches: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for batch in batches:
+            model.training_step(batch, 0)
+    return [str(warning.message) for warning in seen if "alike" in str(warning.message)]
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_two_images_are_not_taken_for_two_views(size: int) -> None:
+    heads = ["head", "classifier"]
+    batches = [photographs(size) for _ in range(512 // size)]
+    labelled = [((photographs(size), torch.arange(size) % 10), x) for x in batches]
+    model = recon_aux.attach(Augmenting(), backbone="encoder", heads=heads)
+    (message,) = warnings_in(model, batches)
+    assert re.search(UNLIKE, message)
+    model = recon_aux.attach(Labelled(), backbone="encoder", heads=heads)
+    (message,) = warnings_in(model, labelled)
+    assert re.search(UNLIKE, message)
+
+    # the remedies that it names
+    model = recon_aux.attach(Augmenting(), backbone="encoder", heads=heads, interleaved=True)
+    assert warnings_in(model, batches) == []
+    model = recon_aux.attach(Labelled(), backbone="encoder", heads=heads)
+    model.first = False
+    assert warnings_in(model, labelled) == []
+
+
+def test_blank_images_are_no_reason_to_warn() -> None:
+    model = recon_aux.attach(Augmenting(), backbone="encoder", heads=["head", "classifier"])
+    batches = [torch.zeros(64, 3, 32, 32)] * 8
+    assert warnings_in(model, batches) == []
+
+
+def test_a_labelled_batch_of_another_size_is_no_view() -> None:
+    model = recon_aux.attach(Labelled(), backbone="encoder", heads=["head", "classifier"])
+    seen = rebuilt_from(model)
+    x = photographs(8)
+    for labelled in (photographs(4), nn.functional.interpolate(photographs(8), size=48)):
+        model.training_step(((labelled, torch.arange(len(labelled))), x), 0)
+        (x0, x1), _ = seen.pop()
+        assert all((view - x).abs().max() < 0.06 for view in (x0, x1))
 
 
 # --- other encoders ---
