@@ -90,7 +90,8 @@ class Conventions:
             raise ValueError(
                 f"expected a projection head in {type(model).__name__}, found none. Pass "
                 "heads=[...]: those that take the encoder's features, of these: "
-                f"{describe_children(model)}"
+                f"{describe_children(model)}. If it has none, pass equivariant_dim=0 to train "
+                "without a split."
             )
         return heads
 

@@ -19,6 +19,7 @@ from recon_aux.engine.hooks import HeadMask
 from recon_aux.engine.modules import find_copies_outside, find_module, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
+from recon_aux.task.contexts import evaluating
 from recon_aux.task.options import refuse_unknown
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,14 +112,16 @@ def attach(
     _check(model, views, own, options)
     encoder = find_module(model, backbone, "backbone")
     found = _find_heads(model, heads, encoder)
-    shape = encoder_shape(
-        unwrap(encoder),
-        method=backbone_method,
-        image_channels=image_channels,
-        image_size=image_size,
-        features=features,
-        example_input=example_input,
-    )
+    # the encoder may run a head of the model's
+    with evaluating(model):
+        shape = encoder_shape(
+            unwrap(encoder),
+            method=backbone_method,
+            image_channels=image_channels,
+            image_size=image_size,
+            features=features,
+            example_input=example_input,
+        )
     aux = _build(shape, options)
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))

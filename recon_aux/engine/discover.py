@@ -178,8 +178,9 @@ def _trained_encoder(
         advice = "Let features= take what the heads receive."
     else:
         advice = (
-            "A warm-up of the heads needs encoder.requires_grad_(False) instead of a feature that "
-            "is detached."
+            "If the method uses another tensor than the encoder returns, as one that a hook took, "
+            "pass features=lambda output: that tensor. A warm-up of the heads needs "
+            "encoder.requires_grad_(False) instead of a feature that is detached."
         )
     raise RuntimeError(
         "expected the method's loss to train one encoder, but it depends on "

@@ -196,7 +196,8 @@ class HeadMask:
             raise ValueError(
                 f"expected the head {type(head).__name__} to receive the encoder's "
                 f"{width} channels, got {tuple(feature.shape)}. "
-                "Pass heads=[...]: the modules that take the encoder's features."
+                "Pass heads=[...]: the modules that take the encoder's features. If they take "
+                "another tensor than the encoder returns, pass features=lambda output: that tensor."
             )
         if flattened and self.shape.channels != 1:
             tokens = rearrange(feature, "b (n d) -> b n d", n=positions)

@@ -1,0 +1,302 @@
+"""Encoders of timm, torchvision and transformers, and TorchGeo's tasks: each trains, or is refused.
+
+A refusal is followed: what it advises has to train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchgeo import trainers
+from torchvision.models import convnext_tiny, resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.vision_transformer import VisionTransformer
+
+import recon_aux
+from helpers.watching import rebuilt_from
+from recon_aux.integrations import lightly
+
+SIDE = 32
+
+
+class SimCLR(nn.Module):
+    """Calls the encoder as ``encode`` does."""
+
+    recon_aux: Any
+
+    def __init__(self, backbone: nn.Module, width: int, encode: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.projection_head = SimCLRProjectionHead(width, 32, 16)
+        self.criterion = NTXentLoss()
+        self.encode = encode
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(*(self.projection_head(self.encode(self.backbone, x)) for x in batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def views(channels: int = 3) -> Tensor:
+    return torch.rand(4, channels, SIDE, SIDE) + 0.05 * torch.rand(2, 4, channels, SIDE, SIDE)
+
+
+def trains(model: Any, batch: Any, width: int) -> None:
+    """Two steps change the encoder and the decoder, and rebuild features of this width."""
+    seen = rebuilt_from(model)
+    optimizer = model.configure_optimizers()
+    optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("recon_aux.decoder") for name in changed)
+    assert any(not name.startswith("recon_aux") for name in changed)
+    assert model.recon_aux.splitter.feature_dim == width
+    assert all(torch.isfinite(y).all() for y in seen[-1][1])
+
+
+def mean(feature: Tensor) -> Tensor:
+    """Over positions, wherever they are."""
+    return feature.mean(1) if feature.ndim == 3 else feature.mean((2, 3))
+
+
+# --- timm ---
+
+SMALL: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "vit_tiny_patch16_224": {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 2},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": SIDE,
+        "embed_dim": 24,
+        "depths": (1, 1),
+        "num_heads": (2, 2),
+        "window_size": 4,
+    },
+}
+
+
+def of_timm(name: str) -> Any:
+    return timm.create_model(name, num_classes=0, **SMALL[name])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_timms_encoders_by_forward(name: str) -> None:
+    encoder = of_timm(name)
+    width = encoder.num_features
+    model = SimCLR(encoder, width, lambda backbone, x: backbone(x))
+    trains(lightly.attach(model), views(), width)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_timms_encoders_by_forward_features(name: str) -> None:
+    def encode(backbone: Any, x: Tensor) -> Tensor:
+        y = backbone.forward_features(x)
+        return y.mean((1, 2)) if name.startswith("swin") else mean(y)
+
+    encoder = of_timm(name)
+    width = encoder.num_features
+    with pytest.raises(RuntimeError, match=r"backbone_method= if another of its methods is called"):
+        lightly.attach(SimCLR(encoder, width, encode)).training_step(views(), 0)
+    model = SimCLR(of_timm(name), width, encode)
+    trains(lightly.attach(model, backbone_method="forward_features"), views(), width)
+
+
+def test_a_norm_between_encoder_and_head_becomes_a_part_of_one() -> None:
+    def encode(backbone: Any, x: Tensor) -> Tensor:
+        return backbone.forward_head(backbone.forward_features(x), pre_logits=True)
+
+    encoder = of_timm("convnext_atto")
+    width = encoder.num_features
+    model = lightly.attach(SimCLR(encoder, width, encode), backbone_method="forward_features")
+    with pytest.raises(RuntimeError, match="make it a part of the head, or of the encoder"):
+        model.training_step(views(), 0)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = of_timm("convnext_atto")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return encode(self.inner, x)
+
+    model = SimCLR(Whole(), width, lambda backbone, x: backbone(x))
+    trains(lightly.attach(model), views(), width)
+
+
+# --- torchvision ---
+
+
+def test_torchvisions_encoders() -> None:
+    resnet: Any = resnet18()
+    resnet.fc = nn.Identity()
+    convnext: Any = convnext_tiny()
+    vit: Any = VisionTransformer(SIDE, 8, 2, 2, 32, 64)
+    vit.heads = nn.Identity()
+    for encoder, width in ((resnet, 512), (vit, 32)):
+        trains(lightly.attach(SimCLR(encoder, width, lambda f, x: f(x))), views(), width)
+    model = SimCLR(convnext.features[:2], 96, lambda f, x: mean(f(x)))
+    trains(lightly.attach(model), views(), 96)
+
+
+def test_fx_extractors() -> None:
+    def model() -> SimCLR:
+        extractor = create_feature_extractor(resnet18(), {"flatten": "f"})
+        return SimCLR(extractor, 512, lambda f, x: f(x)["f"])
+
+    with pytest.raises(TypeError, match=r"Pass features=lambda output: \.\.\."):
+        lightly.attach(model())
+    trains(lightly.attach(model(), features=lambda output: output["f"]), views(), 512)
+
+
+# --- transformers ---
+
+
+def of_transformers(kind: str) -> Any:
+    tokens: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens |= {"intermediate_size": 32, "image_size": SIDE, "patch_size": 8}
+    maps: Any = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    swin: Any = {"image_size": SIDE, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1]}
+    config: Any = {
+        "ViT": lambda: transformers.ViTConfig(**tokens),
+        "Dinov2": lambda: transformers.Dinov2Config(**tokens, mlp_ratio=2),
+        "CLIPVision": lambda: transformers.CLIPVisionConfig(**tokens),
+        "ConvNext": lambda: transformers.ConvNextConfig(**maps),
+        "ResNet": lambda: transformers.ResNetConfig(embedding_size=8, layer_type="basic", **maps),
+        "Swin": lambda: transformers.SwinConfig(**swin, num_heads=[1, 2, 2], window_size=4),
+    }[kind]()
+    return transformers.AutoModel.from_config(config)
+
+
+KINDS = ["ViT", "Dinov2", "CLIPVision", "ConvNext", "ResNet", "Swin"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_models_by_what_their_head_receives(kind: str) -> None:
+    def of_states(backbone: Any, x: Tensor) -> Tensor:
+        return mean(backbone(pixel_values=x).last_hidden_state)
+
+    with pytest.raises(TypeError, match=r"Pass features=lambda output: \.\.\."):
+        lightly.attach(SimCLR(of_transformers(kind), 32, of_states))
+    model = SimCLR(of_transformers(kind), 32, of_states)
+    trains(lightly.attach(model, features=lambda out: out.last_hidden_state), views(), 32)
+
+    def of_pooler(backbone: Any, x: Tensor) -> Tensor:
+        return backbone(pixel_values=x).pooler_output.flatten(1)
+
+    model = SimCLR(of_transformers(kind), 32, of_pooler)
+    trains(lightly.attach(model, features=lambda out: out.pooler_output), views(), 32)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIPVision"])
+def test_a_transformers_first_token(kind: str) -> None:
+    model = SimCLR(of_transformers(kind), 32, lambda f, x: f(x).last_hidden_state[:, 0])
+    trains(lightly.attach(model, features=lambda out: out.last_hidden_state[:, 0]), views(), 32)
+
+
+def test_a_transformer_whose_hidden_states_are_asked_for() -> None:
+    def encode(backbone: Any, x: Tensor) -> Tensor:
+        return mean(backbone(pixel_values=x, output_hidden_states=True).hidden_states[-1])
+
+    def last(out: Any) -> Tensor:
+        return out.hidden_states[-1]
+
+    with pytest.raises(TypeError, match="pass example_input="):
+        lightly.attach(SimCLR(of_transformers("ViT"), 32, encode), features=last)
+    model = SimCLR(of_transformers("ViT"), 32, encode)
+    example = {"pixel_values": torch.rand(1, 3, SIDE, SIDE), "output_hidden_states": True}
+    trains(lightly.attach(model, features=last, example_input=example), views(), 32)
+
+
+def test_another_feature_than_the_heads_receive_is_refused() -> None:
+    def model() -> SimCLR:
+        return SimCLR(of_transformers("ViT"), 32, lambda f, x: f(x).pooler_output)
+
+    attached = lightly.attach(model(), features=lambda out: out.last_hidden_state)
+    with pytest.raises(RuntimeError, match="let it take what the heads receive"):
+        attached.training_step(views(), 0)
+    trains(lightly.attach(model(), features=lambda out: out.pooler_output), views(), 32)
+
+
+# --- TorchGeo ---
+
+BANDS = (3, 4, 13)
+
+
+def of_torchgeo(name: str, bands: int, **options: Any) -> Any:
+    return getattr(trainers, name)(model="resnet18", in_channels=bands, **options)
+
+
+def trains_by_lightning(task: Any, bands: int, width: int = 512) -> None:
+    """Two steps by Lightning's trainer, of images as TorchGeo's data sets give them."""
+    seen = rebuilt_from(task)
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    scenes = [{"image": torch.rand(bands, SIDE, SIDE)} for _ in range(8)]
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
+    trainer.fit(task, DataLoader(scenes, 4))  # type: ignore[arg-type]
+    changed = {name for name, p in task.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("recon_aux.decoder") for name in changed)
+    assert any(not name.startswith("recon_aux") for name in changed)
+    assert task.recon_aux.splitter.feature_dim == width
+    assert len(seen) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", BANDS)
+def test_torchgeos_simclr(bands: int) -> None:
+    for version in (1, 2):
+        task = of_torchgeo("SimCLRTask", bands, version=version, size=SIDE)
+        trains_by_lightning(lightly.attach(task), bands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", BANDS)
+def test_torchgeos_moco(bands: int) -> None:
+    def task(version: int) -> Any:
+        width = {"output_dim": 512} if version == 1 else {}
+        return of_torchgeo("MoCoTask", bands, version=version, size=SIDE, **width)
+
+    with pytest.raises(ValueError, match="If it has none, pass equivariant_dim=0"):
+        lightly.attach(task(1))
+    with pytest.raises(RuntimeError, match="pass views=1"):
+        trains_by_lightning(lightly.attach(task(1), equivariant_dim=0), bands)
+    trains_by_lightning(lightly.attach(task(1), equivariant_dim=0, views=1), bands)
+    with pytest.raises(RuntimeError, match="pass views=1"):
+        trains_by_lightning(lightly.attach(task(2)), bands)
+    trains_by_lightning(lightly.attach(task(2), views=1), bands)
+    trains_by_lightning(lightly.attach(task(3)), bands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", BANDS)
+def test_torchgeos_byol_runs_its_heads_by_hooks(bands: int) -> None:
+    def task() -> Any:
+        made = of_torchgeo("BYOLTask", bands)
+        made.model.augment = trainers.byol.SimCLRAugmentation((SIDE, SIDE))
+        return made
+
+    heads = ["model.backbone._projector", "model.target._projector"]
+    given: Any = {"backbone": "model.backbone.model", "heads": heads}
+    with pytest.raises(ValueError, match=r"Pass backbone=: one of model \(BYOL\)"):
+        lightly.attach(task())
+    with pytest.raises(ValueError, match="another tensor than the encoder returns, pass features="):
+        trains_by_lightning(recon_aux.attach(task(), **given), bands)
+    model = task()
+    wrapper = model.model.backbone
+    recon_aux.attach(model, **given, features=lambda output: wrapper._embedding)
+    trains_by_lightning(model, bands)
