@@ -311,11 +311,12 @@ def _build(shape: EncoderShape, options: dict[str, Any]) -> AttachedReconAux:
 def _find_heads(
     model: nn.Module, heads: Sequence[str | nn.Module], encoder: nn.Module
 ) -> list[nn.Module]:
-    # a criterion that takes the features may stand outside the model
-    found = [
-        head if isinstance(head, nn.Module) else find_module(model, head, "heads")
-        for head in ([heads] if isinstance(heads, (str, nn.Module)) else heads)
-    ]
+    found: list[nn.Module] = []
+    for given in [heads] if isinstance(heads, (str, nn.Module)) else heads:
+        # a criterion that takes the features may stand outside the model
+        head = given if isinstance(given, nn.Module) else find_module(model, given, "heads")
+        several = type(head) in (nn.ModuleList, nn.ModuleDict)
+        found.extend(head.children() if several else [head])
     for head in found:
         if any(head is inner for inner in encoder.modules()):
             raise ValueError(

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recon_aux.engine.autograd import feed_each_other, gradient_of, past, reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
-from recon_aux.engine.modules import describe_children
+from recon_aux.engine.modules import describe_children, share_weights
 from recon_aux.engine.pairing import PairCheck
 from recon_aux.engine.step import EncoderCall, Step
 from recon_aux.engine.updates import version_of
@@ -103,7 +103,7 @@ def discover(
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
             attached.unmask_heads([head for head in step.not_fed if head not in step.fed])
-            own = [call for call in online if call.encoder is plan.encoder]
+            own = [call for call in online if share_weights(call.encoder, plan.encoder)]
             _refuse_mixing_heads(attached, step, own)
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
@@ -131,7 +131,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         RuntimeError: if something about the step is not as it has to be.
     """
     calls = _calls_of_method(attached, plan, step, loss, batch)
-    online = [c for c in calls if c.output.requires_grad and c.encoder is plan.encoder]
+    with_gradient = (call for call in calls if call.output.requires_grad)
+    online = [call for call in with_gradient if share_weights(call.encoder, plan.encoder)]
     if not online:
         encoders = attached.encoders if attached.plan is None else [plan.encoder]
         if any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
@@ -167,8 +168,9 @@ def _trained_encoder(
     """Give the encoder that the loss trains. Names are a guess: backbone may be a teacher."""
     trains = reached(loss, [call.output for call in online])
     trained = {id(c.encoder): c.encoder for c, is_its in zip(online, trains, strict=True) if is_its}
-    if len(trained) == 1:
-        return next(iter(trained.values()))
+    first = next(iter(trained.values()), None)
+    if first is not None and all(share_weights(first, other) for other in trained.values()):
+        return first
     if trained:
         advice = (
             "What a momentum encoder gives has to be detached. Two encoders that are alike can't "
@@ -207,7 +209,7 @@ def _warn_of_unmasked_targets(
         if not is_trained
         and call.image.shape == shape
         and (
-            call.encoder is not plan.encoder
+            not share_weights(call.encoder, plan.encoder)
             or plan.other_is_momentum
             or id(call.image) in viewed - trained
         )
@@ -358,10 +360,13 @@ def _no_second_view(
         )
     if len({*trained}) > 1:
         advice.append("Make two views of one size.")
-    advice.append(
-        "If one call gets several views concatenated, and the batch doesn't show it, pass views= "
-        "how many."
-    )
+    if any(len(call.image) not in batch_sizes(batch) for call in online):
+        advice.append(
+            "If one call gets several views concatenated, and the batch doesn't show it, pass "
+            "views= how many."
+        )
+    elif len(online) == 1:
+        advice.append("Encode the other view, too.")
     if attached.driver.encodes_others:
         advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
     return (

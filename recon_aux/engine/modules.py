@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, zip_longest
 from os.path import commonprefix
 
@@ -18,11 +19,10 @@ def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Mo
     Raises:
         ValueError: if it isn't a submodule of the model; the message lists those there are.
     """
-    # a module may have two names
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(module, str) and module in modules:
-        return modules[module]
-    if isinstance(module, nn.Module) and any(module is known for known in modules.values()):
+    if isinstance(module, str):
+        with suppress(AttributeError):
+            return model.get_submodule(module)
+    elif any(module is known for known in model.modules()):
         return module
     given = module if isinstance(module, str) else type(module).__name__
     raise ValueError(
@@ -69,6 +69,12 @@ def are_alike(module: nn.Module, other: nn.Module) -> bool:
     """
     pairs = zip_longest(_tensors(module), _tensors(other))
     return next(module.parameters(), None) is not None and all(a == b for a, b in pairs)
+
+
+def share_weights(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are one, or have the very same parameters."""
+    pairs = zip_longest(module.parameters(), other.parameters())
+    return module is other or all(one is another for one, another in pairs)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:

@@ -507,6 +507,63 @@ def test_a_map_that_does_not_show_its_channels_is_asked_for_and_the_advice_helps
     trains(trained, views(), views())
 
 
+# --- names and weights that are shared ---
+
+
+def test_every_name_that_pytorch_accepts_is_accepted() -> None:
+    class Named(Augmenting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__["hidden"] = self.head
+            self.box = torch.compile(nn.Sequential(self.encoder))
+
+        @property
+        def trunk(self) -> nn.Module:
+            return self.encoder
+
+    for backbone, head in (("trunk", "hidden"), ("box.0", "head"), ("encoder", "hidden")):
+        model = Named()
+        assert model.get_submodule(backbone) is model.encoder
+        recon_aux.attach(model, backbone=backbone, heads=[head], interleaved=True)
+        trains(model, photographs(4), photographs(4))
+
+
+def test_heads_may_be_named_by_what_holds_them() -> None:
+    class Held(BYOL):
+        def __init__(self) -> None:
+            super().__init__(encoder(), encoder())
+            self.heads = nn.ModuleDict({"a": self.projector, "b": nn.Linear(WIDTH, 4)})
+            del self.projector
+
+        @property
+        def projector(self) -> Any:
+            return self.heads["a"]
+
+    model = recon_aux.attach(Held(), backbone="online", heads=["heads"])
+    trains(model, views(), views())
+    assert not sees_noise(model, model.target[3], views())
+
+
+def test_two_encoders_of_the_same_weights_are_one() -> None:
+    class Tied(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = encoder(), encoder()
+            self.right[0].weight, self.right[0].bias = self.left[0].weight, self.left[0].bias
+            self.head = SimCLRProjectionHead(WIDTH, 32, 16)
+            self.criterion = NTXentLoss()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            z = self.head(self.left(batch[0])), self.head(self.right(batch[1]))
+            return self.criterion(*z)
+
+    model = recon_aux.attach(Tied(), backbone="left", heads=["head"])
+    seen = rebuilt_from(model)
+    batch = views()
+    trains(model, batch, batch)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], batch, strict=True))
+
+
 # --- calls of other kinds ---
 
 
