@@ -532,7 +532,7 @@ def test_heads_may_be_named_by_what_holds_them() -> None:
     class Held(BYOL):
         def __init__(self) -> None:
             super().__init__(encoder(), encoder())
-            self.heads = nn.ModuleDict({"a": self.projector, "b": nn.Linear(WIDTH, 4)})
+            self.heads: Any = nn.ModuleDict({"a": self.projector, "b": nn.Linear(WIDTH, 4)})
             del self.projector
 
         @property
