@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
 Callback = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Called with the module, its method, and the method's arguments. Returns what the method would."""
 
+# pickle calls it
+_PICKLE = "__reduce_ex__"
+
 
 class MethodHook:
     """Calls a callback in place of one method of one module.
 
     Unlike torch's own hooks it also sees calls of ``module.forward`` and of any other method. It
     is an attribute of the instance: the module's class, parameters and ``state_dict`` stay as they
-    are. A copy of the module has a copy of the hook.
+    are. A deep copy of the module has a copy of the hook. What is pickled of the module has none,
+    unless it is the attached model.
 
     Args:
         module: whose method it is.
@@ -39,8 +44,8 @@ class MethodHook:
         >>> layer(None)
         'replaced'
         >>> hook.remove()
-        >>> "forward" in vars(layer)
-        False
+        >>> vars(layer).keys() == vars(nn.Linear(2, 2)).keys()
+        True
     """
 
     def __init__(self, module: nn.Module, method: str, callback: Callback) -> None:
@@ -50,17 +55,29 @@ class MethodHook:
         # an instance may have a method of its own over its class's
         self.replaced: Callable[..., Any] | None = vars(module).get(method)
         vars(module)[method] = self
+        if _PICKLE not in vars(module) and not _is_attached(module):
+            MethodHook(module, _PICKLE, _without_hooks)
+
+    @property
+    def original(self) -> Callable[..., Any] | None:
+        """The instance's own method, if it had one before all hooks."""
+        replaced = self.replaced
+        return replaced.original if isinstance(replaced, MethodHook) else replaced
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method itself, where Lightning and inspect look for its signature."""
-        if isinstance(self.replaced, MethodHook):
-            return self.replaced.__wrapped__
-        if self.replaced is not None:
-            return self.replaced
+        if self.original is not None:
+            return self.original
         # looked up anew each time: a copy is bound to itself
         bound: Callable[..., Any] = getattr(type(self.module), self.method).__get__(self.module)
         return bound
+
+    def __getattr__(self, name: str) -> Any:
+        """Give the method's attributes: torch.export and torch.jit.script read its code."""
+        if name == "__wrapped__" or not vars(self):
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method through the callback."""
@@ -72,13 +89,63 @@ class MethodHook:
             return method(*args, **kwargs)
         return self.callback(self.module, method, args, kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module's own method, but an attached model's hooks as they are."""
+        if _is_attached(self.module):
+            return object.__new__, (MethodHook,), vars(self)
+        return getattr, (self.module, self.method)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodHook:
+        """Copy the hook with its module."""
+        twin = memo[id(self)] = object.__new__(MethodHook)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def remove(self) -> None:
         """Give the module its method back. Code that still holds the hook calls that method."""
         self.callback = None
-        if vars(self.module).get(self.method) is self:
-            del vars(self.module)[self.method]
+        attributes = vars(self.module)
+        if attributes.get(self.method) is self:
+            del attributes[self.method]
             if self.replaced is not None:
-                vars(self.module)[self.method] = self.replaced
+                attributes[self.method] = self.replaced
+        if list(hooks_in(attributes)) == [_PICKLE]:
+            attributes[_PICKLE].remove()
+
+
+class _State(dict[str, Any]):
+    """A module's attributes without its hooks, which come back in a deep copy."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.hooks = hooks_in(attributes)
+        super().__init__({name: x for name, x in attributes.items() if name not in self.hooks})
+        own = {name: hook.original for name, hook in self.hooks.items()}
+        self.update({name: method for name, method in own.items() if method is not None})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a plain dict."""
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """Copy the hooks, too."""
+        return copy.deepcopy({**self, **self.hooks}, memo)
+
+
+def _without_hooks(module: nn.Module, reduce: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Leave the hooks out of what is pickled of a module."""
+    function, given, *state = reduce(*args, **kwargs)
+    given = tuple(dict(_State(x)) if isinstance(x, dict) else x for x in given)
+    return function, given, *(_State(x) if isinstance(x, dict) else x for x in state)
+
+
+def _is_attached(module: nn.Module) -> bool:
+    return "recon_aux" in vars(module).get("_modules", ())
+
+
+def hooks_in(attributes: dict[str, Any]) -> dict[str, MethodHook]:
+    """Give a module's hooks by their methods."""
+    hooks = {name: x for name, x in attributes.items() if isinstance(x, MethodHook)}
+    return {name: hook for name, hook in hooks.items() if hook.method == name}
 
 
 def find_hooks(*models: nn.Module) -> list[MethodHook]:
