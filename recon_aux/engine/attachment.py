@@ -14,7 +14,7 @@ from recon_aux.engine.compiling import around_compiled, not_compiled, run_eagerl
 from recon_aux.engine.discover import Plan, discover, refuse_manual_optimization, replay
 from recon_aux.engine.drivers import driver_for
 from recon_aux.engine.encoder import Features
-from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks, hooks_in
+from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.modules import (
     describe_children,
     find_copies,
@@ -61,6 +61,7 @@ class Attachment:
         self.encoders: list[nn.Module] = []
         self.heads: list[nn.Module] = []
         self.mask: HeadMask | None = None
+        self.hooks: list[MethodHook] = []
         self.record(encoder)
         self.record_copies()
         self.auto_weight = AutoWeight()
@@ -68,8 +69,10 @@ class Attachment:
         self.updates: DecoderUpdates | None = DecoderUpdates()
         self.warned_of_frozen = False
         if not self.driver.encodes_others:
-            MethodHook(model, "training_step", self.run_step)
-            MethodHook(model, "configure_optimizers", self.configure_optimizers)
+            self.hooks += [
+                MethodHook(model, "training_step", self.run_step),
+                MethodHook(model, "configure_optimizers", self.configure_optimizers),
+            ]
 
     @property
     def aux(self) -> AttachedReconAux:
@@ -104,7 +107,7 @@ class Attachment:
         encoder = encoder if self.backbone_method == "forward" else unwrap(encoder)
         if not any(encoder is known for known in self.encoders):
             self.encoders.append(encoder)
-            self.recorder.hook(encoder, self.backbone_method)
+            self.hooks.append(self.recorder.hook(encoder, self.backbone_method))
 
     def record_copies(self) -> None:
         """Record momentum encoders, too: in MoCo their features are the other view's."""
@@ -116,7 +119,7 @@ class Attachment:
         for head in heads:
             if self.mask and not any(head is known for known in self.heads):
                 self.heads.append(head)
-                MethodHook(head, "forward", self.mask)
+                self.hooks.append(MethodHook(head, "forward", self.mask))
 
     def mask_momentum_heads(self) -> None:
         """Hide the equivariant channels from momentum heads, too, unless one was named."""
@@ -125,11 +128,6 @@ class Attachment:
             copies = [known for known in self.encoders if known is not self.encoder]
             self.mask_heads(find_momentum_heads(self.model, self.encoder, copies, self.heads))
 
-    @property
-    def hooks(self) -> list[MethodHook]:
-        """Every hook, also those that came with a copied submodule."""
-        return find_hooks(self.model, *self.heads, *self.encoders)
-
     def remove(self) -> None:
         """Take all hooks off again."""
         hooks = self.hooks
@@ -137,23 +135,22 @@ class Attachment:
             for hook in hooks:
                 hook.remove()
             # a copied module may carry another hook of ours
-            hooks = [
-                hook
-                for hook in self.hooks
-                if hook.callback is not None or vars(hook.module).get(hook.method) is hook
-            ]
+            hooks = find_hooks(self.model, *self.heads)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the encoders' and heads' hooks, without which these modules are pickled."""
-        hooks = [hook for hook in self.hooks if hook.module is not self.model]
-        return {**vars(self), "hooks": [(x.module, x.method, x.callback) for x in hooks]}
+        """List the hooks of encoders and heads, which are pickled without them."""
+        own = [hook for hook in self.hooks if hook.module is self.model]
+        found = [h for h in find_hooks(self.model, *self.heads) if h.module is not self.model]
+        others = [(hook.module, hook.method, hook.callback) for hook in found]
+        return {**vars(self), "hooks": own, "others": others}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on in a copy of the model. A copy of the encoder alone records nothing."""
-        for module, method, callback in state.pop("hooks"):
-            if method not in hooks_in(vars(module)):
-                MethodHook(module, method, callback)
+        others = state.pop("others")
         vars(self).update(state)
+        for module, method, callback in others:
+            if not isinstance(vars(module).get(method), MethodHook):
+                MethodHook(module, method, callback)
         if self.driver.encodes_others:
             self.driver.start(self.encoders)
 

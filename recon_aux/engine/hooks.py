@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 Callback = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Called with the module, its method, and the method's arguments. Returns what the method would."""
-
-# pickle calls it
-_PICKLE = "__reduce_ex__"
 
 
 class MethodHook:
@@ -48,6 +46,9 @@ class MethodHook:
         True
     """
 
+    # inspect, and so torch.jit.script, reads the source of nothing but methods
+    __class__ = MethodType  # type: ignore[assignment]
+
     def __init__(self, module: nn.Module, method: str, callback: Callback) -> None:
         self.module = module
         self.method = method
@@ -55,8 +56,9 @@ class MethodHook:
         # an instance may have a method of its own over its class's
         self.replaced: Callable[..., Any] | None = vars(module).get(method)
         vars(module)[method] = self
-        if _PICKLE not in vars(module) and not _is_attached(module):
-            MethodHook(module, _PICKLE, _without_hooks)
+        pickles_plain = "recon_aux" not in vars(module).get("_modules", ())
+        if pickles_plain and "__reduce_ex__" not in vars(module):
+            MethodHook(module, "__reduce_ex__", _without_hooks)
 
     @property
     def original(self) -> Callable[..., Any] | None:
@@ -74,10 +76,22 @@ class MethodHook:
         return bound
 
     def __getattr__(self, name: str) -> Any:
-        """Give the method's attributes: torch.export and torch.jit.script read its code."""
+        """Give the method's own attributes: torch.export and torch.jit.script read its code."""
         if name == "__wrapped__" or not vars(self):
             raise AttributeError(name)
         return getattr(self.__wrapped__, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module's own method, or live if so the module is pickled."""
+        if self.callback is None or "__reduce_ex__" in vars(self.module):
+            return getattr, (self.module, self.method)
+        return object.__new__, (MethodHook,), vars(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodHook:
+        """Hook the copied module."""
+        twin = memo[id(self)] = object.__new__(MethodHook)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method through the callback."""
@@ -89,70 +103,48 @@ class MethodHook:
             return method(*args, **kwargs)
         return self.callback(self.module, method, args, kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the module's own method, but an attached model's hooks as they are."""
-        if _is_attached(self.module):
-            return object.__new__, (MethodHook,), vars(self)
-        return getattr, (self.module, self.method)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodHook:
-        """Copy the hook with its module."""
-        twin = memo[id(self)] = object.__new__(MethodHook)
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
-
     def remove(self) -> None:
         """Give the module its method back. Code that still holds the hook calls that method."""
         self.callback = None
-        attributes = vars(self.module)
-        if attributes.get(self.method) is self:
-            del attributes[self.method]
+        if vars(self.module).get(self.method) is self:
+            del vars(self.module)[self.method]
             if self.replaced is not None:
-                attributes[self.method] = self.replaced
-        if list(hooks_in(attributes)) == [_PICKLE]:
-            attributes[_PICKLE].remove()
+                vars(self.module)[self.method] = self.replaced
+        if list(_State(vars(self.module)).hooks) == ["__reduce_ex__"]:
+            vars(self.module)["__reduce_ex__"].remove()
 
 
 class _State(dict[str, Any]):
-    """A module's attributes without its hooks, which come back in a deep copy."""
+    """A module's attributes without its hooks, which only a deep copy gets."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
-        self.hooks = hooks_in(attributes)
-        super().__init__({name: x for name, x in attributes.items() if name not in self.hooks})
-        own = {name: hook.original for name, hook in self.hooks.items()}
-        self.update({name: method for name, method in own.items() if method is not None})
+        super().__init__(attributes)
+        hooks = {name: x for name, x in attributes.items() if isinstance(x, MethodHook)}
+        self.hooks = {name: hook for name, hook in hooks.items() if name == hook.method}
+        for name, hook in self.hooks.items():
+            del self[name]
+            if hook.original is not None:
+                self[name] = hook.original
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a plain dict."""
         return dict, (dict(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """Copy the hooks, too."""
         return copy.deepcopy({**self, **self.hooks}, memo)
 
 
 def _without_hooks(module: nn.Module, reduce: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Leave the hooks out of what is pickled of a module."""
     function, given, *state = reduce(*args, **kwargs)
-    given = tuple(dict(_State(x)) if isinstance(x, dict) else x for x in given)
-    return function, given, *(_State(x) if isinstance(x, dict) else x for x in state)
-
-
-def _is_attached(module: nn.Module) -> bool:
-    return "recon_aux" in vars(module).get("_modules", ())
-
-
-def hooks_in(attributes: dict[str, Any]) -> dict[str, MethodHook]:
-    """Give a module's hooks by their methods."""
-    hooks = {name: x for name, x in attributes.items() if isinstance(x, MethodHook)}
-    return {name: hook for name, hook in hooks.items() if hook.method == name}
+    given = (dict(_State(x)) if isinstance(x, dict) else x for x in given)
+    return function, tuple(given), *(_State(x) if isinstance(x, dict) else x for x in state)
 
 
 def find_hooks(*models: nn.Module) -> list[MethodHook]:
     """Find every hook in some modules, also those that came with a copied submodule."""
     modules = (module for model in models for module in model.modules())
     values = (value for module in modules for value in vars(module).values())
-    return [value for value in values if isinstance(value, MethodHook)]
+    hooks = (value for value in values if isinstance(value, MethodHook))
+    return [hook for hook in hooks if vars(hook.module).get(hook.method) is hook]
 
 
 class EncoderRecorder:
