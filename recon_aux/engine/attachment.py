@@ -149,8 +149,9 @@ class Attachment:
         others = state.pop("others")
         vars(self).update(state)
         for module, method, callback in others:
-            if not isinstance(vars(module).get(method), MethodHook):
-                MethodHook(module, method, callback)
+            known = isinstance(vars(module).get(method), MethodHook)
+            hook = vars(module)[method] if known else MethodHook(module, method, callback)
+            self.hooks.append(hook)
         if self.driver.encodes_others:
             self.driver.start(self.encoders)
 
