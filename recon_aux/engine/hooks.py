@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -32,7 +34,8 @@ class MethodHook:
 
     Unlike torch's own hooks it also sees calls of ``module.forward`` and of any other method. It
     is an attribute of the instance: the module's class, parameters and ``state_dict`` stay as they
-    are. A copy of the module has a copy of the hook.
+    are. A deep copy of the module has a copy of the hook. What is pickled of the module has none,
+    unless it is the attached model.
 
     Args:
         module: whose method it is.
@@ -45,9 +48,12 @@ class MethodHook:
         >>> layer(None)
         'replaced'
         >>> hook.remove()
-        >>> "forward" in vars(layer)
-        False
+        >>> vars(layer).keys() == vars(nn.Linear(2, 2)).keys()
+        True
     """
+
+    # inspect, and so torch.jit.script, reads the source of nothing but methods
+    __class__ = MethodType  # type: ignore[assignment]
 
     def __init__(self, module: nn.Module, method: str, callback: Callback) -> None:
         self.module = module
@@ -56,17 +62,42 @@ class MethodHook:
         # an instance may have a method of its own over its class's
         self.replaced: Callable[..., Any] | None = vars(module).get(method)
         vars(module)[method] = self
+        pickles_plain = "recon_aux" not in vars(module).get("_modules", ())
+        if pickles_plain and "__reduce_ex__" not in vars(module):
+            MethodHook(module, "__reduce_ex__", _without_hooks)
+
+    @property
+    def original(self) -> Callable[..., Any] | None:
+        """The instance's own method, if it had one before all hooks."""
+        replaced = self.replaced
+        return replaced.original if isinstance(replaced, MethodHook) else replaced
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method itself, where Lightning and inspect look for its signature."""
-        if isinstance(self.replaced, MethodHook):
-            return self.replaced.__wrapped__
-        if self.replaced is not None:
-            return self.replaced
+        if self.original is not None:
+            return self.original
         # looked up anew each time: a copy is bound to itself
         bound: Callable[..., Any] = getattr(type(self.module), self.method).__get__(self.module)
         return bound
+
+    def __getattr__(self, name: str) -> Any:
+        """Give the method's own attributes: torch.export and torch.jit.script read its code."""
+        if name == "__wrapped__" or not vars(self):
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module's own method, or live if so the module is pickled."""
+        if self.callback is None or "__reduce_ex__" in vars(self.module):
+            return getattr, (self.module, self.method)
+        return object.__new__, (MethodHook,), vars(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodHook:
+        """Hook the copied module."""
+        twin = memo[id(self)] = object.__new__(MethodHook)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method through the callback."""
@@ -85,13 +116,41 @@ class MethodHook:
             del vars(self.module)[self.method]
             if self.replaced is not None:
                 vars(self.module)[self.method] = self.replaced
+        if list(_State(vars(self.module)).hooks) == ["__reduce_ex__"]:
+            vars(self.module)["__reduce_ex__"].remove()
+
+
+class _State(dict[str, Any]):
+    """A module's attributes without its hooks, which only a deep copy gets."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        super().__init__(attributes)
+        hooks = {name: x for name, x in attributes.items() if isinstance(x, MethodHook)}
+        self.hooks = {name: hook for name, hook in hooks.items() if name == hook.method}
+        for name, hook in self.hooks.items():
+            del self[name]
+            if hook.original is not None:
+                self[name] = hook.original
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy({**self, **self.hooks}, memo)
+
+
+def _without_hooks(module: nn.Module, reduce: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    function, given, *state = reduce(*args, **kwargs)
+    given = (dict(_State(x)) if isinstance(x, dict) else x for x in given)
+    return function, tuple(given), *(_State(x) if isinstance(x, dict) else x for x in state)
 
 
 def find_hooks(*models: nn.Module) -> list[MethodHook]:
     """Find every hook in some modules, also those that came with a copied submodule."""
     modules = (module for model in models for module in model.modules())
     values = (value for module in modules for value in vars(module).values())
-    return [value for value in values if isinstance(value, MethodHook)]
+    hooks = (value for value in values if isinstance(value, MethodHook))
+    return [hook for hook in hooks if vars(hook.module).get(hook.method) is hook]
 
 
 class EncoderRecorder:
