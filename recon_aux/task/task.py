@@ -25,6 +25,7 @@ from recon_aux.task.terms.prediction import PredictionTerm
 from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
+from recon_aux.task.turns import start_turn, takes_turn
 
 
 @dataclass
@@ -200,7 +201,7 @@ class ReconAux(nn.Module):
         check_views(views, features, options, self.decoder.queries.device)
         weight = self.weight if self.enabled else 0.0
         # an evaluation takes no turn
-        self._calls += torch.is_grad_enabled()
+        self._calls += torch.is_grad_enabled() and takes_turn(self)
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
         parts = [options.part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
@@ -292,6 +293,7 @@ class ReconAux(nn.Module):
         """Load, but keep the decoder as it is where the checkpoint has none or another one."""
         # losses that are on their way from the GPU belong to the old weights
         self.finite_check = FiniteCheck()
+        start_turn(self)
         if not _has_this_decoder(state_dict, prefix, self.options, errors=rest[-1]):
             # the submodules load from this dict, too
             own = self.state_dict()
