@@ -1,8 +1,9 @@
-"""Refuse losses that aren't finite, without waiting for a GPU."""
+"""Refuse losses that aren't finite, and warn of one that runs away, without waiting for a GPU."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 # Overflows in a row that a loss scaler may skip. torch's needs 16 steps to come down to a scale of
 # 1. With gradient accumulation, a step is several calls.
 _MANY_OVERFLOWS = 200
+# A loss runs away if it is so many times the normal one, in so many calls in a row. Untrained
+# decoders reach 9 times where the first batch was unlike the rest. Good training stays below 1.5.
+_FAR, _IN_A_ROW = 20, 2
 
 
 class FiniteCheck:
@@ -24,10 +28,13 @@ class FiniteCheck:
 
     In float16 a loss scaler skips steps that overflow. There a loss is refused only after more than
     200 such steps in a row, or if the views aren't finite.
+
+    It warns once if a finite loss runs away: more than 20 times the normal loss, twice in a row.
     """
 
     def __init__(self) -> None:
         self.overflows = 0
+        self.far = 0
         # step, whether a loss scaler may skip it, its numbers, the event of their arrival
         self.under_way: deque[tuple[int, bool, Tensor, Any]] = deque()
 
@@ -36,12 +43,15 @@ class FiniteCheck:
         return {**vars(self), "under_way": deque()}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, step: int, loss: Tensor, views: Tensor, features: Sequence[Tensor]) -> None:
+    def __call__(
+        self, step: int, loss: Tensor, normal: Tensor, views: Tensor, features: Sequence[Tensor]
+    ) -> None:
         """Take note of this step's loss, and judge those of earlier steps that have arrived.
 
         Args:
             step: its number.
             loss: a scalar.
+            normal: about what the loss is for a decoder that knows nothing, a scalar.
             views: both, in one tensor.
             features: of both views.
 
@@ -54,7 +64,7 @@ class FiniteCheck:
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         )
         ranges = [bound for x in (views, *features) for bound in x.detach().aminmax()]
-        numbers = torch.stack([x.float() for x in (loss.detach(), *ranges)])
+        numbers = torch.stack([x.float() for x in (loss.detach(), normal, *ranges)])
         self.under_way.append((step, scaled, *_send(numbers)))
         self._judge_arrived(wait=False)
 
@@ -77,9 +87,10 @@ class FiniteCheck:
             self.under_way.popleft()
             self._judge(step, scaled, *numbers.tolist())
 
-    def _judge(self, step: int, scaled: bool, loss: float, *bounds: float) -> None:
+    def _judge(self, step: int, scaled: bool, loss: float, normal: float, *bounds: float) -> None:
         if math.isfinite(loss):
             self.overflows = 0
+            self._judge_finite(step, loss, normal)
             return
         self.overflows += 1
         views_are_finite = all(map(math.isfinite, bounds[:2]))
@@ -93,6 +104,19 @@ class FiniteCheck:
             f"pixels range from {spans[0]}, the features from {spans[1]} and {spans[2]}. Look for "
             f"NaN or infinity in {place}, or train with a lower learning rate or weight="
         )
+
+    def _judge_finite(self, step: int, loss: float, normal: float) -> None:
+        # stays at its end, so that there is one warning
+        if self.far < _IN_A_ROW:
+            self.far = self.far + 1 if loss > _FAR * normal else 0
+            if self.far == _IN_A_ROW:
+                warnings.warn(
+                    "recon_aux: expected a loss, before the weight, of "
+                    f"{2 * normal:.3g} or less, got {loss:.4g} in step {step}: the training runs "
+                    "away. Lower the learning rate, or the decoder's alone: pass decoder_lr= to "
+                    "attach, or give the decoder a parameter group of its own.",
+                    stacklevel=2,
+                )
 
 
 def _send(numbers: Tensor) -> tuple[Tensor, Any]:

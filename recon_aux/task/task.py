@@ -25,6 +25,7 @@ from recon_aux.task.terms.prediction import PredictionTerm
 from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
+from recon_aux.task.turns import start_turn, takes_turn
 
 
 @dataclass
@@ -33,7 +34,9 @@ class ReconAuxOutput:
 
     Attributes:
         loss: what to add to the method's loss: ``weight`` times ``unweighted_loss``.
-        unweighted_loss: the four terms, summed with their weights.
+        unweighted_loss: the four terms, summed with their weights. A decoder that knows nothing has
+            about 40 by default, for each term is about 1 to 1.5 then, and it falls. A warning says
+            once if it runs away.
         reconstruction_loss: of the decoder.
         registration_loss: 0 where ``registration=0``.
         statistics_loss: 0 where ``statistics=0``.
@@ -200,7 +203,7 @@ class ReconAux(nn.Module):
         check_views(views, features, options, self.decoder.queries.device)
         weight = self.weight if self.enabled else 0.0
         # an evaluation takes no turn
-        self._calls += torch.is_grad_enabled()
+        self._calls += torch.is_grad_enabled() and takes_turn(self)
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
         parts = [options.part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
@@ -221,7 +224,10 @@ class ReconAux(nn.Module):
             }
             loss = rebuilding + sum(getattr(options, name) * terms[name] for name in TERMS)
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-        self.finite_check(self._calls, loss, both, features)
+            # the terms are about 1 each for a decoder that knows nothing
+            weights = 1 + options.structure + sum(getattr(options, name) for name in TERMS)
+            normal = white.square().mean() + weights
+        self.finite_check(self._calls, loss, normal, both, features)
         return ReconAuxOutput(
             loss=weight * loss,
             unweighted_loss=loss.detach(),
@@ -292,6 +298,7 @@ class ReconAux(nn.Module):
         """Load, but keep the decoder as it is where the checkpoint has none or another one."""
         # losses that are on their way from the GPU belong to the old weights
         self.finite_check = FiniteCheck()
+        start_turn(self)
         if not _has_this_decoder(state_dict, prefix, self.options, errors=rest[-1]):
             # the submodules load from this dict, too
             own = self.state_dict()
