@@ -229,6 +229,7 @@ def test_changed_images_are_recognised(change: Callable[[Tensor], Tensor]) -> No
         view0, view1 = pairs(40)
         return view0, change(view1)
 
+    assert _standard_errors(*map(_cells, views()))[0] > 20
     assert decide(views, 5) == (True, [])
     assert decide(lambda: (shifted(40)[0], change(shifted(40)[1])), 8)[0] is False
 
