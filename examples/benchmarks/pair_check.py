@@ -139,22 +139,20 @@ def measure(name: str, images: Tensor, args: argparse.Namespace) -> dict[str, An
 
 
 def table(done: list[Record]) -> str:
-    """Put transforms and batch sizes one below the other, data set by data set."""
-    text = []
+    """Put data sets, transforms and batch sizes one below the other."""
+    titles = ["views", "batch", "false alarms", "steps until sure", *WRONG, "steps until reported"]
+    grid = markdown_table(titles)
+    grid.columns[0].header = "data"
     for run in done:
-        columns = ["batch", "false alarms", "steps until sure", *WRONG, "steps until reported"]
-        grid = markdown_table(columns)
-        grid.columns[0].header = "views"
-        for name, sizes in run["results"].items():
+        data = f"{run['data']}, {run['options']['image_size']} px"
+        for views, sizes in run["results"].items():
             for batch_size, found in sizes.items():
                 correct = found["paired"]
-                caught = [f"{found[k]['reported']} of {found[k]['runs']}" for k in WRONG]
                 alarms = f"{correct['reported']} of {correct['runs']}"
                 sure, reported = _quantiles([correct]), _quantiles([found[k] for k in WRONG])
-                grid.add_row(name, batch_size, alarms, sure, *caught, reported)
-        size = run["options"]["image_size"]
-        text += [f"{run['data']}, {size} pixels; steps: median, 95 %", as_text(grid)]
-    return "\n".join(text)
+                caught = [f"{found[k]['reported']} of {found[k]['runs']}" for k in WRONG]
+                grid.add_row(data, views, batch_size, alarms, sure, *caught, reported)
+    return as_text(grid)
 
 
 def _quantiles(kinds: list[dict[str, Any]]) -> str:

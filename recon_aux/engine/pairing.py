@@ -17,8 +17,8 @@ _FEW, _MANY = 32, 256
 class PairCheck:
     """Gathers rows of two views over steps, until it is sure whether they are paired.
 
-    Views of one image are more alike than views of two. So the similarity of row i and row i is
-    compared with that of row i and row j. Over random pairings, the sum over rows has a mean and a
+    Views of one image are more alike than views of two. So the similarity of row i to row i is
+    compared with that of row i to row j. Over random pairings, the sum over rows has a mean and a
     variance that are known for any images (Hoeffding 1951). Pairs are many standard errors above.
 
     Attributes:
@@ -31,7 +31,7 @@ class PairCheck:
 
     @torch.no_grad()
     def __call__(self, view0: Tensor, view1: Tensor) -> bool:
-        """Look at a step's views, (B, C, H, W); say once that they are not paired."""
+        """Look at a step's views, (B, C, H, W). Return True once: if they aren't paired."""
         if self.paired is not None or view0.shape != view1.shape:
             return False
         self._rows.append(torch.stack([_cells(view[:_MANY]) for view in (view0, view1)], 1))
@@ -40,7 +40,7 @@ class PairCheck:
         rows = torch.cat([x.cpu() for x in self._rows])[-_MANY:]
         errors, telling = _standard_errors(rows[:, 0], rows[:, 1])
         count = int(telling.sum())
-        # views that are hardly alike are 0.4 of a standard error above for each row's root
+        # views of one image that are hardly alike have 0.4 * count**0.5, give or take 1
         if errors < min(0.4 * count**0.5 - 4, 2) or errors > 6 or count == _MANY:
             self.paired = errors > 4
         self._rows = [] if self.paired is not None else [rows[telling]]
@@ -53,7 +53,7 @@ def _cells(view: Tensor) -> Tensor:
     cells = cells - cells.mean((1, 2), keepdim=True)
     norm = cells.flatten(1).norm(dim=1)[:, None, None]
     # what isn't finite is as good as blank
-    return torch.where((norm > _BLANK * _SIDE) & norm.isfinite(), cells / norm, 0)
+    return torch.where(norm > _BLANK * _SIDE, cells / norm, 0)
 
 
 def _standard_errors(cells0: Tensor, cells1: Tensor) -> tuple[float, Tensor]:

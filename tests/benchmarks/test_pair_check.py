@@ -37,11 +37,11 @@ def test_false_alarms_and_catches_are_measured(tmp_path: Path) -> None:
                 assert min(map(int, kind["steps"])) * int(batch_size) >= 32
     assert rows((out / "table.md").read_text()) == rows(table([run]))
     shown = rows(printed)
-    assert [row[:3] for row in shown[1:]] == [
-        ["DINO", "8", "0 of 5"],
-        ["DINO", "40", "0 of 5"],
-        ["probed", "8", "0 of 5"],
-        ["probed", "40", "0 of 5"],
+    assert [row[:4] for row in shown[1:]] == [
+        ["some, 16 px", "DINO", "8", "0 of 5"],
+        ["some, 16 px", "DINO", "40", "0 of 5"],
+        ["some, 16 px", "probed", "8", "0 of 5"],
+        ["some, 16 px", "probed", "40", "0 of 5"],
     ]
 
 

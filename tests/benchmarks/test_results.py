@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import natural_images
+from benchmarks import natural_images, pair_check
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
 from helpers.running import rows
@@ -24,6 +24,8 @@ README = (ROOT / "README.md").read_text()
 
 def made_of(folder: Path) -> str:
     """Make a folder's table anew."""
+    if folder.name == "pair-check":
+        return pair_check.table(kept(folder))
     make = natural_images.tables if folder.name.startswith("natural") else compare.table
     return make(kept(folder))
 
@@ -191,3 +193,17 @@ def test_the_first_screens_figures_are_of_the_digits_record() -> None:
     means = [natural_images.mean_r2(part) for part in (attached, bare)]
     assert "mean R² of {:.2f} instead of {:.2f}".format(*means) in text
     assert f"{attached['linear']:.1f} % instead of {bare['linear']:.1f} %" in text
+
+
+def test_the_table_of_the_pair_check_is_that_of_the_records() -> None:
+    _, text = (ROOT / "docs" / "results.md").read_text().split("## Are the two views of the same")
+    assert rows(text.split("\n## ")[0]) == rows(made_of(RESULTS / "pair-check"))
+
+
+def test_the_pair_check_has_no_false_alarm_and_misses_hardly_any() -> None:
+    runs = kept(RESULTS / "pair-check")
+    found = [sizes for run in runs for name in run["results"].values() for sizes in name.values()]
+    assert sum(sizes["paired"]["runs"] for sizes in found) > 10_000
+    assert sum(sizes["paired"]["reported"] for sizes in found) == 0
+    wrong = [sizes[kind] for sizes in found for kind in pair_check.WRONG]
+    assert sum(kind["reported"] for kind in wrong) > 0.99 * sum(kind["runs"] for kind in wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import permutations
 
 import pytest
 import torch
@@ -114,17 +115,100 @@ def test_blank_rows_do_not_count() -> None:
     assert decide(views, 40) == (True, [])
 
 
-def test_random_pairings_are_as_alike_as_expected() -> None:
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_over_all_pairings_the_errors_are_standard(count: int) -> None:
     # of correlated images, so that some are alike to many
-    images = torch.rand(40, 3, 8, 8) + torch.rand(40, 1, 1, 1) * torch.rand(3, 8, 8) * 3
+    images = torch.rand(count, 3, 8, 8) + torch.rand(count, 1, 1, 1) * torch.rand(3, 8, 8)
     cells = _cells(images)
-    errors = torch.tensor(
-        [_standard_errors(cells, cells[torch.randperm(40)])[0] for _ in range(300)]
-    )
-    assert abs(errors.mean()) < 3 / 300**0.5
-    assert 0.85 < errors.std() < 1.15
-    # every image is its own nearest
-    assert _standard_errors(cells, cells)[0] > 20
+    orders = list(permutations(range(count)))
+    errors = torch.tensor([_standard_errors(cells, cells[list(order)])[0] for order in orders])
+    assert abs(errors.mean()) < 1e-4
+    assert abs(errors.std(correction=0) - 1) < 1e-4
+    # every image is nearest to itself
+    assert errors.argmax() == 0
+
+
+Looks = list[Pair]
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Looks]:
+    """Say what each look finds; return a list to which each adds the cells that it was given."""
+
+    def say(errors: float, dropped: int = 0) -> Looks:
+        seen: Looks = []
+
+        def standard_errors(cells0: Tensor, cells1: Tensor) -> tuple[float, Tensor]:
+            seen.append((cells0, cells1))
+            return errors, torch.arange(len(cells0)) >= dropped
+
+        monkeypatch.setattr("recon_aux.engine.pairing._standard_errors", standard_errors)
+        return seen
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("rows", "errors", "paired"),
+    [
+        (40, 6.1, True),
+        (40, 5.9, None),
+        # 0.4 times the root of the rows, less 4
+        (36, -1.5, None),
+        (36, -1.7, False),
+        (100, 0.1, None),
+        (100, -0.1, False),
+        # but 2 at most
+        (250, 1.9, False),
+        (250, 2.2, None),
+        # and then it is decided
+        (256, 4.1, True),
+        (256, 3.9, False),
+        # as where no two rows differ
+        (40, torch.nan, None),
+    ],
+)
+def test_a_look_decides(
+    looks: Callable[..., Looks], rows: int, errors: float, paired: bool | None
+) -> None:
+    looks(errors)
+    check = PairCheck()
+    assert check(*pairs(rows)) is (paired is False)
+    assert check.paired is paired
+
+
+def test_looks_are_at_the_first_rows_of_a_call_and_the_last_of_all(
+    looks: Callable[..., Looks],
+) -> None:
+    seen = looks(3, dropped=10)
+    check = PairCheck()
+    steps = [pairs(31), pairs(1), pairs(300)]
+    for step in steps:
+        check(*step)
+    # the first 31 rows are no look; then 10 are dropped, and 256 are kept
+    assert [len(cells0) for cells0, _ in seen] == [32, 256]
+    for i in (0, 1):
+        assert torch.equal(seen[0][i], torch.cat([_cells(step[i]) for step in steps[:2]]))
+        assert torch.equal(seen[1][i], _cells(steps[2][i][:256]))
+    check(*pairs(5))
+    assert [len(cells0) for cells0, _ in seen] == [32, 256, 251]
+
+
+def test_autocast_changes_nothing() -> None:
+    cells0, cells1 = map(_cells, pairs(40))
+    expected, _ = _standard_errors(cells0, cells1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _standard_errors(cells0, cells1)[0] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_brightness_is_compared(dtype: torch.dtype) -> None:
+    view = torch.rand(4, 3, 32, 32).to(dtype)
+    cells = _cells(view)
+    assert cells.dtype == torch.float32
+    torch.testing.assert_close(cells, _cells(view.float().mean(1, keepdim=True)))
+    torch.testing.assert_close(cells.mean((1, 2)), torch.zeros(4))
+    torch.testing.assert_close(cells.square().sum((1, 2)), torch.ones(4))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +229,7 @@ def test_changed_images_are_recognised(change: Callable[[Tensor], Tensor]) -> No
         view0, view1 = pairs(40)
         return view0, change(view1)
 
+    assert _standard_errors(*map(_cells, views()))[0] > 20
     assert decide(views, 5) == (True, [])
     assert decide(lambda: (shifted(40)[0], change(shifted(40)[1])), 8)[0] is False
 
