@@ -537,7 +537,7 @@ def test_heads_may_be_named_by_what_holds_them() -> None:
 
         @property
         def projector(self) -> Any:
-            return self.heads["a"]
+            return self.get_submodule("heads.a")
 
     model = recon_aux.attach(Held(), backbone="online", heads=["heads"])
     trains(model, views(), views())
