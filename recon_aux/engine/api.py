@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from recon_aux.engine.attachment import Attachment
 from recon_aux.engine.auto_weight import AttachedReconAux
 from recon_aux.engine.discover import refuse_manual_optimization
-from recon_aux.engine.drivers import has_training_step
+from recon_aux.engine.drivers import driver_for, has_training_step
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
-from recon_aux.engine.hooks import HeadMask
+from recon_aux.engine.hooks import EncoderRecorder, HeadMask
 from recon_aux.engine.modules import find_copies_outside, find_module, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
@@ -111,7 +111,9 @@ def attach(
     own = DecoderGroup(decoder_lr, decoder_weight_decay)
     _check(model, views, own, options)
     encoder = find_module(model, backbone, "backbone")
-    found = _find_heads(model, heads, encoder)
+    found = _find_modules(model, heads, "heads")
+    _refuse_heads_within(encoder, found)
+    momentum = _find_modules(model, momentum_encoders, "momentum_encoders")
     # the encoder may run a head of the model's
     with evaluating(model):
         shape = encoder_shape(
@@ -125,22 +127,9 @@ def attach(
     aux = _build(shape, options)
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    attached = Attachment(
-        model,
-        encoder,
-        backbone_method,
-        features,
-        shape.channels,
-        views,
-        interleaved,
-        [
-            module
-            if isinstance(module, nn.Module)
-            else find_module(model, module, "momentum_encoders")
-            for module in momentum_encoders
-        ],
-        own,
-    )
+    recorder = EncoderRecorder(features, shape.channels, driver_for(model))
+    encoders = [encoder, *momentum]
+    attached = Attachment(model, encoders, backbone_method, recorder, views, interleaved, own)
     if aux.splitter.equivariant_dim:
         attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
         attached.mask_heads(found)
@@ -308,15 +297,19 @@ def _build(shape: EncoderShape, options: dict[str, Any]) -> AttachedReconAux:
     return aux
 
 
-def _find_heads(
-    model: nn.Module, heads: Sequence[str | nn.Module], encoder: nn.Module
+def _find_modules(
+    model: nn.Module, given: Sequence[str | nn.Module], option: str
 ) -> list[nn.Module]:
     found: list[nn.Module] = []
-    for given in [heads] if isinstance(heads, (str, nn.Module)) else heads:
+    for one in [given] if isinstance(given, (str, nn.Module)) else given:
         # a criterion that takes the features may stand outside the model
-        head = given if isinstance(given, nn.Module) else find_module(model, given, "heads")
-        several = type(head) in (nn.ModuleList, nn.ModuleDict)
-        found.extend(head.children() if several else [head])
+        module = one if isinstance(one, nn.Module) else find_module(model, one, option)
+        several = type(module) in (nn.ModuleList, nn.ModuleDict)
+        found.extend(module.children() if several else [module])
+    return found
+
+
+def _refuse_heads_within(encoder: nn.Module, found: Sequence[nn.Module]) -> None:
     for head in found:
         if any(head is inner for inner in encoder.modules()):
             raise ValueError(
@@ -325,4 +318,3 @@ def _find_heads(
                 'as "student.backbone", heads= the heads. A head that is the encoder\'s last '
                 "layer, as a ResNet's fc, has to stand beside it: put nn.Identity() in its place."
             )
-    return found

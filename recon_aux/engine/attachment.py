@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from recon_aux.engine.auto_weight import AttachedReconAux, AutoWeight
 from recon_aux.engine.compiling import around_compiled, not_compiled, run_eagerly
 from recon_aux.engine.discover import Plan, discover, refuse_manual_optimization, replay
-from recon_aux.engine.drivers import driver_for
-from recon_aux.engine.encoder import Features
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.modules import (
     describe_children,
@@ -34,26 +32,22 @@ class Attachment:
 
     Args:
         model: with a ``recon_aux``.
-        encoder: that is trained, as far as its name shows.
-        backbone_method: its method that a step calls.
-        features: takes the feature from what the encoder returns.
-        channels: the dimension of the channels in what the encoder returns.
+        encoders: the one that is trained, as far as its name shows, then named momentum encoders.
+        backbone_method: their method that a step calls.
+        recorder: of their calls.
         views: how many views are concatenated in one call.
         interleaved: whether they take turns there, image by image.
-        momentum_encoders: that the user named.
         decoder_group: the decoder's own learning rate and weight decay.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        encoder: nn.Module,
+        encoders: Sequence[nn.Module],
         backbone_method: str,
-        features: Features | None,
-        channels: int,
+        recorder: EncoderRecorder,
         views: int | None,
         interleaved: bool,
-        momentum_encoders: Sequence[nn.Module],
         decoder_group: DecoderGroup,
     ) -> None:
         self.model = model
@@ -62,15 +56,15 @@ class Attachment:
         self.interleaved = interleaved
         self.decoder_group = decoder_group
         self.plan: Plan | None = None
-        self.driver = driver_for(model)
-        self.recorder = EncoderRecorder(features, channels, self.driver)
+        self.driver = recorder.driver
+        self.recorder = recorder
         # the first is what the name shows
         self.encoders: list[nn.Module] = []
         self.heads: list[nn.Module] = []
         self.mask: HeadMask | None = None
         self.hooks: list[MethodHook] = []
-        for known in (encoder, *momentum_encoders):
-            self.record(known)
+        for encoder in encoders:
+            self.record(encoder)
         self.record_copies()
         self.auto_weight = AutoWeight()
         self.updates = DecoderUpdates()
