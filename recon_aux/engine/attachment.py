@@ -141,7 +141,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Take all hooks off again."""
-        hooks = self.hooks
+        hooks = [*self.hooks, *find_hooks(self.model, *self.heads)]
         while hooks:
             for hook in hooks:
                 hook.remove()
@@ -150,19 +150,17 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """List the hooks of encoders and heads, which are pickled without them."""
-        own = [hook for hook in self.hooks if hook.module is self.model]
         found = [h for h in find_hooks(self.model, *self.heads) if h.module is not self.model]
         others = [(hook.module, hook.method, hook.callback) for hook in found]
+        own = [hook for hook in self.hooks if hook.module is self.model]
         return {**vars(self), "hooks": own, "others": others}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on in a copy of the model. A copy of the encoder alone records nothing."""
-        others = state.pop("others")
+        for module, method, callback in state.pop("others"):
+            if not isinstance(vars(module).get(method), MethodHook):
+                MethodHook(module, method, callback)
         vars(self).update(state)
-        for module, method, callback in others:
-            known = isinstance(vars(module).get(method), MethodHook)
-            hook = vars(module)[method] if known else MethodHook(module, method, callback)
-            self.hooks.append(hook)
         if self.driver.encodes_others:
             self.driver.start(self.encoders)
 

@@ -61,16 +61,13 @@ class MethodHook:
         self.callback: Callback | None = callback
         # an instance may have a method of its own over its class's
         self.replaced: Callable[..., Any] | None = vars(module).get(method)
+        self.original: Callable[..., Any] | None = self.replaced
+        if isinstance(self.replaced, MethodHook):
+            self.original = self.replaced.original
         vars(module)[method] = self
-        pickles_plain = "recon_aux" not in vars(module).get("_modules", ())
-        if pickles_plain and "__reduce_ex__" not in vars(module):
+        is_attached = "recon_aux" in vars(module).get("_modules", ())
+        if not is_attached and "__reduce_ex__" not in vars(module):
             MethodHook(module, "__reduce_ex__", _without_hooks)
-
-    @property
-    def original(self) -> Callable[..., Any] | None:
-        """The instance's own method, if it had one before all hooks."""
-        replaced = self.replaced
-        return replaced.original if isinstance(replaced, MethodHook) else replaced
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -88,7 +85,7 @@ class MethodHook:
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the module's own method, or live if so the module is pickled."""
+        """Pickle as the module's own method. Only an attached model keeps its hooks."""
         if self.callback is None or "__reduce_ex__" in vars(self.module):
             return getattr, (self.module, self.method)
         return object.__new__, (MethodHook,), vars(self)
@@ -123,14 +120,10 @@ class MethodHook:
 class _State(dict[str, Any]):
     """A module's attributes without its hooks, which only a deep copy gets."""
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        super().__init__(attributes)
-        hooks = {name: x for name, x in attributes.items() if isinstance(x, MethodHook)}
-        self.hooks = {name: hook for name, hook in hooks.items() if name == hook.method}
-        for name, hook in self.hooks.items():
-            del self[name]
-            if hook.original is not None:
-                self[name] = hook.original
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.hooks = {k: x for k, x in state.items() if isinstance(x, MethodHook) and x.method == k}
+        own = {k: x.original for k, x in self.hooks.items() if x.original is not None}
+        super().__init__({k: x for k, x in state.items() if k not in self.hooks} | own)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
