@@ -20,8 +20,8 @@ from helpers.data import batch
 from helpers.inside import MethodHook, hooked
 from helpers.methods import tiny_vit
 from helpers.models import PlainMethod, Siamese, plain_method, tiny_encoder
-from helpers.watching import rebuilt_from
-from helpers.weights import assert_same
+from helpers.watching import rebuilt_by, rebuilt_from
+from helpers.weights import assert_same, bare_state
 from recon_aux.integrations.lightly import attach
 
 
@@ -185,6 +185,7 @@ def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
     model = attach(plain_method())
     optimizer = model.configure_optimizers()
     teacher: Any = AveragedModel(model, use_buffers=True)
+    outputs = rebuilt_by(model)
     for index in range(3):
         model.training_step(batch(), index).backward()
         PlainMethod.training_step(model, batch(), index)
@@ -192,6 +193,7 @@ def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
         PlainMethod.training_step(model, batch(), index).backward()
         teacher.update_parameters(model)
         PlainMethod.training_step(teacher.module, batch(), index)
+    assert len(outputs) == 3
 
 
 def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
@@ -267,10 +269,14 @@ def concatenating(count: int) -> Any:
 
 def test_three_concatenated_views_are_cut_where_they_were_joined() -> None:
     model = attach(plain_method(training_step=concatenating(3)))
+    model.backbone.eval()
     seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step(([*views, views[0] / 2], labels), 0)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+    ((found, features),) = seen
+    assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+    for feature, view in zip(features, views, strict=True):
+        torch.testing.assert_close(feature, model.backbone(view).flatten(1))
 
 
 def test_a_batch_that_does_not_show_its_views_needs_to_be_told() -> None:
@@ -309,6 +315,24 @@ def test_a_weight_given_after_it_was_built_without_is_not_ignored() -> None:
     model.recon_aux.weight = 4.0
     with pytest.raises(ValueError, match=r"weight to stay 0.*build with a positive weight="):
         model.training_step(batch(), 0)
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_the_weight_multiplies_the_terms_once(weight: float) -> None:
+    method, both = (
+        attach(plain_method(), weight=each, seed=0) for each in (0.0, weight)
+    )
+    both.load_state_dict({**both.state_dict(), **bare_state(method)})
+    outputs = rebuilt_by(both)
+    alone, total = (model.training_step(batch(), 0) for model in (method, both))
+    (output,) = outputs
+    terms = (
+        output.reconstruction_loss
+        + 4 * output.registration_loss
+        + 8 * output.statistics_loss
+        + 16 * output.edges_loss
+    )
+    torch.testing.assert_close(total - alone, weight * terms)
 
 
 def test_a_weight_can_be_ramped_from_zero() -> None:
@@ -417,13 +441,23 @@ def test_an_encoder_that_accepts_one_size_alone() -> None:
 def test_an_encoder_of_images_that_are_not_square() -> None:
     views, labels = [torch.rand(4, 3, 32, 64) for _ in range(2)], torch.arange(4)
     model = plain_method()
-    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 64, 16))
-    attach(model, image_size=(32, 64)).training_step((views, labels), 0)
+    model.backbone = nn.Sequential(WideImages(), nn.Flatten(), nn.Linear(3 * 32 * 64, 16))
+    models = [attach(model, image_size=(32, 64))]
     # timm's say which they take
     model = plain_method()
     model.backbone = tiny_vit(img_size=(32, 64))
     model.projection_head = SimCLRProjectionHead(48, 32, 16)
-    attach(model).training_step((views, labels), 0)
+    models.append(attach(model))
+    for model in models:
+        seen = rebuilt_from(model)
+        model.training_step((views, labels), 0)
+        assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+
+
+class WideImages(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-2:] == (32, 64)
+        return x
 
 
 def test_a_missing_framework_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import lightly.loss
 import lightning
 import pytest
 import pytorch_lightning
@@ -198,6 +199,44 @@ class AtModuleLevel(pytorch_lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         modules = {"backbone": self.backbone, "projection_head": self.projection_head}
         return {"optimizer": torch.optim.Adam(nn.ModuleDict(modules).named_parameters())}
+
+
+WEIGHTS = {
+    "NTXentLoss": 1.0,
+    "DirectCLRLoss": 1.0,
+    "VICRegLoss": 0.3,
+    "VICRegLLoss": 0.3,
+    "NegativeCosineSimilarity": 0.2,
+}
+LOSSES = sorted(name for name in dir(lightly.loss) if name.endswith(("Loss", "Similarity")))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_of_lightlys_losses_has_its_default_weight(loss: str) -> None:
+    model = AtModuleLevel()
+    made_by = getattr(lightly.loss, loss)
+    made = made_by(target_distribution=None) if loss == "PMSNCustomLoss" else made_by()
+    model.criterion = made
+    # a loss on patches needs an encoder with encode
+    attach(model, backbone_method="forward")
+    expected = WEIGHTS.get(loss, "auto")
+    assert model.recon_aux.options["weight"] == expected
+    assert model.recon_aux.weight == (1.0 if expected == "auto" else expected)
+
+
+@every_style
+@pytest.mark.parametrize(("method", "weight"), [("SimCLR", 1.0), ("BYOL", 0.2), ("VICReg", 0.3)])
+def test_each_method_has_its_default_weight(method: str, weight: float, style: str) -> None:
+    assert attach(model_of(method, style)).recon_aux.weight == weight
+    given = attach(model_of(method, style), weight=0)
+    assert given.recon_aux.weight == 0
+    assert attach(model_of(method, style), weight="auto").recon_aux.options["weight"] == "auto"
+
+
+def test_a_loss_of_ones_own_has_the_weight_of_the_one_that_it_extends() -> None:
+    model = AtModuleLevel()
+    model.criterion = type("MyLoss", (lightly.loss.VICRegLoss,), {})()
+    assert attach(model).recon_aux.weight == 0.3
 
 
 def test_a_step_that_takes_no_batch_index_and_named_parameters() -> None:
