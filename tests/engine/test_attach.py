@@ -7,6 +7,7 @@ import copy
 import importlib
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,6 +197,22 @@ def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
     assert len(outputs) == 3
 
 
+def test_a_look_in_eval_mode_past_the_step_is_no_training() -> None:
+    model = attach(plain_method())
+    optimizer = model.configure_optimizers()
+    for index in range(3):
+        model.training_step(batch(), index).backward()
+        optimizer.step()
+        # as for saliency, in turn with an update
+        model.eval()
+        image = batch()[0][0].requires_grad_()
+        model.projection_head(model.backbone(image).flatten(1)).sum().backward()
+        assert image.grad is not None
+        assert image.grad.any()
+        optimizer.step()
+        model.train()
+
+
 def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         past = self.backbone(batch[0][0]).square().mean()
@@ -335,6 +352,24 @@ def test_the_weight_multiplies_the_terms_once(weight: float) -> None:
     torch.testing.assert_close(total - alone, weight * terms)
 
 
+@pytest.mark.parametrize("in_training", [True, False])
+def test_the_loss_is_logged_before_the_weight_with_the_batchs_size(in_training: bool) -> None:
+    logged: list[Any] = []
+
+    def log(self: Any, name: str, value: Tensor, *, batch_size: int) -> None:
+        logged.append((name, value, batch_size))
+
+    trainer = SimpleNamespace(training=in_training)
+    model = attach(plain_method(log=log, trainer=trainer), weight=3.0)
+    outputs = rebuilt_by(model)
+    model.training_step(batch(), 0)
+    assert len(logged) == in_training
+    for name, value, size in logged:
+        assert (name, size) == ("recon_aux/loss", 8)
+        torch.testing.assert_close(value, outputs[0].loss.detach() / 3)
+        assert not value.requires_grad
+
+
 def test_a_weight_can_be_ramped_from_zero() -> None:
     model = attach(plain_method(), weight=1.0)
     model.recon_aux.weight = 0.0
@@ -380,6 +415,40 @@ def test_manual_optimization() -> None:
 def test_a_step_that_is_skipped_passes_through() -> None:
     model = attach(plain_method(training_step=lambda self, batch, batch_idx: None))
     assert model.training_step(batch(), 0) is None
+
+
+def test_what_else_a_step_returns_stays_in_it() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return {"loss": PlainMethod.training_step(self, batch, 0), "size": len(batch[1])}
+
+    model = attach(plain_method(training_step=step))
+    result = model.training_step(batch(), 0)
+    assert result.keys() == {"loss", "size"}
+    assert result["size"] == 8
+    result["loss"].backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_a_first_step_whose_loss_trains_nothing_leaves_the_checks_to_the_next() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        features = [self.neck(self.backbone(x).flatten(1)) for x in batch[0]]
+        z0, z1 = (self.projection_head(y) for y in features)
+        loss = (z0 - z1).square().mean()
+        return loss if batch_idx else loss.detach()
+
+    model = plain_method(training_step=step)
+    model.neck = nn.Linear(16, 16)
+    attach(model)
+    model.training_step(batch(), 0)
+    with pytest.raises(RuntimeError, match="mixed into what the heads"):
+        model.training_step(batch(), 1)
+
+
+def test_a_model_that_only_has_a_training_step_is_trained_in_a_loop() -> None:
+    model = attach(plain_method(configure_optimizers=None))
+    loss = recon_aux.add_loss(model, model.training_step(batch(), 0))
+    loss.backward()
+    assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_a_step_that_returns_something_else() -> None:
@@ -436,6 +505,31 @@ def test_an_encoder_that_accepts_one_size_alone() -> None:
     with pytest.raises(ValueError, match=r"takes images \(1, 3, 64, 64\), but .*image_size="):
         attach(model)
     attach(model, image_size=32).training_step(batch(), 0)
+    # what is given goes before what the encoder says, by either name
+    for name in ("img_size", "image_size"):
+        for said, options in ((32, {}), ((32, 32), {}), (64, {"image_size": 32})):
+            recon_aux.detach(model)
+            setattr(model.backbone, name, said)
+            attach(model, **options)
+            assert model.recon_aux.splitter.feature_dim == 16
+            delattr(model.backbone, name)
+
+
+def test_an_encoder_in_double_precision_is_attached() -> None:
+    model = attach(plain_method().double())
+    views, labels = batch()
+    model.training_step(([view.double() for view in views], labels), 0).backward()
+    assert model.backbone[0].weight.grad.dtype == torch.float64
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_an_encoder_without_convolutions_takes_the_channels_that_are_given() -> None:
+    model = plain_method()
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(5 * 32 * 32, 16))
+    attach(model, image_channels=5, image_size=32)
+    assert model.recon_aux.image_channels == 5
+    model.training_step(batch(channels=5), 0).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_an_encoder_of_images_that_are_not_square() -> None:
