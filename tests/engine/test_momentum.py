@@ -132,6 +132,30 @@ def test_a_teacher_whose_head_is_not_found_is_told(teacher: Any) -> None:
     assert first != second
 
 
+class Symmetric(Taught):
+    """Both views go through both networks."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, 0) + super().training_step(batch[::-1], 0)
+
+
+def test_a_teacher_of_both_views_whose_head_is_not_found_is_told_once() -> None:
+    model = attach(Symmetric(OtherHead), **ONLINE)
+    with pytest.warns(UserWarning, match=r"saw target\.encoder called and none of"):
+        model.training_step(VIEWS, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(VIEWS, 1)
+
+
+def test_a_frozen_head_outside_the_model_is_no_momentum_head() -> None:
+    outside = nn.Linear(16, 8).requires_grad_(False)
+    model = attach(Taught(frozen), **{**ONLINE, "heads": ["online.projector", outside]})
+    assert "target.projector" in hooked(model)
+    first, second = method_s_losses(model)
+    assert first == second
+
+
 def test_a_teacher_s_head_that_is_named_is_masked() -> None:
     model = attach(Taught(OtherHead), **{**ONLINE, "heads": ["online.projector", "target.follows"]})
     first, second = method_s_losses(model)

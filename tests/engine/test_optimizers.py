@@ -212,14 +212,39 @@ def test_a_learning_rate_of_its_own_follows_the_schedule_in_proportion(
     assert [decoder for _, decoder in rates] == pytest.approx([3 * encoder for encoder, _ in rates])
 
 
+@pytest.mark.parametrize("groups", ["one", "encoder and head", "bias and norm"])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if "floor" not in name])
+def test_the_schedulers_own_rates_are_in_proportion(schedule: str, groups: str) -> None:
+    """Lightning logs them between the scheduler's step and the optimizer's."""
+    base = {"OneCycleLR": 0.1, "CyclicLR": 0.01}.get(schedule, 0.05)
+    model = attach(model_with("SGD", groups, schedule), decoder_lr=3 * base)
+    configured = model.configure_optimizers()
+    made, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    encoder, decoder = (groups_of(made, m)[0] for m in (model.backbone, model.recon_aux))
+    at = [[g is group for g in made.param_groups].index(True) for group in (encoder, decoder)]
+    rates = []
+    for _ in range(8):
+        made.step()
+        scheduler.step(*[1.0] * (schedule == "ReduceLROnPlateau"))
+        # ReduceLROnPlateau leaves a rate that is next to nothing
+        assert decoder["lr"] == pytest.approx(3 * encoder["lr"], abs=1e-7)
+        last = scheduler.get_last_lr()
+        assert [last[i] for i in at] == [encoder["lr"], decoder["lr"]]
+        rates.append(encoder["lr"])
+    assert len(set(rates)) > 2
+
+
 @pytest.mark.parametrize("groups", ["one", "bias and norm"])
 def test_lightnings_monitor_of_learning_rates_takes_the_groups_names(
     groups: str, tmp_path: Path
 ) -> None:
     model = attach(model_with("SGD", groups, "LinearLR"), decoder_lr=0.01)
     monitor = LearningRateMonitor()
-    fit(model, logger=CSVLogger(tmp_path), callbacks=[monitor])
-    assert "lr-SGD/recon_aux" in monitor.lrs
+    fit(model, logger=CSVLogger(tmp_path), callbacks=[monitor], log_every_n_steps=1)
+    encoder = next(name for name in ("lr-SGD/pg1", "lr-SGD/pg2") if name in monitor.lrs)
+    assert len(set(monitor.lrs[encoder])) == 3
+    expected = [rate / 5 for rate in monitor.lrs[encoder]]
+    assert monitor.lrs["lr-SGD/recon_aux"] == pytest.approx(expected)
 
 
 def test_of_layers_with_rates_of_their_own_the_decoder_joins_the_last() -> None:
@@ -350,10 +375,11 @@ def test_settings_that_cannot_be_met_are_named() -> None:
         attach(Siamese(), decoder_lr=-1)
     with pytest.raises(ValueError, match=r"decoder_weight_decay= as a finite .* got .0\.1."):
         attach(Siamese(), decoder_weight_decay="0.1")
-    with pytest.raises(
-        ValueError, match=r"got InALoop, which doesn't: .*recon_aux\.parameters\(\)"
-    ):
-        attach(InALoop(), decoder_lr=0.1)
+    for setting in ({"decoder_lr": 0.1}, {"decoder_weight_decay": 0.1}, {"decoder_lr": 0.0}):
+        with pytest.raises(
+            ValueError, match=r"got InALoop, which doesn't: .*recon_aux\.parameters\(\)"
+        ):
+            attach(InALoop(), **setting)
     refused(lambda model: SGD(model.parameters(), lr=0.0), "learning rate above 0", decoder_lr=0.1)
     refused(
         lambda model: ([made := SGD(model.parameters(), lr=0.1)], [UnknownScheduler(made)]),
@@ -421,8 +447,11 @@ def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
         if step == 1:
             recon_aux.detach(model)
         optimizer.zero_grad()
+        before = model.backbone[0].weight.clone()
         model.training_step(batch(4, side=16), step).backward()
         optimizer.step()
+        assert not torch.equal(model.backbone[0].weight, before)
+    assert not recon_aux.is_attached(model)
 
 
 def test_a_decoder_in_a_group_with_others_keeps_that_groups_settings() -> None:
