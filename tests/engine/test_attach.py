@@ -327,6 +327,15 @@ def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_switched_off_nothing_is_computed_or_logged() -> None:
+    logged: list[Any] = []
+    trainer = SimpleNamespace(training=True)
+    model = attach(plain_method(log=lambda *a, **k: logged.append(a), trainer=trainer), weight=0)
+    outputs = rebuilt_by(model)
+    assert torch.isfinite(model.training_step(batch(), 0))
+    assert logged == outputs == []
+
+
 def test_a_weight_given_after_it_was_built_without_is_not_ignored() -> None:
     model = attach(plain_method(), weight=0)
     model.recon_aux.weight = 4.0

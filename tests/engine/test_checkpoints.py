@@ -431,8 +431,19 @@ def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> 
     assert torch.equal(weight, recon_aux.export_backbone(model)["0.weight"])
 
 
+def test_an_encoder_of_which_a_part_is_compiled_is_exported_under_its_own_names() -> None:
+    model = InALoop()
+    model.backbone[0] = torch.compile(model.backbone[0], backend="eager")
+    attach(model)
+    exported = recon_aux.export_backbone(model)
+    assert exported.keys() == plain_encoder().state_dict().keys()
+    assert torch.equal(exported["0.weight"], model.backbone[0].weight)
+
+
 def test_an_encoder_of_another_architecture_is_named() -> None:
     model = attach(InALoop())
+    with pytest.raises(ValueError, match=r"2\.bias \(16,\), got 4, .* 2\.bias \(32,\)"):
+        recon_aux.export_backbone(model, like=plain_encoder(32))
     with pytest.raises(ValueError, match=r"whose 4 tensors are 0\.weight \(8, 3, 3, 3\).*got 122"):
         recon_aux.export_backbone(model, like=resnet18())
     with pytest.raises(TypeError, match="like= as a model, got <function resnet18"):

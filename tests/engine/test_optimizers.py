@@ -465,12 +465,33 @@ def test_a_decoder_in_a_group_with_others_keeps_that_groups_settings() -> None:
     assert (group["lr"], group["weight_decay"]) == (1.0, 0.5)
 
 
-def test_a_decoder_that_is_frozen_for_a_while_keeps_its_place() -> None:
-    model = attach(Siamese(), decoder_lr=0.1)
-    model.recon_aux.requires_grad_(False)
+@pytest.mark.parametrize("settings", [{}, {"decoder_lr": 0.1}])
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("part", ["recon_aux", "recon_aux.edges", "backbone"])
+def test_what_is_frozen_for_a_while_keeps_its_place(
+    part: str, listed: bool, settings: dict[str, float]
+) -> None:
+    def configure(model: Any) -> Any:
+        its = [*model.backbone.parameters(), *model.projection_head.parameters()]
+        return SGD(its if listed else model.parameters(), lr=0.05)
+
+    model = attach(Siamese(configure=configure), **settings)
+    frozen = model.get_submodule(part).requires_grad_(False)
     optimizer = model.configure_optimizers()
-    model.recon_aux.requires_grad_(True)
     assert groups_of(optimizer, model.recon_aux)
+    for trains in (False, True, False):
+        frozen.requires_grad_(trains)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = model.training_step(batch(4, side=16), step)
+            loss.backward()
+            optimizer.step()
+        its = {id(p) for p in frozen.parameters()}
+        for name, p in model.named_parameters():
+            nothing_is_rebuilt = not trains and part == "backbone" and "recon_aux" in name
+            stays = nothing_is_rebuilt or (not trains and id(p) in its)
+            assert torch.equal(p, before[name]) == stays, name
 
 
 def test_a_schedulers_list_of_the_users_own_stays_as_it_is() -> None:
