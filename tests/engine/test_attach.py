@@ -296,6 +296,30 @@ def test_three_concatenated_views_are_cut_where_they_were_joined() -> None:
         torch.testing.assert_close(feature, model.backbone(view).flatten(1))
 
 
+def test_labels_alone_show_how_many_images_a_view_has() -> None:
+    class Hidden:
+        views = batch()[0]
+
+        def __len__(self) -> int:
+            return 2
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return concatenating(2)(self, batch[0], batch_idx)
+
+    model = attach(plain_method(training_step=step))
+    seen = rebuilt_from(model)
+    model.training_step((Hidden(), torch.arange(8)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], Hidden.views, strict=True))
+
+
+def test_images_show_how_many_a_view_has_whatever_there_are_of_other_numbers() -> None:
+    model = attach(plain_method(training_step=concatenating(2)))
+    seen = rebuilt_from(model)
+    views, labels = batch()
+    model.training_step((views, labels[:4], labels.repeat(2)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+
+
 def test_a_batch_that_does_not_show_its_views_needs_to_be_told() -> None:
     class Opaque:
         views = batch()[0]
@@ -345,9 +369,7 @@ def test_a_weight_given_after_it_was_built_without_is_not_ignored() -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_the_weight_multiplies_the_terms_once(weight: float) -> None:
-    method, both = (
-        attach(plain_method(), weight=each, seed=0) for each in (0.0, weight)
-    )
+    method, both = (attach(plain_method(), weight=each, seed=0) for each in (0.0, weight))
     both.load_state_dict({**both.state_dict(), **bare_state(method)})
     outputs = rebuilt_by(both)
     alone, total = (model.training_step(batch(), 0) for model in (method, both))
@@ -696,14 +718,19 @@ def test_multi_crop_rebuilds_the_large_views() -> None:
 def test_images_that_are_encoded_twice_are_one_view() -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         x0, x1 = batch[0]
-        z = [self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x0, x1)]
-        return torch.stack(z).var(0).mean()
+        self.features = [self.backbone(x).flatten(1) for x in (x0, x0, x1)]
+        return torch.stack([self.projection_head(y) for y in self.features]).var(0).mean()
 
-    model = attach(plain_method(training_step=step))
+    model = plain_method(training_step=step)
+    model.backbone = tiny_encoder(dropout=0.5)
+    attach(model)
     seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step((views, labels), 0)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+    ((found, features),) = seen
+    assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(features, model.features[::2], strict=True))
+    assert not torch.equal(*model.features[:2])
 
 
 def test_a_feature_that_is_made_of_the_output_is_refused() -> None:

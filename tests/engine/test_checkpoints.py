@@ -151,6 +151,20 @@ def test_a_bare_run_goes_on_attached(configure: Any, tmp_path: Path) -> None:
         assert state[model.recon_aux.decoder.queries]["step"] == 2
 
 
+def test_named_parameters_keep_their_names_where_a_bare_run_goes_on() -> None:
+    def named(model: Any) -> Any:
+        return torch.optim.Adam(model.named_parameters(), lr=1e-3)
+
+    saved = Siamese(configure=named).configure_optimizers().state_dict()
+    model = attach(Siamese(configure=named))
+    optimizer = model.configure_optimizers()
+    optimizer.load_state_dict(saved)
+    ((names, params),) = [(g["param_names"], g["params"]) for g in optimizer.param_groups]
+    known = {id(p): name for name, p in model.named_parameters()}
+    assert names == [known[id(p)] for p in params]
+    assert sorted(names) == sorted(known.values())
+
+
 def test_a_bare_optimizers_state_does_not_fit_a_group_of_its_own(tmp_path: Path) -> None:
     path = saved_after_training(Siamese(), tmp_path)
     model = attach(Siamese(), decoder_lr=0.1)
@@ -272,7 +286,7 @@ def test_checkpoints_may_be_averaged_by_hand() -> None:
 
 @pytest.mark.parametrize("package", [lightning, pytorch_lightning])
 def test_torchvisions_own_resnet_loads_a_cut_one(package: Any, tmp_path: Path) -> None:
-    class Cut(package.LightningModule):  # type: ignore[name-defined,misc]
+    class Cut(package.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
@@ -393,10 +407,10 @@ def test_weights_are_handed_out_only_after_a_late_loss_was_judged(
     views[0][0, 0, 0, 0] = float("nan")
     z0, z1 = (model(view) for view in views)
     recon_aux.add_loss(model, torch.nan_to_num(z0 - z1).sum())
-    assert not late[0].arrived
+    assert [loss.arrived for loss in late] == [False]
     with pytest.raises(FloatingPointError, match="got nan in step 1"):
         out(model)
-    assert late[0].arrived
+    assert [loss.arrived for loss in late] == [True]
     assert recon_aux.is_attached(model) == (out is not recon_aux.detach)
 
 

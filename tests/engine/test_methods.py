@@ -156,6 +156,25 @@ def test_a_later_step_compares_no_values(method: type[Method]) -> None:
     assert compared == (method is ShuffledMomentum)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_shuffle_of_stacked_views_is_undone(dim: int) -> None:
+    class Stacked(ShuffledMomentum):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return super().training_step((batch[0].unbind(dim), batch[1]))
+
+    model = built(Stacked)
+    model.eval()
+    seen = rebuilt_from(model)
+    views, labels = shaded_views(2, size=6), torch.arange(6)
+    for index in range(3):
+        model.training_step((torch.stack(views, dim), labels), index)
+        ((found, features),) = seen
+        assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+        expected = model.backbone_momentum(views[1]).flatten(1)
+        torch.testing.assert_close(features[1], expected)
+        seen.clear()
+
+
 def test_a_shuffle_is_undone_where_views_have_the_same_sums() -> None:
     model = built(ShuffledMomentum)
     seen = rebuilt_from(model)

@@ -183,6 +183,12 @@ def test_biases_and_norms_are_not_decayed_where_the_encoders_are_not() -> None:
         assert all(p.ndim < 2 for p in not_decayed["params"] if id(p) in ours)
 
 
+def test_weights_may_be_given_no_decay_of_their_own() -> None:
+    model = attach(model_with("LARS", "one"), decoder_weight_decay=0.0)
+    encoder, decoder = model.configure_optimizers().param_groups
+    assert (encoder["weight_decay"], decoder["weight_decay"]) == (1e-4, 0.0)
+
+
 def test_weights_without_decay_of_their_own_may_be_given_it() -> None:
     model = attach(model_with("SGD", "one"), decoder_weight_decay=0.5)
     encoder, decoder = model.configure_optimizers().param_groups
@@ -300,6 +306,21 @@ def test_a_learning_rate_of_its_own_follows_one_that_is_set_by_hand() -> None:
     assert rates == [pytest.approx((0.05 * step / 4, 0.1 * step / 4)) for step in range(4)]
 
 
+def test_biases_and_norms_with_a_rate_of_their_own_follow_the_encoders() -> None:
+    model = attach(model_with("SGD", "bias and norm"), decoder_lr=0.2)
+    made = model.configure_optimizers()
+    weights, vectors, our_weights, our_vectors = made.param_groups
+    assert all(p.ndim < 2 for p in our_vectors["params"])
+    vectors["lr"] *= 0.5
+    made.step()
+    assert our_vectors["lr"] == pytest.approx(0.1)
+    assert our_weights["lr"] == pytest.approx(0.2)
+    weights["lr"] *= 0.1
+    made.step()
+    assert our_vectors["lr"] == pytest.approx(0.1)
+    assert our_weights["lr"] == pytest.approx(0.02)
+
+
 def test_a_learning_rate_of_its_own_is_of_its_base_whatever_notes_another() -> None:
     """As Lightning's search for a rate and its SWA callback do, which set all groups alike."""
     model = attach(Siamese(), decoder_lr=0.2)
@@ -328,11 +349,13 @@ def test_of_several_optimizers_the_encoders_trains_the_decoder() -> None:
     def configure(model: Any) -> Any:
         head = SGD(model.projection_head.parameters(), lr=0.1)
         encoder = Adam(model.backbone.parameters(), lr=1e-3)
-        return [head, encoder], [schedules.ExponentialLR(encoder, 0.5)]
+        return [head, encoder], [schedules.ExponentialLR(o, 0.5) for o in (encoder, head)]
 
     for settings in ({}, {"decoder_lr": 0.01}):
         model = attach(Siamese(configure=configure), **settings)
-        (head, encoder), (schedule,) = model.configure_optimizers()
+        (head, encoder), (schedule, of_the_head) = model.configure_optimizers()
+        assert of_the_head.base_lrs == of_the_head.get_last_lr() == [0.1]
+        assert schedule.base_lrs == [1e-3, *settings.values()]
         assert not groups_of(head, nn.Module())
         assert groups_of(encoder, model.recon_aux)
         before = decoder_of(model)
