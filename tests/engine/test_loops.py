@@ -112,10 +112,21 @@ def test_an_optimizer_without_the_decoder_is_noticed() -> None:
     model = in_a_loop()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attach(model)
-    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"),
+    ):
+        warnings.simplefilter("error")
         steps_with(model, optimizer, 3, forget=False)
     model = attach(in_a_loop())
-    steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
+    before = decoder_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps_with(model, optimizer, 5, forget=False)
+    assert_trained(model, before)
+    # and once it was seen to train, no values are compared, which would wait for a GPU
+    with torch.profiler.profile() as profile:
+        steps_with(model, optimizer, 2, forget=False)
+    assert not any(event.key == "aten::equal" for event in profile.key_averages())
 
 
 def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:

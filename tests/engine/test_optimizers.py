@@ -463,6 +463,29 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
     train(model)
 
 
+def test_an_optimizer_that_trains_the_decoder_in_every_other_step_is_no_mistake() -> None:
+    class InTurn(SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            ours = {id(p): p.grad for p in model.recon_aux.parameters()}
+            if self.steps % 2:
+                for p in model.recon_aux.parameters():
+                    p.grad = None
+            super().step()
+            for p in model.recon_aux.parameters():
+                p.grad = ours[id(p)]
+            self.steps += 1
+
+    model = attach(Siamese(configure=lambda model: InTurn(model.backbone.parameters(), lr=0.05)))
+    before = decoder_of(model)
+    optimizer = model.configure_optimizers()
+    for step in range(4):
+        model.training_step(batch(4, side=16), step).backward()
+        optimizer.step()
+    assert_trained(model, before)
+
+
 def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
     model = attach(Siamese())
     optimizer = model.configure_optimizers()
@@ -520,7 +543,7 @@ def test_what_is_frozen_for_a_while_keeps_its_place(
 def test_a_schedulers_list_of_the_users_own_stays_as_it_is() -> None:
     class Factors(schedules.LRScheduler):
         def __init__(self, optimizer: Optimizer) -> None:
-            self.factors = [1.0, 0.1]
+            self.factors, self.later_lrs = [1.0, 0.1], [0.3, 0.2, 0.1]
             super().__init__(optimizer)
 
         def get_lr(self) -> list[float | torch.Tensor]:
@@ -533,7 +556,7 @@ def test_a_schedulers_list_of_the_users_own_stays_as_it_is() -> None:
 
     model = attach(Siamese(configure=configure), decoder_lr=0.2)
     (optimizer,), (scheduler,) = model.configure_optimizers()
-    assert scheduler.factors == [1.0, 0.1]
+    assert (scheduler.factors, scheduler.later_lrs) == ([1.0, 0.1], [0.3, 0.2, 0.1])
     for _ in range(3):
         optimizer.step()
         scheduler.step()
