@@ -58,11 +58,16 @@ def test_a_module_may_be_named_by_any_of_its_names() -> None:
     model = plain_method()
     model.parts = nn.ModuleDict({"encoder": model.backbone, "head": model.projection_head})
     attach(model, backbone="parts.encoder", heads=["parts.head"])
+    assert hooked(model) == ["", "backbone", "projection_head"]
     assert torch.isfinite(model.training_step(batch(), 0))
 
 
 def test_a_head_may_be_named_by_itself() -> None:
-    assert recon_aux.is_attached(attach(plain_method(), heads="projection_head"))
+    by_name, by_itself = plain_method(), plain_method()
+    attach(by_name, heads="projection_head")
+    attach(by_itself, backbone=by_itself.backbone, heads=by_itself.projection_head)
+    for model in (by_name, by_itself):
+        assert hooked(model) == ["", "backbone", "projection_head"]
 
 
 def test_an_unknown_option_is_named_with_the_likely_one() -> None:

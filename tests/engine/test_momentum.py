@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightly.loss import NegativeCosineSimilarity
 from pytorch_lightning import LightningModule
-from timm.utils.model_ema import ModelEmaV2
+from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -174,11 +174,11 @@ def test_a_teacher_s_head_that_is_copied_after_attaching_brings_its_mask() -> No
 class Side(LightningModule):
     """Without a common parent: a word in the names tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, average: Any) -> None:
         super().__init__()
         self.backbone, self.projection_head = plain_encoder(), head()
-        self.backbone_ema = AveragedModel(self.backbone)
-        self.projection_head_ema = AveragedModel(self.projection_head)
+        self.backbone_ema = average(self.backbone)
+        self.projection_head_ema = average(self.projection_head)
         self.projector_of_another = head()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -188,8 +188,9 @@ class Side(LightningModule):
         raise NotImplementedError
 
 
-def test_the_modules_of_averages_are_masked() -> None:
+@pytest.mark.parametrize("average", [AveragedModel, ModelEmaV2, ModelEmaV3])
+def test_the_modules_of_averages_are_masked(average: Any) -> None:
     heads = ["projection_head", "projection_head_ema.module"]
-    model = attach(Side(), heads=heads[:1])
+    model = attach(Side(average), heads=heads[:1])
     assert [name for name in hooked(model) if "head" in name] == heads
-    assert heads[1] in hooked(attach(Side()))
+    assert heads[1] in hooked(attach(Side(average)))
