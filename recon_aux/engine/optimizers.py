@@ -75,7 +75,7 @@ def _join(groups: Sequence[Group], decoder: nn.Module, encoders: Sequence[nn.Mod
     """Put the parameters that have no place into the encoder's groups."""
     placed = {id(p) for group in groups for p in group["params"]}
     for name, parameter in decoder.named_parameters():
-        if parameter.requires_grad and id(parameter) not in placed:
+        if id(parameter) not in placed:
             # a new group would break schedulers that were made before
             home = _home(groups, encoders, vector=parameter.ndim < 2)
             home["params"].append(parameter)

@@ -15,6 +15,7 @@ import recon_aux
 from helpers.data import batch
 from helpers.inside import hooked
 from helpers.models import tiny_encoder
+from recon_aux.engine.adapter import decoder_groups
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
 
@@ -48,6 +49,35 @@ def test_the_pages_trainer_trains_the_decoder_in_a_group_of_its_own(page: dict[s
     ]
     assert model.recon_aux.weight == 1.0
     assert not hooked(recon_aux.detach(model))
+
+
+def test_the_decoders_group_has_its_own_settings_and_only_what_is_trained(
+    page: dict[str, Any],
+) -> None:
+    settings = {"decoder_lr": 0.3, "decoder_weight_decay": 0.2}
+    model = page["attach"](method(page), **settings)
+    model.recon_aux.edges.requires_grad_(False)
+    (group,) = decoder_groups(model)
+    its = {id(p) for p in model.recon_aux.parameters() if p.requires_grad}
+    assert {id(p) for p in group.pop("params")} == its
+    assert group == {"name": "recon_aux", "lr": 0.3, "weight_decay": 0.2}
+    model.recon_aux.requires_grad_(False)
+    assert decoder_groups(model) == []
+    with pytest.raises(ValueError, match="got a bare SimCLR"):
+        decoder_groups(recon_aux.detach(model))
+
+
+def test_a_given_option_goes_before_the_conventions(page: dict[str, Any]) -> None:
+    for weight in (0, 2.0):
+        assert page["attach"](method(page), weight=weight).recon_aux.options["weight"] == weight
+    model = page["attach"](method(page), heads=[], equivariant_dim=0)
+    assert [group["name"] for group in model.param_groups()][-1] == "recon_aux"
+
+
+def test_a_method_that_extends_a_refused_one_is_refused(page: dict[str, Any]) -> None:
+    model = type("MyMAE", (type("MAE", (page["SimCLR"],), {}),), {})(tiny_encoder(), 16)
+    with pytest.raises(TypeError, match="got MyMAE, which rebuilds masked patches of one view"):
+        page["attach"](model)
 
 
 def test_the_pages_conventions_are_followed(page: dict[str, Any]) -> None:

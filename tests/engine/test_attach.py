@@ -7,6 +7,7 @@ import copy
 import importlib
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ from helpers.data import batch
 from helpers.inside import MethodHook, hooked
 from helpers.methods import tiny_vit
 from helpers.models import PlainMethod, Siamese, plain_method, tiny_encoder
-from helpers.watching import rebuilt_from
-from helpers.weights import assert_same
+from helpers.watching import rebuilt_by, rebuilt_from
+from helpers.weights import assert_same, bare_state
 from recon_aux.integrations.lightly import attach
 
 
@@ -57,11 +58,16 @@ def test_a_module_may_be_named_by_any_of_its_names() -> None:
     model = plain_method()
     model.parts = nn.ModuleDict({"encoder": model.backbone, "head": model.projection_head})
     attach(model, backbone="parts.encoder", heads=["parts.head"])
+    assert hooked(model) == ["", "backbone", "projection_head"]
     assert torch.isfinite(model.training_step(batch(), 0))
 
 
 def test_a_head_may_be_named_by_itself() -> None:
-    assert recon_aux.is_attached(attach(plain_method(), heads="projection_head"))
+    by_name, by_itself = plain_method(), plain_method()
+    attach(by_name, heads="projection_head")
+    attach(by_itself, backbone=by_itself.backbone, heads=by_itself.projection_head)
+    for model in (by_name, by_itself):
+        assert hooked(model) == ["", "backbone", "projection_head"]
 
 
 def test_an_unknown_option_is_named_with_the_likely_one() -> None:
@@ -185,6 +191,7 @@ def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
     model = attach(plain_method())
     optimizer = model.configure_optimizers()
     teacher: Any = AveragedModel(model, use_buffers=True)
+    outputs = rebuilt_by(model)
     for index in range(3):
         model.training_step(batch(), index).backward()
         PlainMethod.training_step(model, batch(), index)
@@ -192,6 +199,23 @@ def test_a_look_past_the_step_in_each_step_is_none_of_ours() -> None:
         PlainMethod.training_step(model, batch(), index).backward()
         teacher.update_parameters(model)
         PlainMethod.training_step(teacher.module, batch(), index)
+    assert len(outputs) == 3
+
+
+def test_a_look_in_eval_mode_past_the_step_is_no_training() -> None:
+    model = attach(plain_method())
+    optimizer = model.configure_optimizers()
+    for index in range(3):
+        model.training_step(batch(), index).backward()
+        optimizer.step()
+        # as for saliency, in turn with an update
+        model.eval()
+        image = batch()[0][0].requires_grad_()
+        model.projection_head(model.backbone(image).flatten(1)).sum().backward()
+        assert image.grad is not None
+        assert image.grad.any()
+        optimizer.step()
+        model.train()
 
 
 def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
@@ -267,9 +291,37 @@ def concatenating(count: int) -> Any:
 
 def test_three_concatenated_views_are_cut_where_they_were_joined() -> None:
     model = attach(plain_method(training_step=concatenating(3)))
+    model.backbone.eval()
     seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step(([*views, views[0] / 2], labels), 0)
+    ((found, features),) = seen
+    assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+    for feature, view in zip(features, views, strict=True):
+        torch.testing.assert_close(feature, model.backbone(view).flatten(1))
+
+
+def test_labels_alone_show_how_many_images_a_view_has() -> None:
+    class Hidden:
+        views = batch()[0]
+
+        def __len__(self) -> int:
+            return 2
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return concatenating(2)(self, batch[0], batch_idx)
+
+    model = attach(plain_method(training_step=step))
+    seen = rebuilt_from(model)
+    model.training_step((Hidden(), torch.arange(8)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], Hidden.views, strict=True))
+
+
+def test_images_show_how_many_a_view_has_whatever_there_are_of_other_numbers() -> None:
+    model = attach(plain_method(training_step=concatenating(2)))
+    seen = rebuilt_from(model)
+    views, labels = batch()
+    model.training_step((views, labels[:4], labels.repeat(2)), 0)
     assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
 
 
@@ -306,11 +358,54 @@ def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_switched_off_nothing_is_computed_or_logged() -> None:
+    logged: list[Any] = []
+    trainer = SimpleNamespace(training=True)
+    model = attach(plain_method(log=lambda *a, **k: logged.append(a), trainer=trainer), weight=0)
+    outputs = rebuilt_by(model)
+    assert torch.isfinite(model.training_step(batch(), 0))
+    assert logged == outputs == []
+
+
 def test_a_weight_given_after_it_was_built_without_is_not_ignored() -> None:
     model = attach(plain_method(), weight=0)
     model.recon_aux.weight = 4.0
     with pytest.raises(ValueError, match=r"weight to stay 0.*build with a positive weight="):
         model.training_step(batch(), 0)
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_the_weight_multiplies_the_terms_once(weight: float) -> None:
+    method, both = (attach(plain_method(), weight=each, seed=0) for each in (0.0, weight))
+    both.load_state_dict({**both.state_dict(), **bare_state(method)})
+    outputs = rebuilt_by(both)
+    alone, total = (model.training_step(batch(), 0) for model in (method, both))
+    (output,) = outputs
+    terms = (
+        output.reconstruction_loss
+        + 4 * output.registration_loss
+        + 8 * output.statistics_loss
+        + 16 * output.edges_loss
+    )
+    torch.testing.assert_close(total - alone, weight * terms)
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_the_loss_is_logged_before_the_weight_with_the_batchs_size(in_training: bool) -> None:
+    logged: list[Any] = []
+
+    def log(self: Any, name: str, value: Tensor, *, batch_size: int) -> None:
+        logged.append((name, value, batch_size))
+
+    trainer = SimpleNamespace(training=in_training)
+    model = attach(plain_method(log=log, trainer=trainer), weight=3.0)
+    outputs = rebuilt_by(model)
+    model.training_step(batch(), 0)
+    assert len(logged) == in_training
+    for name, value, size in logged:
+        assert (name, size) == ("recon_aux/loss", 8)
+        torch.testing.assert_close(value, outputs[0].loss.detach() / 3)
+        assert not value.requires_grad
 
 
 def test_a_weight_can_be_ramped_from_zero() -> None:
@@ -358,6 +453,40 @@ def test_manual_optimization() -> None:
 def test_a_step_that_is_skipped_passes_through() -> None:
     model = attach(plain_method(training_step=lambda self, batch, batch_idx: None))
     assert model.training_step(batch(), 0) is None
+
+
+def test_what_else_a_step_returns_stays_in_it() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return {"loss": PlainMethod.training_step(self, batch, 0), "size": len(batch[1])}
+
+    model = attach(plain_method(training_step=step))
+    result = model.training_step(batch(), 0)
+    assert result.keys() == {"loss", "size"}
+    assert result["size"] == 8
+    result["loss"].backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_a_first_step_whose_loss_trains_nothing_leaves_the_checks_to_the_next() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        features = [self.neck(self.backbone(x).flatten(1)) for x in batch[0]]
+        z0, z1 = (self.projection_head(y) for y in features)
+        loss = (z0 - z1).square().mean()
+        return loss if batch_idx else loss.detach()
+
+    model = plain_method(training_step=step)
+    model.neck = nn.Linear(16, 16)
+    attach(model)
+    model.training_step(batch(), 0)
+    with pytest.raises(RuntimeError, match="mixed into what the heads"):
+        model.training_step(batch(), 1)
+
+
+def test_a_model_that_only_has_a_training_step_is_trained_in_a_loop() -> None:
+    model = attach(plain_method(configure_optimizers=None))
+    loss = recon_aux.add_loss(model, model.training_step(batch(), 0))
+    loss.backward()
+    assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_a_step_that_returns_something_else() -> None:
@@ -414,18 +543,53 @@ def test_an_encoder_that_accepts_one_size_alone() -> None:
     with pytest.raises(ValueError, match=r"takes images \(1, 3, 64, 64\), but .*image_size="):
         attach(model)
     attach(model, image_size=32).training_step(batch(), 0)
+    # what is given goes before what the encoder says, by either name
+    for name in ("img_size", "image_size"):
+        for said, options in ((32, {}), ((32, 32), {}), (64, {"image_size": 32})):
+            recon_aux.detach(model)
+            setattr(model.backbone, name, said)
+            attach(model, **options)
+            assert model.recon_aux.splitter.feature_dim == 16
+            delattr(model.backbone, name)
+
+
+def test_an_encoder_in_double_precision_is_attached() -> None:
+    model = attach(plain_method().double())
+    views, labels = batch()
+    model.training_step(([view.double() for view in views], labels), 0).backward()
+    assert model.backbone[0].weight.grad.dtype == torch.float64
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_an_encoder_without_convolutions_takes_the_channels_that_are_given() -> None:
+    model = plain_method()
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(5 * 32 * 32, 16))
+    attach(model, image_channels=5, image_size=32)
+    assert model.recon_aux.image_channels == 5
+    model.training_step(batch(channels=5), 0).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
 
 
 def test_an_encoder_of_images_that_are_not_square() -> None:
     views, labels = [torch.rand(4, 3, 32, 64) for _ in range(2)], torch.arange(4)
     model = plain_method()
-    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 64, 16))
-    attach(model, image_size=(32, 64)).training_step((views, labels), 0)
+    model.backbone = nn.Sequential(WideImages(), nn.Flatten(), nn.Linear(3 * 32 * 64, 16))
+    models = [attach(model, image_size=(32, 64))]
     # timm's say which they take
     model = plain_method()
     model.backbone = tiny_vit(img_size=(32, 64))
     model.projection_head = SimCLRProjectionHead(48, 32, 16)
-    attach(model).training_step((views, labels), 0)
+    models.append(attach(model))
+    for model in models:
+        seen = rebuilt_from(model)
+        model.training_step((views, labels), 0)
+        assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+
+
+class WideImages(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-2:] == (32, 64)
+        return x
 
 
 def test_a_missing_framework_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,14 +727,19 @@ def test_multi_crop_rebuilds_the_large_views() -> None:
 def test_images_that_are_encoded_twice_are_one_view() -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         x0, x1 = batch[0]
-        z = [self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x0, x1)]
-        return torch.stack(z).var(0).mean()
+        self.features = [self.backbone(x).flatten(1) for x in (x0, x0, x1)]
+        return torch.stack([self.projection_head(y) for y in self.features]).var(0).mean()
 
-    model = attach(plain_method(training_step=step))
+    model = plain_method(training_step=step)
+    model.backbone = tiny_encoder(dropout=0.5)
+    attach(model)
     seen = rebuilt_from(model)
     views, labels = batch()
     model.training_step((views, labels), 0)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], views, strict=True))
+    ((found, features),) = seen
+    assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(features, model.features[::2], strict=True))
+    assert not torch.equal(*model.features[:2])
 
 
 def test_a_feature_may_be_made_of_the_output() -> None:

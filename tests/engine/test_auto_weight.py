@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import recon_aux
 from helpers.data import batch
-from helpers.methods import METHODS, Method
+from helpers.methods import METHODS, Masked, Method
 from helpers.models import InALoop, Siamese, siamese_loss
 from helpers.training import fit
 from recon_aux.integrations import lightly
@@ -121,15 +122,46 @@ def test_it_is_logged() -> None:
     assert model.recon_aux.options["weight"] == "auto"
 
 
+def gradients_on_views(method: type[Method], **options: Any) -> list[Tensor]:
+    """Of the first step's loss, on the rows of the encoder's outputs that are of the two views."""
+    torch.manual_seed(0)
+    model: Any = method()
+    encoder = model.get_submodule(model.trained)
+    called = "encode" if isinstance(model, Masked) else "forward"
+    call, outputs, images = getattr(encoder, called), [], []
+
+    def note(image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = call(image, *args, **kwargs)
+        if output.requires_grad:
+            outputs.append(output)
+            images.append(image)
+        return output
+
+    setattr(encoder, called, note)
+    loss = attach(model, seed=0, **options).training_step(given := model.batch(), 0)
+    gradients = torch.autograd.grad(loss, outputs)
+    views = model.expected(given)
+    rows = []
+    for image, gradient in zip(images, gradients, strict=True):
+        # several may be concatenated in one call
+        parts = zip(image.split(len(views[0])), gradient.split(len(views[0])), strict=True)
+        rows += [g for x, g in parts if any(x.shape == v.shape and x.equal(v) for v in views)]
+    return rows
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 @pytest.mark.parametrize("options", [{}, {"equivariant_dim": 0}], ids=["split", "whole"])
 def test_it_is_set_for_every_shape_of_method(method: type[Method], options: dict[str, Any]) -> None:
+    alone, both = (gradients_on_views(method, weight=w, **options) for w in (0.0, 1.0))
+    task = [y - x for x, y in zip(alone, both, strict=True)]
+    bare, its = (torch.cat([g.flatten() for g in some]).norm().item() for some in (alone, task))
     torch.manual_seed(0)
     model: Any = method()
     step = model.training_step
     model.training_step = lambda *given: STRONG * step(*given)
-    weight = two_steps(attach(model, **options)).recon_aux.weight
-    assert 1 < weight < 1e3 * STRONG
+    weight = two_steps(attach(model, seed=0, **options)).recon_aux.weight
+    assert weight == pytest.approx(2 * STRONG * bare / its, rel=0.06)
+    assert weight > 1
 
 
 def test_until_then_the_encoder_trains_as_without_the_task() -> None:
@@ -220,6 +252,22 @@ def test_the_views_alone_are_compared_however_they_are_encoded() -> None:
     assert 1 < trained(at_once=True) == pytest.approx(trained(at_once=False), rel=0.05)
 
 
+@pytest.mark.parametrize("strong", [0, 1])
+def test_a_loss_on_other_rows_does_not_count(strong: int) -> None:
+    def measured(by: float) -> float:
+        model = attach(InALoop(), seed=0)
+        views = [view.roll(shift, -1) for shift in (0, 5) for view in VIEWS]
+        for _ in range(2):
+            z = model(torch.cat(views)).chunk(4)
+            losses = [siamese_loss(*z[:2]), siamese_loss(*z[2:])]
+            losses[strong] = by * losses[strong]
+            recon_aux.add_loss(model, STRONG * (losses[0] + losses[1]), views).backward()
+        return float(model.recon_aux.weight)
+
+    # the views are the first two, whatever is made of the others
+    assert measured(50.0) == pytest.approx((50 if strong == 0 else 1) * measured(1.0), rel=0.06)
+
+
 @pytest.mark.parametrize("weight", [torch.tensor(0.5), numpy.float32(0.5)])
 def test_a_weight_may_be_set_by_any_number(weight: Any) -> None:
     model = attach(Scaled())
@@ -255,6 +303,15 @@ def test_a_weight_that_is_given_since_stays() -> None:
     model.recon_aux.weight = 0.7
     fit(model, max_steps=3)
     assert model.recon_aux.weight == 0.7
+    # also over one that was measured, here or elsewhere
+    other = attach(Scaled())
+    fit(other, max_steps=2)
+    model.load_state_dict(other.state_dict())
+    assert model.recon_aux.weight == 0.7
+    other.recon_aux.weight = 0.7
+    assert other.recon_aux.weight == 0.7
+    fit(other, max_steps=2)
+    assert other.recon_aux.weight == 0.7
 
 
 def test_it_is_saved_and_a_resumed_run_goes_on_with_it(tmp_path: Any) -> None:
@@ -308,6 +365,31 @@ def test_an_overflow_under_a_loss_scaler_sets_nothing() -> None:
     loss = STRONG * siamese_loss(*(model(view) for view in VIEWS))
     recon_aux.add_loss(model, loss)
     assert model.recon_aux.weight != 1.0
+
+
+@pytest.mark.parametrize(("method", "both"), [(1e25, 1.0), (1e-25, 1e25)])
+def test_an_overflow_of_one_gradient_alone_sets_nothing(method: float, both: float) -> None:
+    model = attach(InALoop(), seed=0)
+    for _ in range(2):
+        loss = method * siamese_loss(*(model(view) for view in VIEWS))
+        (both * recon_aux.add_loss(model, loss)).backward()
+        assert model.recon_aux.options["weight"] == "auto"
+        assert model.recon_aux.weight_is_due
+
+
+def test_compiled_it_is_measured_whenever_it_is_due() -> None:
+    torch._dynamo.reset()
+    model = attach(Scaled(), seed=0)
+    due = copy.deepcopy(model.state_dict())
+    step = torch.compile(model.training_step, backend="aot_eager")
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="recon_aux")
+            for index in range(2):
+                step(BATCH, index).backward()
+        assert model.recon_aux.weight > 1
+        model.load_state_dict(due)
+        assert model.recon_aux.weight == 1
 
 
 def test_the_module_alone_has_nobody_to_set_it() -> None:

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet34
 
 import recon_aux
+from helpers import inside
 from helpers.data import Views, batch
 from helpers.models import InALoop, Siamese, plain_encoder
 from helpers.running import run_script
 from helpers.training import fit, trainer
-from helpers.weights import assert_same, decoder_of
+from helpers.weights import assert_same, bare_state, decoder_of
 from recon_aux.integrations.lightly import attach
 
 # --- stopped and resumed ---
@@ -92,8 +93,20 @@ def test_all_of_a_checkpoint_is_stripped(tmp_path: Path) -> None:
 
 def test_wrappers_prefixes_are_stripped_too() -> None:
     model = attach(InALoop())
-    wrapped = nn.DataParallel(model)
-    nn.DataParallel(InALoop()).load_state_dict(recon_aux.strip(wrapped.state_dict()))
+    nn.init.ones_(model.backbone[0].weight)
+    bare = nn.DataParallel(InALoop())
+    bare.load_state_dict(recon_aux.strip(nn.DataParallel(model).state_dict()))
+    assert_same(bare.module.state_dict(), bare_state(model))
+
+
+def test_a_decoder_is_stripped_at_any_depth() -> None:
+    ours, theirs = {"recon_aux.x": torch.ones(2)}, {"x": torch.ones(2)}
+    state = {"loops": {"ema": {"state": {**ours, **theirs}}, "epoch": 3}, "other": [theirs]}
+    kept = copy.deepcopy(state)
+    stripped = recon_aux.strip(state)
+    assert str(stripped) == str({**state, "loops": {"ema": {"state": theirs}, "epoch": 3}})
+    # what was given stays as it was
+    assert str(state) == str(kept)
 
 
 def test_what_is_no_weight_of_ours_is_left_as_it_is() -> None:
@@ -136,6 +149,20 @@ def test_a_bare_run_goes_on_attached(configure: Any, tmp_path: Path) -> None:
         # the encoder's moments are those of four steps, the decoder's of two
         assert state[model.backbone[0].weight]["step"] == 4 == saved[0]["step"] + 2
         assert state[model.recon_aux.decoder.queries]["step"] == 2
+
+
+def test_named_parameters_keep_their_names_where_a_bare_run_goes_on() -> None:
+    def named(model: Any) -> Any:
+        return torch.optim.Adam(model.named_parameters(), lr=1e-3)
+
+    saved = Siamese(configure=named).configure_optimizers().state_dict()
+    model = attach(Siamese(configure=named))
+    optimizer = model.configure_optimizers()
+    optimizer.load_state_dict(saved)
+    ((names, params),) = [(g["param_names"], g["params"]) for g in optimizer.param_groups]
+    known = {id(p): name for name, p in model.named_parameters()}
+    assert names == [known[id(p)] for p in params]
+    assert sorted(names) == sorted(known.values())
 
 
 def test_a_bare_optimizers_state_does_not_fit_a_group_of_its_own(tmp_path: Path) -> None:
@@ -209,7 +236,11 @@ def test_numbers_of_numpys_are_saved_as_pythons(tmp_path: Path) -> None:
     options["seed"] = numpy.int64(3)
     torch.save(attach(Siamese(), **options).state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    attach(Siamese(), weight=2.5, equivariant_dim=4).load_state_dict(state)
+    model = attach(Siamese(), weight=2.5, equivariant_dim=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(state)
+    assert torch.equal(model.recon_aux.decoder.queries, state["recon_aux.decoder.queries"])
 
 
 def test_options_that_may_change_are_told_and_the_rest_is_loaded() -> None:
@@ -255,12 +286,21 @@ def test_checkpoints_may_be_averaged_by_hand() -> None:
 
 @pytest.mark.parametrize("package", [lightning, pytorch_lightning])
 def test_torchvisions_own_resnet_loads_a_cut_one(package: Any, tmp_path: Path) -> None:
-    class Cut(InALoop):
+    class Cut(package.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__(nn.Sequential(*list(resnet18().children())[:-1]))
+            super().__init__()
+            self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
             self.projection_head = nn.Linear(512, 8)
 
-    model = attach(Cut(), heads=["projection_head"])
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            z0, z1 = (self.projection_head(self.backbone(x).flatten(1)) for x in batch[0])
+            return (z0 - z1).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    model = attach(Cut())
+    fit(model, package, side=32, max_steps=1)
     path = tmp_path / "encoder.pt"
     plain = resnet18()
     recon_aux.export_backbone(model, path, like=plain)
@@ -293,6 +333,7 @@ def test_timms_own_resnet_loads_its_own_and_a_compiled_one() -> None:
         attach(model, heads=["projection_head"])
         plain = timm.create_model("resnet18", num_classes=0)
         plain.load_state_dict(recon_aux.export_backbone(model), strict=True)
+        assert_same(plain.state_dict(), encoder.state_dict())
 
 
 def test_an_encoder_of_another_depth_is_named() -> None:
@@ -307,6 +348,70 @@ def test_an_encoder_of_another_depth_is_named() -> None:
         attach(model, heads=["projection_head"])
         with pytest.raises(ValueError, match="like= of the encoder's architecture"):
             recon_aux.export_backbone(model, like=like)
+
+
+class Affine(nn.Module):
+    """Parameters of one shape, under names that are given."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.rand(16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.parameters()
+        return x.mean((2, 3)).repeat(1, 6)[:, :16] * scale + shift
+
+
+def test_tensors_of_one_shape_are_told_apart_by_their_names() -> None:
+    encoder = Affine("weight", "bias")
+    model = attach(InALoop(encoder))
+    # the same names in another order, as they are and within another module
+    turned = Affine("bias", "weight")
+    for like in (turned, Affine("weight", "bias")):
+        exported = recon_aux.export_backbone(model, like=like)
+        assert list(exported) == list(like.state_dict())
+        assert_same(exported, encoder.state_dict())
+    within = attach(InALoop(nn.Sequential(encoder)))
+    assert_same(recon_aux.export_backbone(within, like=turned), encoder.state_dict())
+    # other names, in whose place there is something of their shape
+    for names in (("scale", "shift"), ("bias", "other"), ("weight", "other")):
+        with pytest.raises(ValueError, match="like= of the encoder's architecture"):
+            recon_aux.export_backbone(within, like=nn.Sequential(Affine(*names)))
+
+
+def test_an_export_shares_no_memory_with_the_model_or_the_other_architecture() -> None:
+    encoder = nn.Sequential(*list(resnet18().children())[:-1])
+    model = InALoop(encoder)
+    model.projection_head = nn.Linear(512, 8)
+    attach(model, heads=["projection_head"])
+    plain = resnet18()
+    exports = [recon_aux.export_backbone(model), recon_aux.export_backbone(model, like=plain)]
+    kept = copy.deepcopy(exports)
+    with torch.no_grad():
+        for tensor in (*model.state_dict().values(), *plain.state_dict().values()):
+            if isinstance(tensor, Tensor):
+                tensor.add_(1)
+    for exported, expected in zip(exports, kept, strict=True):
+        assert_same(exported, expected)
+        assert not any(x.requires_grad for x in exported.values())
+
+
+@pytest.mark.parametrize("out", [recon_aux.detach, recon_aux.export_backbone, nn.Module.state_dict])
+def test_weights_are_handed_out_only_after_a_late_loss_was_judged(
+    out: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = inside.send_late(monkeypatch)
+    model = attach(InALoop())
+    views, _ = batch(4, side=16)
+    views[0][0, 0, 0, 0] = float("nan")
+    z0, z1 = (model(view) for view in views)
+    recon_aux.add_loss(model, torch.nan_to_num(z0 - z1).sum())
+    assert [loss.arrived for loss in late] == [False]
+    with pytest.raises(FloatingPointError, match="got nan in step 1"):
+        out(model)
+    assert [loss.arrived for loss in late] == [True]
+    assert recon_aux.is_attached(model) == (out is not recon_aux.detach)
 
 
 def test_the_encoder_that_was_trained_is_exported_after_loading_too() -> None:
@@ -340,8 +445,22 @@ def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> 
     assert torch.equal(weight, recon_aux.export_backbone(model)["0.weight"])
 
 
+def test_an_encoder_of_which_parts_are_compiled_is_exported_under_its_own_names() -> None:
+    encoder = plain_encoder()
+    weights = copy.deepcopy(encoder.state_dict())
+    encoder[0] = torch.compile(encoder[0], backend="eager")
+    within = torch.compile(encoder, backend="eager")
+    model = attach(InALoop(nn.Sequential(within)))
+    assert_same(
+        recon_aux.export_backbone(model), {f"0.{key}": value for key, value in weights.items()}
+    )
+    assert_same(recon_aux.export_backbone(model, like=plain_encoder()), weights)
+
+
 def test_an_encoder_of_another_architecture_is_named() -> None:
     model = attach(InALoop())
+    with pytest.raises(ValueError, match=r"2\.bias \(16,\), got 4, .* 2\.bias \(32,\)"):
+        recon_aux.export_backbone(model, like=plain_encoder(32))
     with pytest.raises(ValueError, match=r"whose 4 tensors are 0\.weight \(8, 3, 3, 3\).*got 122"):
         recon_aux.export_backbone(model, like=resnet18())
     with pytest.raises(TypeError, match="like= as a model, got <function resnet18"):

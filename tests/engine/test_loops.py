@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import recon_aux
 from helpers.data import shaded_views
 from helpers.models import InALoop, Siamese, siamese_loss, tiny_encoder
-from helpers.watching import alive, rebuilt_from, seen_by
+from helpers.watching import alive, rebuilt_by, rebuilt_from, seen_by
+from helpers.weights import assert_same, assert_trained, decoder_of
 from recon_aux.integrations.lightly import attach
 
 VIEWS = shaded_views(2)
@@ -111,10 +112,21 @@ def test_an_optimizer_without_the_decoder_is_noticed() -> None:
     model = in_a_loop()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attach(model)
-    with pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(RuntimeError, match=r"train the decoder .*add_param_group"),
+    ):
+        warnings.simplefilter("error")
         steps_with(model, optimizer, 3, forget=False)
     model = attach(in_a_loop())
-    steps_with(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, forget=False)
+    before = decoder_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps_with(model, optimizer, 5, forget=False)
+    assert_trained(model, before)
+    # and once it was seen to train, no values are compared, which would wait for a GPU
+    with torch.profiler.profile() as profile:
+        steps_with(model, optimizer, 2, forget=False)
+    assert not any(event.key == "aten::equal" for event in profile.key_averages())
 
 
 def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:
@@ -137,7 +149,33 @@ def test_the_decoder_may_have_a_fused_optimizer_alone() -> None:
         torch.optim.AdamW(model.recon_aux.parameters(), fused=True),
     ]
     optimizers[0].register_step_post_hook(lambda *_: optimizers[1].step())
+    before = decoder_of(model)
     steps_with(model, optimizers[0], 5, forget=False)
+    assert_trained(model, before)
+
+
+def test_a_decoder_that_a_weight_of_zero_leaves_as_it_is_is_no_mistake() -> None:
+    model = attach(in_a_loop(), weight=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    model.recon_aux.weight = 0.0
+    before = decoder_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps_with(model, optimizer, 5, forget=False)
+        assert_same(decoder_of(model), before)
+        model.recon_aux.weight = 1.0
+        steps_with(model, optimizer, 3, forget=False)
+    assert_trained(model, before)
+
+
+def test_steps_of_the_encoder_alone_in_turn_with_the_decoders_are_no_mistake() -> None:
+    model = attach(in_a_loop())
+    whole = torch.optim.SGD(model.parameters(), lr=0.1)
+    alone = torch.optim.SGD(model.backbone.parameters(), lr=0.1)
+    before = decoder_of(model)
+    for optimizer in (whole, alone, whole, alone, whole):
+        steps_with(model, optimizer, 1, forget=False)
+    assert_trained(model, before)
 
 
 def test_an_average_that_is_evaluated_between_steps_is_no_teacher() -> None:
@@ -147,8 +185,43 @@ def test_an_average_that_is_evaluated_between_steps_is_no_teacher() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         model.average(torch.rand(4, 3, 32, 32))
+        seen = rebuilt_from(model)
         with torch.enable_grad():
             recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], VIEWS, strict=True))
+
+
+@pytest.mark.parametrize("shown", ["the same image", "the batch", "nothing"])
+def test_in_a_loop_a_teacher_whose_head_is_not_masked_gives_a_warning(shown: str) -> None:
+    model = in_a_loop()
+    model.average = copy.deepcopy(model.backbone).requires_grad_(False)
+    attach(model, views=1)
+    x0, x1 = VIEWS
+    z0 = model(x0)
+    with torch.no_grad():
+        if shown == "the same image":
+            model.average(x0)
+        y1 = model.average(x1).flatten(1)[:, :8]
+    loss = (z0 - y1).square().mean()
+    batch = (x0, x1) if shown == "the batch" else ()
+    # what is encoded in between by an average may be an evaluation
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        recon_aux.add_loss(model, loss, batch)
+    told = [str(w.message) for w in given if "saw average called and none of" in str(w.message)]
+    assert len(told) == (shown != "nothing")
+
+
+def test_in_a_loop_a_view_is_the_latest_of_many_that_are_encoded_without_gradient() -> None:
+    model = attach(MomentumInALoop(), views=1)
+    views = list(torch.rand(2, 4, 3, 16, 16))
+    seen = rebuilt_from(model)
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(40):
+                model.backbone_momentum(torch.rand(4, 3, 16, 16))
+        recon_aux.add_loss(model, model.loss(views)).backward()
+        assert torch.equal(seen.pop()[0][1], views[1])
 
 
 def test_a_part_of_the_decoder_may_be_frozen_between_steps() -> None:
@@ -156,6 +229,19 @@ def test_a_part_of_the_decoder_may_be_frozen_between_steps() -> None:
     for _ in range(2):
         recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
         model.recon_aux.edges.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for frozen in (True, False):
+        model.recon_aux.edges.requires_grad_(not frozen)
+        before = decoder_of(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
+            optimizer.step()
+        after = decoder_of(model)
+        its = {name for name in after if name.startswith("edges.")}
+        assert its
+        for name, weight in after.items():
+            assert torch.equal(weight, before[name]) == (frozen and name in its), name
 
 
 def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
@@ -270,11 +356,15 @@ def test_a_loop_may_validate_by_its_loss() -> None:
 def test_a_loop_may_look_at_its_batch_between_backward_and_step() -> None:
     model = attach(in_a_loop())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen, before = rebuilt_from(model), decoder_of(model)
     for _ in range(3):
         recon_aux.add_loss(model, sum(model(view).var() for view in VIEWS)).backward()
         with torch.no_grad():
             model(VIEWS[0])
         optimizer.step()
+    assert_trained(model, before)
+    assert len(seen) == 3
+    assert all(torch.equal(a, b) for call in seen for a, b in zip(call[0], VIEWS, strict=True))
 
 
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
@@ -301,3 +391,28 @@ def test_an_encoder_may_be_frozen_for_a_while(mode: bool, copied: Any) -> None:
     for loss in losses():
         loss.backward()
     assert all(m.recon_aux.decoder.queries.grad.any() for m in (looped, method))
+
+
+def test_an_encoder_that_trained_may_be_frozen_for_a_while() -> None:
+    looped, method = attach(in_a_loop()), attach(Siamese(tiny_encoder()))
+    outputs = [rebuilt_by(model) for model in (looped, method)]
+
+    def steps() -> int:
+        loss = sum(looped(view).square().mean() for view in VIEWS)
+        recon_aux.add_loss(looped, loss).backward()
+        method.training_step((VIEWS, torch.arange(4)), 0).backward()
+        assert len(outputs[0]) == len(outputs[1])
+        return len(outputs[0])
+
+    assert steps() == 1
+    for model in (looped, method):
+        model.backbone.requires_grad_(False)
+    with pytest.warns(UserWarning, match="encoder backbone is frozen, so nothing is rebuilt"):
+        assert steps() == 1
+    for model in (looped, method):
+        model.zero_grad()
+        model.backbone.requires_grad_(True)
+    assert steps() == 2
+    for model in (looped, method):
+        assert model.recon_aux.decoder.queries.grad.any()
+        assert model.backbone[0].weight.grad.any()

@@ -156,6 +156,25 @@ def test_a_later_step_compares_no_values(method: type[Method]) -> None:
     assert compared == (method is ShuffledMomentum)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_shuffle_of_stacked_views_is_undone(dim: int) -> None:
+    class Stacked(ShuffledMomentum):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return super().training_step((batch[0].unbind(dim), batch[1]))
+
+    model = built(Stacked)
+    model.eval()
+    seen = rebuilt_from(model)
+    views, labels = shaded_views(2, size=6), torch.arange(6)
+    for index in range(3):
+        model.training_step((torch.stack(views, dim), labels), index)
+        ((found, features),) = seen
+        assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
+        expected = model.backbone_momentum(views[1]).flatten(1)
+        torch.testing.assert_close(features[1], expected)
+        seen.clear()
+
+
 def test_a_shuffle_is_undone_where_views_have_the_same_sums() -> None:
     model = built(ShuffledMomentum)
     seen = rebuilt_from(model)
@@ -192,6 +211,36 @@ def test_an_encoder_that_is_frozen_is_not_the_one() -> None:
     model.backbone = nn.Linear(4, 4).requires_grad_(False)
     attach(model)
     assert recon_aux.export_backbone(model).keys() == model.my_encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", [Momentum, ShuffledMomentum])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_third_image_of_the_batch_is_no_view_where_the_encoder_alone_looks_at_it(
+    method: Any, first: bool
+) -> None:
+    class Third(method):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            losses = []
+            for look in (first, not first):
+                if look:
+                    with torch.no_grad():
+                        self.backbone(batch[0][2])
+                else:
+                    losses.append(super().training_step((batch[0][:2], batch[1])))
+            return losses[0]
+
+    model = built(Third)
+    model.eval()
+    seen = rebuilt_from(model)
+    views, labels = shaded_views(3), torch.arange(4)
+    for index in range(2):
+        model.training_step((views, labels), index)
+        ((found, features),) = seen
+        assert all(torch.equal(a, b) for a, b in zip(found, views, strict=False))
+        encoders = (model.backbone, model.backbone_momentum)
+        for encoder, view, feature in zip(encoders, views, features, strict=False):
+            torch.testing.assert_close(feature, encoder(view).flatten(1))
+        seen.clear()
 
 
 @pytest.mark.parametrize("detached", [True, False])
@@ -234,9 +283,11 @@ def test_small_crops_leave_a_view_without_gradient_a_view(detached: bool) -> Non
 @every_method
 def test_what_is_masked_is_not_told_of(method: type[Method]) -> None:
     model = built(method)
+    rebuilt = rebuilt_by(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="recon_aux")
         model.training_step(model.batch(), 0)
+    assert len(rebuilt) == 1
 
 
 def test_a_head_whose_only_child_is_called_module_is_a_head() -> None:
@@ -489,8 +540,11 @@ def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> Non
 def test_validation_by_the_training_step_passes_through() -> None:
     model = built(Method)
     with torch.no_grad():
-        model.recon_aux.register_forward_hook(lambda *call: pytest.fail("rebuilt in validation"))
-        model.training_step(model.batch(), 0)
+        rebuilt = rebuilt_by(model)
+        loss = model.training_step(model.batch(), 0)
+        assert torch.equal(loss, model.training_step(model.batch(), 0))
+    assert rebuilt == []
+    assert not loss.requires_grad
 
 
 def test_copies_that_are_made_between_steps_are_watched_and_leave_no_hook() -> None:

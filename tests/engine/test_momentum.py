@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightly.loss import NegativeCosineSimilarity
 from pytorch_lightning import LightningModule
-from timm.utils.model_ema import ModelEmaV2
+from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -132,6 +132,30 @@ def test_a_teacher_whose_head_is_not_found_is_told(teacher: Any) -> None:
     assert first != second
 
 
+class Symmetric(Taught):
+    """Both views go through both networks."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, 0) + super().training_step(batch[::-1], 0)
+
+
+def test_a_teacher_of_both_views_whose_head_is_not_found_is_told_once() -> None:
+    model = attach(Symmetric(OtherHead), **ONLINE)
+    with pytest.warns(UserWarning, match=r"saw target\.encoder called and none of"):
+        model.training_step(VIEWS, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(VIEWS, 1)
+
+
+def test_a_frozen_head_outside_the_model_is_no_momentum_head() -> None:
+    outside = nn.Linear(16, 8).requires_grad_(False)
+    model = attach(Taught(frozen), **{**ONLINE, "heads": ["online.projector", outside]})
+    assert "target.projector" in hooked(model)
+    first, second = method_s_losses(model)
+    assert first == second
+
+
 def test_a_teacher_s_head_that_is_named_is_masked() -> None:
     model = attach(Taught(OtherHead), **{**ONLINE, "heads": ["online.projector", "target.follows"]})
     first, second = method_s_losses(model)
@@ -150,11 +174,11 @@ def test_a_teacher_s_head_that_is_copied_after_attaching_brings_its_mask() -> No
 class Side(LightningModule):
     """Without a common parent: a word in the names tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, average: Any) -> None:
         super().__init__()
         self.backbone, self.projection_head = plain_encoder(), head()
-        self.backbone_ema = AveragedModel(self.backbone)
-        self.projection_head_ema = AveragedModel(self.projection_head)
+        self.backbone_ema = average(self.backbone)
+        self.projection_head_ema = average(self.projection_head)
         self.projector_of_another = head()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -164,8 +188,9 @@ class Side(LightningModule):
         raise NotImplementedError
 
 
-def test_the_modules_of_averages_are_masked() -> None:
+@pytest.mark.parametrize("average", [AveragedModel, ModelEmaV2, ModelEmaV3])
+def test_the_modules_of_averages_are_masked(average: Any) -> None:
     heads = ["projection_head", "projection_head_ema.module"]
-    model = attach(Side(), heads=heads[:1])
+    model = attach(Side(average), heads=heads[:1])
     assert [name for name in hooked(model) if "head" in name] == heads
-    assert heads[1] in hooked(attach(Side()))
+    assert heads[1] in hooked(attach(Side(average)))

@@ -183,6 +183,12 @@ def test_biases_and_norms_are_not_decayed_where_the_encoders_are_not() -> None:
         assert all(p.ndim < 2 for p in not_decayed["params"] if id(p) in ours)
 
 
+def test_weights_may_be_given_no_decay_of_their_own() -> None:
+    model = attach(model_with("LARS", "one"), decoder_weight_decay=0.0)
+    encoder, decoder = model.configure_optimizers().param_groups
+    assert (encoder["weight_decay"], decoder["weight_decay"]) == (1e-4, 0.0)
+
+
 def test_weights_without_decay_of_their_own_may_be_given_it() -> None:
     model = attach(model_with("SGD", "one"), decoder_weight_decay=0.5)
     encoder, decoder = model.configure_optimizers().param_groups
@@ -212,14 +218,39 @@ def test_a_learning_rate_of_its_own_follows_the_schedule_in_proportion(
     assert [decoder for _, decoder in rates] == pytest.approx([3 * encoder for encoder, _ in rates])
 
 
+@pytest.mark.parametrize("groups", ["one", "encoder and head", "bias and norm"])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if "floor" not in name])
+def test_the_schedulers_own_rates_are_in_proportion(schedule: str, groups: str) -> None:
+    """Lightning logs them between the scheduler's step and the optimizer's."""
+    base = {"OneCycleLR": 0.1, "CyclicLR": 0.01}.get(schedule, 0.05)
+    model = attach(model_with("SGD", groups, schedule), decoder_lr=3 * base)
+    configured = model.configure_optimizers()
+    made, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    encoder, decoder = (groups_of(made, m)[0] for m in (model.backbone, model.recon_aux))
+    at = [[g is group for g in made.param_groups].index(True) for group in (encoder, decoder)]
+    rates = []
+    for _ in range(8):
+        made.step()
+        scheduler.step(*[1.0] * (schedule == "ReduceLROnPlateau"))
+        # ReduceLROnPlateau leaves a rate that is next to nothing
+        assert decoder["lr"] == pytest.approx(3 * encoder["lr"], abs=1e-7)
+        last = scheduler.get_last_lr()
+        assert [last[i] for i in at] == [encoder["lr"], decoder["lr"]]
+        rates.append(encoder["lr"])
+    assert len(set(rates)) > 2
+
+
 @pytest.mark.parametrize("groups", ["one", "bias and norm"])
 def test_lightnings_monitor_of_learning_rates_takes_the_groups_names(
     groups: str, tmp_path: Path
 ) -> None:
     model = attach(model_with("SGD", groups, "LinearLR"), decoder_lr=0.01)
     monitor = LearningRateMonitor()
-    fit(model, logger=CSVLogger(tmp_path), callbacks=[monitor])
-    assert "lr-SGD/recon_aux" in monitor.lrs
+    fit(model, logger=CSVLogger(tmp_path), callbacks=[monitor], log_every_n_steps=1)
+    encoder = next(name for name in ("lr-SGD/pg1", "lr-SGD/pg2") if name in monitor.lrs)
+    assert len(set(monitor.lrs[encoder])) == 3
+    expected = [rate / 5 for rate in monitor.lrs[encoder]]
+    assert monitor.lrs["lr-SGD/recon_aux"] == pytest.approx(expected)
 
 
 def test_of_layers_with_rates_of_their_own_the_decoder_joins_the_last() -> None:
@@ -275,6 +306,21 @@ def test_a_learning_rate_of_its_own_follows_one_that_is_set_by_hand() -> None:
     assert rates == [pytest.approx((0.05 * step / 4, 0.1 * step / 4)) for step in range(4)]
 
 
+def test_biases_and_norms_with_a_rate_of_their_own_follow_the_encoders() -> None:
+    model = attach(model_with("SGD", "bias and norm"), decoder_lr=0.2)
+    made = model.configure_optimizers()
+    weights, vectors, our_weights, our_vectors = made.param_groups
+    assert all(p.ndim < 2 for p in our_vectors["params"])
+    vectors["lr"] *= 0.5
+    made.step()
+    assert our_vectors["lr"] == pytest.approx(0.1)
+    assert our_weights["lr"] == pytest.approx(0.2)
+    weights["lr"] *= 0.1
+    made.step()
+    assert our_vectors["lr"] == pytest.approx(0.1)
+    assert our_weights["lr"] == pytest.approx(0.02)
+
+
 def test_a_learning_rate_of_its_own_is_of_its_base_whatever_notes_another() -> None:
     """As Lightning's search for a rate and its SWA callback do, which set all groups alike."""
     model = attach(Siamese(), decoder_lr=0.2)
@@ -303,11 +349,13 @@ def test_of_several_optimizers_the_encoders_trains_the_decoder() -> None:
     def configure(model: Any) -> Any:
         head = SGD(model.projection_head.parameters(), lr=0.1)
         encoder = Adam(model.backbone.parameters(), lr=1e-3)
-        return [head, encoder], [schedules.ExponentialLR(encoder, 0.5)]
+        return [head, encoder], [schedules.ExponentialLR(o, 0.5) for o in (encoder, head)]
 
     for settings in ({}, {"decoder_lr": 0.01}):
         model = attach(Siamese(configure=configure), **settings)
-        (head, encoder), (schedule,) = model.configure_optimizers()
+        (head, encoder), (schedule, of_the_head) = model.configure_optimizers()
+        assert of_the_head.base_lrs == of_the_head.get_last_lr() == [0.1]
+        assert schedule.base_lrs == [1e-3, *settings.values()]
         assert not groups_of(head, nn.Module())
         assert groups_of(encoder, model.recon_aux)
         before = decoder_of(model)
@@ -350,10 +398,11 @@ def test_settings_that_cannot_be_met_are_named() -> None:
         attach(Siamese(), decoder_lr=-1)
     with pytest.raises(ValueError, match=r"decoder_weight_decay= as a finite .* got .0\.1."):
         attach(Siamese(), decoder_weight_decay="0.1")
-    with pytest.raises(
-        ValueError, match=r"got InALoop, which doesn't: .*recon_aux\.parameters\(\)"
-    ):
-        attach(InALoop(), decoder_lr=0.1)
+    for setting in ({"decoder_lr": 0.1}, {"decoder_weight_decay": 0.1}, {"decoder_lr": 0.0}):
+        with pytest.raises(
+            ValueError, match=r"got InALoop, which doesn't: .*recon_aux\.parameters\(\)"
+        ):
+            attach(InALoop(), **setting)
     refused(lambda model: SGD(model.parameters(), lr=0.0), "learning rate above 0", decoder_lr=0.1)
     refused(
         lambda model: ([made := SGD(model.parameters(), lr=0.1)], [UnknownScheduler(made)]),
@@ -414,6 +463,29 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
     train(model)
 
 
+def test_an_optimizer_that_trains_the_decoder_in_every_other_step_is_no_mistake() -> None:
+    class InTurn(SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            ours = {id(p): p.grad for p in model.recon_aux.parameters()}
+            if self.steps % 2:
+                for p in model.recon_aux.parameters():
+                    p.grad = None
+            super().step()
+            for p in model.recon_aux.parameters():
+                p.grad = ours[id(p)]
+            self.steps += 1
+
+    model = attach(Siamese(configure=lambda model: InTurn(model.backbone.parameters(), lr=0.05)))
+    before = decoder_of(model)
+    optimizer = model.configure_optimizers()
+    for step in range(4):
+        model.training_step(batch(4, side=16), step).backward()
+        optimizer.step()
+    assert_trained(model, before)
+
+
 def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
     model = attach(Siamese())
     optimizer = model.configure_optimizers()
@@ -421,8 +493,11 @@ def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
         if step == 1:
             recon_aux.detach(model)
         optimizer.zero_grad()
+        before = model.backbone[0].weight.clone()
         model.training_step(batch(4, side=16), step).backward()
         optimizer.step()
+        assert not torch.equal(model.backbone[0].weight, before)
+    assert not recon_aux.is_attached(model)
 
 
 def test_a_decoder_in_a_group_with_others_keeps_that_groups_settings() -> None:
@@ -436,18 +511,39 @@ def test_a_decoder_in_a_group_with_others_keeps_that_groups_settings() -> None:
     assert (group["lr"], group["weight_decay"]) == (1.0, 0.5)
 
 
-def test_a_decoder_that_is_frozen_for_a_while_keeps_its_place() -> None:
-    model = attach(Siamese(), decoder_lr=0.1)
-    model.recon_aux.requires_grad_(False)
+@pytest.mark.parametrize("settings", [{}, {"decoder_lr": 0.1}])
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("part", ["recon_aux", "recon_aux.edges", "backbone"])
+def test_what_is_frozen_for_a_while_keeps_its_place(
+    part: str, listed: bool, settings: dict[str, float]
+) -> None:
+    def configure(model: Any) -> Any:
+        its = [*model.backbone.parameters(), *model.projection_head.parameters()]
+        return SGD(its if listed else model.parameters(), lr=0.05)
+
+    model = attach(Siamese(configure=configure), **settings)
+    frozen = model.get_submodule(part).requires_grad_(False)
     optimizer = model.configure_optimizers()
-    model.recon_aux.requires_grad_(True)
     assert groups_of(optimizer, model.recon_aux)
+    for trains in (False, True, False):
+        frozen.requires_grad_(trains)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = model.training_step(batch(4, side=16), step)
+            loss.backward()
+            optimizer.step()
+        its = {id(p) for p in frozen.parameters()}
+        for name, p in model.named_parameters():
+            nothing_is_rebuilt = not trains and part == "backbone" and "recon_aux" in name
+            stays = nothing_is_rebuilt or (not trains and id(p) in its)
+            assert torch.equal(p, before[name]) == stays, name
 
 
 def test_a_schedulers_list_of_the_users_own_stays_as_it_is() -> None:
     class Factors(schedules.LRScheduler):
         def __init__(self, optimizer: Optimizer) -> None:
-            self.factors = [1.0, 0.1]
+            self.factors, self.later_lrs = [1.0, 0.1], [0.3, 0.2, 0.1]
             super().__init__(optimizer)
 
         def get_lr(self) -> list[float | torch.Tensor]:
@@ -460,7 +556,7 @@ def test_a_schedulers_list_of_the_users_own_stays_as_it_is() -> None:
 
     model = attach(Siamese(configure=configure), decoder_lr=0.2)
     (optimizer,), (scheduler,) = model.configure_optimizers()
-    assert scheduler.factors == [1.0, 0.1]
+    assert (scheduler.factors, scheduler.later_lrs) == ([1.0, 0.1], [0.3, 0.2, 0.1])
     for _ in range(3):
         optimizer.step()
         scheduler.step()

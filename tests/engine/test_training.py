@@ -30,7 +30,7 @@ from helpers.methods import mixed_by
 from helpers.models import InALoop, Siamese, siamese_loss
 from helpers.running import run_script
 from helpers.training import fit, losses_in, trainer
-from helpers.watching import alive, calls_of, seen_by
+from helpers.watching import alive, calls_of, rebuilt_by, seen_by
 from helpers.weights import assert_same, assert_trained, decoder_of
 from recon_aux.integrations.lightly import attach
 
@@ -89,6 +89,12 @@ def test_an_encoder_that_is_checkpointed_is_captured_once() -> None:
         assert torch.equal(*losses)
     for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_checkpointed_model_trains_what_one_would_that_is_not() -> None:
+    models = [attach(Siamese()), attach(Checkpointed())]
+    losses = [losses_in(model.training_step, model, 4) for model in models]
+    assert all(map(torch.equal, *losses))
 
 
 def test_reentrant_checkpointing_of_a_head_is_refused() -> None:
@@ -240,7 +246,11 @@ def test_a_model_that_lightning_compiled_trains_bare_after_detaching() -> None:
 def test_a_step_may_be_called_by_hand_after_training() -> None:
     model = attach(Siamese())
     fit(model)
+    model.zero_grad()
+    before = decoder_of(model)
     model.training_step(BATCH, 0).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+    assert_same(decoder_of(model), before)
 
 
 def test_fabric_logs_the_loss() -> None:
@@ -374,7 +384,10 @@ def test_weights_that_are_clamped_between_micro_batches_do_not_count_as_steps() 
             model.backbone[0].weight.clamp_(-1, 1)
 
     model.on_train_batch_start = clamp
+    before, outputs = decoder_of(model), rebuilt_by(model)
     fit(model, accumulate_grad_batches=4, max_steps=1)
+    assert_trained(model, before)
+    assert len(outputs) == 4
 
 
 def test_an_average_of_the_weights_follows_and_sees_nothing() -> None:

@@ -28,6 +28,7 @@ from recon_aux.task.terms.statistics import Statistics
 __all__ = [
     "ChannelWhitening",
     "Edges",
+    "Late",
     "LinearReadout",
     "MethodHook",
     "PredictionTerm",
@@ -45,6 +46,7 @@ __all__ = [
     "reached",
     "resize_view",
     "send_by",
+    "send_late",
     "shift_read_from",
     "standardized",
     "take_units_of",
@@ -106,6 +108,36 @@ def options_in_section(section: Any) -> dict[str, Any]:
     from recon_aux.integrations.solo_learn import _options  # noqa: PLC0415
 
     return _options(section)
+
+
+class Late:
+    """Numbers on their way from a GPU, which arrive when they are waited for."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = torch.full_like(numbers, 0)
+        self.sent = numbers
+        self.arrived = False
+
+    def query(self) -> bool:
+        """Whether they have arrived, without waiting."""
+        return self.arrived
+
+    def synchronize(self) -> None:
+        """Wait for them."""
+        self.arrived = True
+        self.numbers.copy_(self.sent)
+
+
+def send_late(monkeypatch: pytest.MonkeyPatch) -> list[Late]:
+    """Let the numbers that show whether a loss is finite arrive late, and list them."""
+    late: list[Late] = []
+
+    def send(numbers: Tensor) -> tuple[Tensor, Late]:
+        late.append(Late(numbers))
+        return late[-1].numbers, late[-1]
+
+    send_by(monkeypatch, send)
+    return late
 
 
 def send_by(monkeypatch: pytest.MonkeyPatch, send: Callable[[Tensor], Any]) -> None:

@@ -6,17 +6,19 @@ import copy
 import pickle
 from typing import Any
 
+import lightly.loss
 import lightning
 import pytest
 import pytorch_lightning
 import timm
 import torch
 import torchvision
-from lightly.models.modules import SimCLRProjectionHead
+from lightly.models.modules import BYOLPredictionHead, SimCLRProjectionHead
 from torch import Tensor, nn
 
 import recon_aux
 from helpers.data import batch
+from helpers.inside import hooked
 from helpers.lightly_styles import build
 from helpers.models import tiny_encoder
 from helpers.training import fit
@@ -198,6 +200,73 @@ class AtModuleLevel(pytorch_lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         modules = {"backbone": self.backbone, "projection_head": self.projection_head}
         return {"optimizer": torch.optim.Adam(nn.ModuleDict(modules).named_parameters())}
+
+
+WEIGHTS = {
+    "NTXentLoss": 1.0,
+    "DirectCLRLoss": 1.0,
+    "VICRegLoss": 0.3,
+    "VICRegLLoss": 0.3,
+    "NegativeCosineSimilarity": 0.2,
+}
+LOSSES = sorted(name for name in dir(lightly.loss) if name.endswith(("Loss", "Similarity")))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_of_lightlys_losses_has_its_default_weight(loss: str) -> None:
+    model: Any = AtModuleLevel()
+    made_by = getattr(lightly.loss, loss)
+    made = made_by(target_distribution=None) if loss == "PMSNCustomLoss" else made_by()
+    model.criterion = made
+    # a loss on patches needs an encoder with encode
+    attach(model, backbone_method="forward")
+    expected = WEIGHTS.get(loss, "auto")
+    assert model.recon_aux.options["weight"] == expected
+    assert model.recon_aux.weight == (1.0 if expected == "auto" else expected)
+
+
+@every_style
+@pytest.mark.parametrize(("method", "weight"), [("SimCLR", 1.0), ("BYOL", 0.2), ("VICReg", 0.3)])
+def test_each_method_has_its_default_weight(method: str, weight: float, style: str) -> None:
+    assert attach(model_of(method, style)).recon_aux.weight == weight
+    given = attach(model_of(method, style), weight=0)
+    assert given.recon_aux.weight == 0
+    assert attach(model_of(method, style), weight="auto").recon_aux.options["weight"] == "auto"
+
+
+def test_a_prediction_head_is_no_head_whatever_it_is_called() -> None:
+    model = AtModuleLevel()
+    model.q_projection = BYOLPredictionHead(16, 32, 16)
+    model.neck = nn.ModuleDict({"projection": nn.Linear(16, 16)})
+    attach(model)
+    assert [name for name in hooked(model) if name] == ["backbone", "projection_head"]
+
+
+@pytest.mark.parametrize("loss", ["IBOTPatchLoss", "IBOTPlusPlusPatchLoss"])
+def test_a_loss_on_patches_needs_an_encoder_that_gives_them(loss: str) -> None:
+    model = AtModuleLevel()
+    model.criterion = getattr(lightly.loss, loss)(output_dim=8)
+    with pytest.raises(ValueError, match="to name a method of Sequential, got 'encode'"):
+        attach(model)
+
+
+@pytest.mark.parametrize("name", ["student_backbone", "online_backbone", "student", "my_encoder"])
+def test_the_usual_names_of_an_encoder(name: str) -> None:
+    model = AtModuleLevel()
+    if name in ("student_backbone", "online_backbone"):
+        # backbone is a teacher that nobody froze
+        setattr(model, name, tiny_encoder())
+    else:
+        setattr(model, name, model.backbone)
+        del model.backbone
+    attach(model)
+    assert_same(recon_aux.export_backbone(model), getattr(model, name).state_dict())
+
+
+def test_a_loss_of_ones_own_has_the_weight_of_the_one_that_it_extends() -> None:
+    model = AtModuleLevel()
+    model.criterion = type("MyLoss", (lightly.loss.VICRegLoss,), {})()
+    assert attach(model).recon_aux.weight == 0.3
 
 
 def test_a_step_that_takes_no_batch_index_and_named_parameters() -> None:

@@ -361,9 +361,43 @@ def test_the_online_classifier_sees_the_whole_feature() -> None:
     assert all(feature[:, 256:].any() for feature in seen)
 
 
-def test_the_weight_depends_on_the_method() -> None:
-    expected = {"simclr": 1.0, "vicreg": 0.3, "dino": 1.0, "byol": 0.8, "nnsiam": 0.2}
-    assert {name: attach(solo_method(name)).recon_aux.weight for name in expected} == expected
+WEIGHTS = {
+    "simclr": 1.0,
+    "vicreg": 0.3,
+    "byol": 0.8,
+    "nnbyol": 0.8,
+    "simsiam": 0.2,
+    "nnsiam": 0.2,
+}
+
+
+@every_method
+def test_the_weight_depends_on_the_method(name: str) -> None:
+    aux = attach(solo_method(name)).recon_aux
+    assert aux.options["weight"] == WEIGHTS.get(name, "auto")
+    assert aux.weight == WEIGHTS.get(name, 1.0)
+
+
+def test_a_weight_that_is_given_goes_before_the_methods() -> None:
+    for weight in (0, 2.0):
+        assert attach(solo_method("byol"), weight=weight).recon_aux.weight == weight
+    assert attach(solo_method("byol"), weight="auto").recon_aux.options["weight"] == "auto"
+
+
+def test_another_models_optimizer_gets_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = attach(solo_method("simclr")), solo_method("simclr")
+    bare = [group.get("name") for group in other.learnable_params]
+    groups: list[Any] = []
+    configure = type(other).configure_optimizers
+
+    def both(self: Any) -> Any:
+        # while one model's are made, as where a method has a teacher of its own
+        groups.append([group.get("name") for group in other.learnable_params])
+        return configure(self)
+
+    monkeypatch.setattr(type(other), "configure_optimizers", both)
+    fit_solo(model)
+    assert groups == [bare]
 
 
 @pytest.mark.parametrize("name", ["linear", "mae"])
@@ -387,9 +421,7 @@ def test_a_section_of_the_config_is_the_options() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TAKES_A_CONFIG, reason="1.0.2 has no config to read the options from")
-def test_a_script_runs_with_every_method_attached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_runs_with_every_method_attached(tmp_path: Path) -> None:
     script = tmp_path / "main_pretrain.py"
     script.write_text(
         "import copy, json, pickle, sys\n"
