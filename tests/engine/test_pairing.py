@@ -94,7 +94,11 @@ def test_images_that_show_nothing_decide_nothing(
     assert decide(views, 40) == (None, [])
 
 
-@pytest.mark.parametrize("augment", [noisy, torch.clone], ids=["noise", "no noise"])
+@pytest.mark.parametrize(
+    "augment",
+    [noisy, torch.clone, lambda x: x + 0.2 * torch.rand_like(x)],
+    ids=["noise", "no noise", "strong noise"],
+)
 def test_equal_images_decide_nothing(augment: Callable[[Tensor], Tensor]) -> None:
     images = torch.rand(3, 32, 32).expand(16, -1, -1, -1)
     assert decide(lambda: (augment(images), augment(images)), 40) == (None, [])
@@ -105,13 +109,13 @@ def test_blank_rows_do_not_count() -> None:
         view0, view1 = pairs(16)
         for rows in (slice(4, 12), slice(14, 16)):
             view0[rows] = view1[rows] = 0
-        view1[0] = torch.nan
-        # the rows that tell something are 1 to 3, 12 and 13
+        view1[0] = view0[3] = torch.nan
+        # the rows that tell something are 1, 2, 12 and 13
         return view0, view1
 
     both = (torch.cat(views) for views in zip(views(), views(), strict=True))
     _, telling = _standard_errors(*map(_cells, both))
-    assert telling.nonzero().flatten().tolist() == [1, 2, 3, 12, 13, 17, 18, 19, 28, 29]
+    assert telling.nonzero().flatten().tolist() == [1, 2, 12, 13, 17, 18, 28, 29]
     assert decide(views, 40) == (True, [])
 
 
@@ -126,6 +130,13 @@ def test_over_all_pairings_the_errors_are_standard(count: int) -> None:
     assert abs(errors.std(correction=0) - 1) < 1e-4
     # every image is nearest to itself
     assert errors.argmax() == 0
+
+
+def test_near_duplicates_count_most() -> None:
+    # images that share more or less of one image: similarities spread from 0 to 0.9
+    images = torch.rand(100, 3, 32, 32) + 2 * torch.rand(100, 1, 1, 1) * torch.rand(3, 32, 32)
+    errors, _ = _standard_errors(_cells(noisy(images)), _cells(noisy(images)))
+    assert errors > 80
 
 
 Looks = list[Pair]
@@ -255,14 +266,13 @@ def test_views_of_two_shapes_decide_nothing() -> None:
 
 
 def test_it_leaves_no_trace() -> None:
-    view0, view1 = (view.requires_grad_() for view in shifted(64))
+    view0, view1 = (view.requires_grad_() for view in shifted(20))
     before, state = (view0.detach().clone(), view1.detach().clone()), torch.get_rng_state()
     check = PairCheck()
     check(view0, view1)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(view0, before[0]) and torch.equal(view1, before[1])
-    assert view0.grad_fn is None
-    assert not any(rows.requires_grad for rows in check._rows)
+    assert [rows.requires_grad for rows in check._rows] == [False]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
