@@ -49,7 +49,8 @@ class Conventions:
             if name in self.refused:
                 raise TypeError(
                     f"expected a method that encodes two views, got {method.__name__}, which "
-                    f"{self.refused[name]}"
+                    f"{self.refused[name]}. If this one encodes two, call recon_aux.attach(model, "
+                    "backbone=..., heads=[...])."
                 )
 
     def find_encoder(self, model: nn.Module) -> nn.Module:

@@ -271,7 +271,9 @@ def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, A
     known = {*signature(ReconAux).parameters, *signature(attach).parameters}
     refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
     if views is not None and not (isinstance(views, Integral) and int(views) >= 1):
-        raise ValueError(f"expected views= as a whole number of 1 or more, got {views!r}")
+        raise ValueError(
+            f"expected views= as a whole number of 1 or more, got {views!r}. Pass such a number."
+        )
     own.check()
     if own.given() and not has_training_step(model):
         raise ValueError(

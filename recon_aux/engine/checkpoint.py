@@ -34,7 +34,8 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise TypeError(
-            f"expected a state_dict, as torch.load(path) gives it, got {type(state).__name__}"
+            f"expected a state_dict, as torch.load(path) gives it, got {type(state).__name__}. "
+            "Pass that."
         )
     # a copy of a state_dict keeps the versions of its modules
     stripped = copy.copy(state) if isinstance(state, dict) else dict(state)

@@ -75,10 +75,11 @@ def take_feature(
             f"{type(error).__name__}: {error}. Pass a function that takes it from there. If the "
             "training step calls the encoder with more than images, pass example_input=, too."
         ) from error
-    if not isinstance(feature, Tensor):
+    if not isinstance(feature, Tensor) or feature.ndim not in (2, 3, 4):
         raise TypeError(
-            f"expected the encoder to return a tensor, got {_describe(feature)}. "
-            "Pass features=lambda output: ..., which takes the feature from it."
+            "expected the encoder to return a tensor (B, D), (B, N, D) or (B, D, H, W), got "
+            f"{_describe(feature)}. Pass features=lambda output: ..., which takes such a feature "
+            "from it."
         )
     usual = channel_dim(feature)
     return feature if channels in (None, usual) else feature.movedim(channels, usual)

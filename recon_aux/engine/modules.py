@@ -27,7 +27,7 @@ def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Mo
     given = module if isinstance(module, str) else type(module).__name__
     raise ValueError(
         f"expected {option}= to name a submodule of {type(model).__name__}, got {given!r}; "
-        f"there are: {describe_children(model)}"
+        f"there are: {describe_children(model)}. Pass one of these, or of their submodules."
     )
 
 

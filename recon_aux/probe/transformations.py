@@ -50,7 +50,10 @@ def draw_parameters(
     """
     unknown = set(names) - set(TRANSFORMATIONS)
     if unknown:
-        raise ValueError(f"expected names among {list(TRANSFORMATIONS)}, got {sorted(unknown)}")
+        raise ValueError(
+            f"expected names among {list(TRANSFORMATIONS)}, got {sorted(unknown)}. Pass some of "
+            "those."
+        )
     drawn = {}
     for name in names:
         low, high = TRANSFORMATIONS[name]

@@ -32,27 +32,31 @@ def check_nonnegative(name: str, value: Any) -> None:
         >>> check_nonnegative("weight", -1)
         Traceback (most recent call last):
         ...
-        ValueError: expected weight= as a finite number of 0 or more, got -1
+        ValueError: expected weight= as a finite number of 0 or more, got -1. Pass such a number.
     """
     if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"expected {name}= as a finite number of 0 or more, got {value!r}")
+        raise ValueError(
+            f"expected {name}= as a finite number of 0 or more, got {value!r}. Pass such a number."
+        )
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> None:
     """Raise a TypeError unless an option is a whole number, a ValueError if it is too small."""
     if not isinstance(value, Integral):
-        raise TypeError(f"expected {name}= as a whole number, got {value!r}")
+        raise TypeError(f"expected {name}= as a whole number, got {value!r}. Pass such a number.")
     if least is not None and int(value) < least:
-        raise ValueError(f"expected {name}= of {least} or more, got {value}")
+        raise ValueError(f"expected {name}= of {least} or more, got {value}. Pass {least}, or more")
 
 
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise a ValueError unless an option is one of the known values."""
     if value not in known:
-        raise ValueError(f"expected {name}= to be one of {known}, got {value!r}")
+        raise ValueError(f"expected {name}= to be one of {known}, got {value!r}. Pass one of them.")
 
 
 def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
     """Raise a ValueError unless one option divides another."""
     if whole % value:
-        raise ValueError(f"expected a {name} that divides {whole_name}={whole}, got {value}")
+        raise ValueError(
+            f"expected a {name} that divides {whole_name}={whole}, got {value}. Pass one that does."
+        )

@@ -35,7 +35,8 @@ class Tokenizer(nn.Module):
             expected = "(B, D, H, W) or (B, N, D)" if self.spatial else "pooled, (B, D)"
             raise ValueError(
                 f"expected features {expected}, got {tuple(feature.shape)}; "
-                f"spatial={not self.spatial} builds a decoder for those"
+                f"spatial={not self.spatial} builds a decoder for those. Pass it to ReconAux. To "
+                "attach pass example_input=: images of the size that is trained on."
             )
         if feature.ndim == 4:
             feature = rearrange(feature, "b d h w -> b (h w) d")
@@ -161,7 +162,10 @@ class CrossAttentionDecoder(nn.Module):
         tokens = self.equivariant_tokens(equivariant) + self.source[0]
         if self.context_tokens is not None:
             if context is None:
-                raise ValueError("expected context from the other view, since context_dim isn't 0")
+                raise ValueError(
+                    "expected context from the other view, since context_dim isn't 0. Pass "
+                    "context=, or build with context_dim=0."
+                )
             other = self.context_tokens(context) + self.source[1]
             tokens = torch.cat([tokens, other], dim=1)
         # one set for all images: the first block projects it once

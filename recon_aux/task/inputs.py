@@ -33,11 +33,12 @@ def check_views(
         >>> check_views(views[:1], features, Options(16), views.device)
         Traceback (most recent call last):
         ...
-        ValueError: expected two views and their two features, got 1 and 2
+        ValueError: expected two views and their two features, got 1 and 2. Pass two of each.
     """
     if len(views) != 2 or len(features) != 2:
         raise ValueError(
-            f"expected two views and their two features, got {len(views)} and {len(features)}"
+            f"expected two views and their two features, got {len(views)} and {len(features)}. "
+            "Pass two of each."
         )
     tensors, channels = (*views, *features), options.image_channels
     shapes = [tuple(x.shape) for x in tensors]
@@ -50,21 +51,32 @@ def check_views(
     for feature in features:
         channel_dim(feature, options.feature_dim)
         if 0 in feature.shape[1:]:
-            raise ValueError(f"expected features with positions, got {tuple(feature.shape)}")
+            raise ValueError(
+                f"expected features with positions, got {tuple(feature.shape)}. Pass larger views "
+                "to the encoder."
+            )
     alike = options.reconstruct == "both"
     if features[0].ndim != features[1].ndim or (alike and shapes[2] != shapes[3]):
-        raise ValueError(f"expected features of one shape, got {shapes[2]} and {shapes[3]}")
+        raise ValueError(
+            f"expected features of one shape, got {shapes[2]} and {shapes[3]}. Pass those of two "
+            "views of one size."
+        )
     if any(x.is_complex() for x in views) or not all(x.is_floating_point() for x in features):
         types = [str(x.dtype) for x in tensors]
-        raise TypeError(f"expected real views and features of a floating-point type, got {types}")
+        raise TypeError(
+            f"expected real views and features of a floating-point type, got {types}. Pass "
+            "view.real or feature.float()."
+        )
     devices = [str(x.device) for x in tensors]
     if {*devices} != {str(device)}:
         raise ValueError(
-            f"expected views, features and decoder on one device, got {devices} and {device}"
+            f"expected views, features and decoder on one device, got {devices} and {device}. "
+            "Move them by .to(device)."
         )
     batches = [len(x) for x in tensors]
     if len({*batches}) != 1 or batches[0] == 0:
         raise ValueError(
             "expected two views of the same images and their features, got batches of "
-            f"{batches[0]} and {batches[1]} views, {batches[2]} and {batches[3]} features"
+            f"{batches[0]} and {batches[1]} views, {batches[2]} and {batches[3]} features. Pass as "
+            "many of each, one or more."
         )

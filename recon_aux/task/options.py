@@ -107,17 +107,18 @@ class Options:
         if is_one_number and (self.structure or self.normalize_patches):
             raise ValueError(
                 "expected patches of two numbers or more where structure= or normalize_patches= "
-                "normalises them, got patch_size=1 and image_channels=1"
+                "normalises them, got patch_size=1 and image_channels=1. Pass a larger patch_size=."
             )
         if self.context != "none" and self.channels(self.context)[1] == 0:
             raise ValueError(
                 f"expected context= to name a part with channels, got {self.context!r}, which has "
-                f"none where equivariant_dim={self.equivariant_dim} is the whole feature"
+                f"none where equivariant_dim={self.equivariant_dim} is the whole feature. Pass a "
+                "smaller equivariant_dim=."
             )
         if self.channels("equivariant")[1] == 1 < self.feature_dim:
             raise ValueError(
                 "expected an equivariant_dim of 2 or more, since features are normalised, or 0, "
-                f"got 1 of {self.feature_dim} channels"
+                f"got 1 of {self.feature_dim} channels. Pass equivariant_dim=0, or 2 or more."
             )
 
     def channels(self, part: Context) -> tuple[int, int]:
@@ -156,7 +157,8 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in names:
         if name not in known:
-            advice = "".join(f"; did you mean {x}=?" for x in get_close_matches(name, known, n=1))
+            similar = [f"; did you mean {x}=?" for x in get_close_matches(name, known, n=1)]
+            advice = "".join(similar) or ". Leave it out."
             raise TypeError(f"expected options among {known}, got {name}={advice}")
 
 

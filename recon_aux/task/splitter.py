@@ -23,7 +23,9 @@ def channel_dim(feature: Tensor, feature_dim: int | None = None) -> int:
     dim = {2: 1, 3: 2, 4: 1}.get(feature.ndim)
     if dim is None or feature_dim not in (None, feature.shape[dim]):
         d = "D" if feature_dim is None else feature_dim
-        advice = "" if feature_dim is None else "; feature_dim= must be their number of channels"
+        advice = ". Pass them flattened, (B, D)."
+        if feature_dim is not None:
+            advice = "; feature_dim= must be their number of channels. Pass it so."
         raise ValueError(
             f"expected features (B, {d}), (B, {d}, H, W) or (B, N, {d}), got "
             f"{tuple(feature.shape)}{advice}"
@@ -72,7 +74,7 @@ class FeatureSplitter(nn.Module):
         if not 0 <= equivariant_dim <= feature_dim:
             raise ValueError(
                 f"expected equivariant_dim from 0 to the feature's {feature_dim} channels, "
-                f"got {equivariant_dim}"
+                f"got {equivariant_dim}. Pass one of these."
             )
         self.feature_dim = feature_dim
         self.equivariant_dim = equivariant_dim

@@ -100,7 +100,7 @@ class ReconstructionLoss(nn.Module):
         if reconstruction.shape != target.shape:
             raise ValueError(
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
-                f"got {tuple(reconstruction.shape)}"
+                f"got {tuple(reconstruction.shape)}. Pass two of one shape."
             )
         error = getattr(F, f"{self.kind}_loss")
         got, expected = self._patches(reconstruction.float()), self._patches(target.float())
