@@ -163,3 +163,58 @@ def test_results_repeat_and_become_json() -> None:
     assert "| attached whole" in table
     assert str(result).count("| whole") == 2
     assert all(name.replace("translation_", "t") in table for name in COMBINED)
+
+
+def grey(n: int, low: float, high: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pictures of one grey each, with labels."""
+    shades = torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    return (low * (high / low) ** shades).expand(-1, 3, 8, 8), torch.arange(n) % 2
+
+
+def test_scores_are_those_of_the_test_split() -> None:
+    def feature(images: Tensor) -> Tensor:
+        # knows nothing of dark images
+        shade = images.mean((2, 3))
+        return shade * (shade > 0.2)
+
+    bright, dark = grey(100, 0.5, 0.6), grey(50, 0.05, 0.1)
+    for train, test, low, high in ((bright, dark, -100, 0.01), (bright, bright, 0.9, 1)):
+        part = probe(feature, train, test).parts["whole"]
+        assert low < part.alone["brightness"] < high
+    # labels by shade, which dark images don't show
+    labels = (bright[0].mean((1, 2, 3)) > 0.55).long()
+    part = probe(feature, (bright[0], labels), (dark[0], torch.ones(50).long())).parts["whole"]
+    assert part.linear == part.knn == 0
+
+
+def test_a_change_is_read_next_to_the_original_of_the_same_image() -> None:
+    def feature(images: Tensor) -> Tensor:
+        return images.mean((2, 3)).log()
+
+    # brightness is the difference of both features; the images differ far more than that
+    part = probe(feature, grey(200, 0.01, 0.6), grey(100, 0.01, 0.6, seed=1)).parts["whole"]
+    assert part.alone["brightness"] > 0.9
+
+
+def test_the_encoder_sees_images_normalised_after_their_transformation() -> None:
+    seen: list[Tensor] = []
+
+    def feature(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.mean((2, 3))
+
+    probe(feature, labelled(40, 0), labelled(20, 1), normalize=lambda x: 10 * x - 70)
+    values = torch.cat([images.flatten() for images in seen])
+    assert -70 <= values.min() < -65
+    assert -64 < values.max() <= -60
+    # the clean images come first
+    torch.testing.assert_close(seen[0], 10 * labelled(40, 0)[0] - 70)
+
+
+def test_bytes_are_the_same_images_as_floats() -> None:
+    pairs = labelled(60, 0), labelled(30, 1)
+    as_bytes = [((images * 255).round().to(torch.uint8), labels) for images, labels in pairs]
+    as_floats = [(images.float() / 255, labels) for images, labels in as_bytes]
+    first, second = (probe(pixels, *splits).to_dict() for splits in (as_bytes, as_floats))
+    assert first == second
+    assert first["whole"]["alone"]["brightness"] > 0.5
