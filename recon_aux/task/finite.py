@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor
 # Overflows in a row that a loss scaler may skip. torch's needs 16 steps to come down to a scale of
 # 1. With gradient accumulation, a step is several calls.
 _MANY_OVERFLOWS = 200
-# A loss runs away if it is so many times the normal one, in so many calls in a row. Untrained
-# decoders reach 9 times where the first batch was unlike the rest. Good training stays below 1.5.
-_FAR, _IN_A_ROW = 20, 2
+# times the normal loss: good training stays below 1.5, an untrained decoder below 10 for any images
+_FAR = 20
 
 
 class FiniteCheck:
@@ -28,8 +26,6 @@ class FiniteCheck:
 
     In float16 a loss scaler skips steps that overflow. There a loss is refused only after more than
     200 such steps in a row, or if the views aren't finite.
-
-    It warns once if a finite loss runs away: more than 20 times the normal loss, twice in a row.
     """
 
     def __init__(self) -> None:
@@ -43,37 +39,25 @@ class FiniteCheck:
         return {**vars(self), "under_way": deque()}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(
-        self, step: int, loss: Tensor, normal: Tensor, views: Tensor, features: Sequence[Tensor]
-    ) -> None:
+    def __call__(self, step: int, loss: Tensor, normal: Tensor, *inputs: Tensor) -> None:
         """Take note of this step's loss, and judge those of earlier steps that have arrived.
 
-        Args:
-            step: its number.
-            loss: a scalar.
-            normal: about what the loss is for a decoder that knows nothing, a scalar.
-            views: both, in one tensor.
-            features: of both views.
+        ``normal``: about the loss of a decoder that knows nothing; ``inputs``: views, two features.
 
         Raises:
-            FloatingPointError: if a loss isn't finite. It names the step, and the ranges of views
-                and features.
+            FloatingPointError: if a loss isn't finite. It names the step and the inputs' ranges.
         """
         device = loss.device.type
-        scaled = any(feature.dtype == torch.float16 for feature in features) or (
+        scaled = any(x.dtype == torch.float16 for x in inputs) or (
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         )
-        ranges = [bound for x in (views, *features) for bound in x.detach().aminmax()]
+        ranges = [bound for x in inputs for bound in x.detach().aminmax()]
         numbers = torch.stack([x.float() for x in (loss.detach(), normal, *ranges)])
         self.under_way.append((step, scaled, *_send(numbers)))
         self._judge_arrived(wait=False)
 
     def flush(self) -> None:
-        """Wait for all losses under way and judge them, before weights are handed out.
-
-        Raises:
-            FloatingPointError: as when called.
-        """
+        """Wait for all losses under way and judge them, before weights are handed out."""
         self._judge_arrived(wait=True)
 
     def _judge_arrived(self, *, wait: bool) -> None:
@@ -90,7 +74,15 @@ class FiniteCheck:
     def _judge(self, step: int, scaled: bool, loss: float, normal: float, *bounds: float) -> None:
         if math.isfinite(loss):
             self.overflows = 0
-            self._judge_finite(step, loss, normal)
+            # counts on after the warning, which comes once
+            self.far = self.far + 1 if loss > _FAR * normal or self.far > 1 else 0
+            if self.far == 2:
+                warnings.warn(
+                    f"recon_aux: expected a loss, before the weight, below {2 * normal:.3g}, got "
+                    f"{loss:.4g} in step {step}: training runs away. Lower the learning rate, or "
+                    "the decoder's alone, by attach's decoder_lr= or a parameter group of its own.",
+                    stacklevel=2,
+                )
             return
         self.overflows += 1
         views_are_finite = all(map(math.isfinite, bounds[:2]))
@@ -104,19 +96,6 @@ class FiniteCheck:
             f"pixels range from {spans[0]}, the features from {spans[1]} and {spans[2]}. Look for "
             f"NaN or infinity in {place}, or train with a lower learning rate or weight="
         )
-
-    def _judge_finite(self, step: int, loss: float, normal: float) -> None:
-        # stays at its end, so that there is one warning
-        if self.far < _IN_A_ROW:
-            self.far = self.far + 1 if loss > _FAR * normal else 0
-            if self.far == _IN_A_ROW:
-                warnings.warn(
-                    "recon_aux: expected a loss, before the weight, of "
-                    f"{2 * normal:.3g} or less, got {loss:.4g} in step {step}: the training runs "
-                    "away. Lower the learning rate, or the decoder's alone: pass decoder_lr= to "
-                    "attach, or give the decoder a parameter group of its own.",
-                    stacklevel=2,
-                )
 
 
 def _send(numbers: Tensor) -> tuple[Tensor, Any]:

@@ -52,12 +52,9 @@ class Options:
         structure: weight of the same error on patches that are normalised in both images.
         normalize_patches: normalise each patch of the target (He et al., "Masked Autoencoders",
             CVPR 2022, section 3).
-        reconstruct: which view a step rebuilds: ``"alternate"`` (first, second, first, ...),
-            ``"random"`` (drawn from ``seed``, not from the global random state) or ``"both"``. A
-            step ends when an optimizer of torch's updates the decoder. All calls until then rebuild
-            the same view: both passes of SAM, and all micro-batches whose gradients are
-            accumulated. Steps of the encoder alone don't count. Without such an optimizer, or while
-            the decoder is frozen, each call is a step.
+        reconstruct: which view an optimizer step rebuilds, in all its calls, such as micro-batches:
+            ``"alternate"`` (first, second, ...), ``"random"`` (drawn from ``seed``) or ``"both"``.
+            Steps of the encoder alone don't count. Calls do, if torch never updates the decoder.
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``.
             The decoder sees the positions; the other terms see the average over them.
         seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last

@@ -102,7 +102,9 @@ def test_it_is_told_before_weights_are_saved(sent: list[Sent]) -> None:
 
 # --- a loss that runs away ---
 
-RUNS_AWAY = r"recon_aux: expected a loss, before the weight, of \d+.* in step .* Lower the learning"
+RUNS_AWAY = (
+    r"recon_aux: expected a loss, before the weight, below \d+.* in step .* Lower the learning"
+)
 SGD_WITH_MOMENTUM = partial(SGD, momentum=0.9)
 
 
