@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import recon_aux
+from helpers import inside
 from helpers.data import batch
 from helpers.inside import MethodHook, hooked
 from helpers.methods import tiny_vit
@@ -483,6 +484,9 @@ def test_a_first_step_whose_loss_trains_nothing_leaves_the_checks_to_the_next() 
 
 
 def test_a_model_that_only_has_a_training_step_is_trained_in_a_loop() -> None:
+    for setting in ("decoder_lr", "decoder_weight_decay"):
+        with pytest.raises(ValueError, match="for a model that configures its optimizers, got Pl"):
+            attach(plain_method(configure_optimizers=None), **{setting: 0.1})
     model = attach(plain_method(configure_optimizers=None))
     loss = recon_aux.add_loss(model, model.training_step(batch(), 0))
     loss.backward()
@@ -517,6 +521,22 @@ def test_a_loss_that_is_not_finite() -> None:
     with pytest.raises(FloatingPointError, match="expected a finite reconstruction loss"):
         for _ in range(2):
             model.training_step((views, labels), 0)
+
+
+def test_detaching_waits_for_a_late_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = inside.send_late(monkeypatch)
+    model = attach(plain_method())
+    model.backbone.eval()
+    model.backbone.register_forward_hook(lambda *call: call[2].nan_to_num(0, 0, 0))
+    views, labels = batch()
+    views[0][0, 0, 0, 0] = float("inf")
+    model.training_step((views, labels), 0)
+    with pytest.raises(FloatingPointError, match="expected a finite reconstruction loss"):
+        recon_aux.detach(model)
+    assert [loss.arrived for loss in late] == [True]
+    assert not recon_aux.is_attached(model)
+    assert not hooked(model)
+    assert not hasattr(model, "recon_aux")
 
 
 class InADict(nn.Module):

@@ -188,7 +188,10 @@ class Side(LightningModule):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("average", [AveragedModel, ModelEmaV2, ModelEmaV3])
+@pytest.mark.parametrize(
+    "average",
+    [AveragedModel, ModelEmaV2, ModelEmaV3, lambda m: AveragedModel(m).requires_grad_(False)],
+)
 def test_the_modules_of_averages_are_masked(average: Any) -> None:
     heads = ["projection_head", "projection_head_ema.module"]
     model = attach(Side(average), heads=heads[:1])
