@@ -53,6 +53,8 @@ def find_copies_outside(encoder: nn.Module, *models: nn.Module) -> list[nn.Modul
         x
         for x in gc.get_objects()
         if issubclass(type(x), nn.Module)
+        # one whose __init__ raised is kept by that error
+        and "_modules" in vars(x)
         and id(unwrap(x)) not in inside
         and any(are_alike(x, part) for part in parts)
     ]
