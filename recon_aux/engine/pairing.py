@@ -10,6 +10,8 @@ from torch import Tensor
 _SIDE, _MOVE = 8, 2
 # standard deviation of the cells of a blank image, at most; pixels are 0..1, or normalised
 _BLANK = 0.01
+# standard deviation of an image's similarities to all others, at most, if it tells nothing
+_TIED = 0.02
 # rows that a first look needs, and rows after which it is decided
 _FEW, _MANY = 32, 256
 
@@ -66,8 +68,7 @@ def _standard_errors(cells0: Tensor, cells1: Tensor) -> tuple[float, Tensor]:
     with torch.autocast("cpu", enabled=False):
         alike = torch.stack([(moved @ x.flatten(1).T).amax(0) for x in turned]).amax(0)
     # blank images are like none, equal ones like all
-    spreads, means = zip(*(torch.std_mean(alike, dim) for dim in (0, 1)), strict=True)
-    telling = (torch.minimum(*spreads) > 0.01) & (torch.maximum(*means) < 0.9)
+    telling = torch.minimum(alike.std(0), alike.std(1)) > _TIED
     # the logarithm weighs differences between near duplicates, the offset limits it
     score = -(1.01 - alike[telling][:, telling]).log()
     score = score - score.mean(0, keepdim=True) - score.mean(1, keepdim=True) + score.mean()
