@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -54,6 +55,33 @@ def test_patches_land_where_their_query_stands() -> None:
     assert torch.equal(others[0], others[1])
     assert torch.equal(others[0], others[2])
     assert not torch.allclose(image[:4, 4:], others[0])
+
+
+@pytest.mark.parametrize("kind", ["map", "tokens"])
+def test_the_decoder_sees_where_each_token_of_a_spatial_feature_stands(kind: str) -> None:
+    torch.manual_seed(0)
+    decoder = CrossAttentionDecoder(12, 12, spatial=True)
+    own, other = torch.randn(2, *SHAPES[kind])
+    where = 1 if kind == "tokens" else 2
+    image = decoder(own, other)
+    for moved in ((own.roll(1, where), other), (own, other.roll(1, where))):
+        assert (decoder(*moved) - image).abs().max() > 1e-3
+
+
+def test_positions_are_sines_and_cosines_and_a_maps_run_row_by_row() -> None:
+    decoder = CrossAttentionDecoder(12, 12, dim=6, heads=2, spatial=True)
+    tokens = decoder.equivariant_tokens
+    feature = torch.randn(2, 12, 3, 5)
+    code = tokens(feature) - tokens.project(tokens.norm(feature.flatten(2).mT))
+    rates = [1e4 ** (-i / 3) for i in range(3)]
+    waves = (math.sin, math.cos)
+    expected = [[wave(n * rate) for wave in waves for rate in rates] for n in range(15)]
+    torch.testing.assert_close(code, torch.tensor(expected).expand(2, -1, -1), atol=1e-5, rtol=0)
+    # an odd width leaves the last channel
+    odd = CrossAttentionDecoder(12, 12, dim=5, heads=1, spatial=True).equivariant_tokens
+    last = odd(feature) - odd.project(odd.norm(feature.flatten(2).mT))
+    assert last[..., :4].abs().max() > 0.5
+    torch.testing.assert_close(last[..., 4], torch.zeros(2, 15), atol=1e-5, rtol=0)
 
 
 def test_the_decoder_names_sizes_that_do_not_divide_and_features_of_another_rank() -> None:

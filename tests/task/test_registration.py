@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.features import smooth_pictures
 from helpers.inside import (
@@ -49,6 +51,45 @@ def test_the_right_pose_explains_a_known_motion(move: dict[str, float], pose: li
             second = [pose[0], -pose[1], pose[2], -pose[3], -pose[4], pose[5]]
         explained = registration(feature_of_poses(registration, first, second), torch.cat(mirrored))
         assert explained.item() == pytest.approx(right.item(), abs=1e-3)
+
+
+# forward motions in the picture's coordinates from -1 to 1, with the poses that they are
+TURN = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+MOTIONS = {
+    "turned, moved": (TURN, [0.3, -0.1], [0, math.atan2(0.6, 0.8), 0, 0, 0.3, -0.1]),
+    "sheared": (torch.tensor([[1.0, 0.6], [0.0, 1.0]]), [0.0, 0.0], [0, 0, 0, 0.6, 0, 0]),
+    "stretched, moved": (
+        torch.tensor([[1.25, 0.0], [0.0, 0.8]]), [-0.2, 0.2], [0, 0, math.log(1.25), 0, -0.2, 0.2],
+    ),
+    "sheared, then turned": (
+        TURN @ torch.tensor([[1.0, -0.4], [0.0, 1.0]]), [0.0, 0.1],
+        [0, math.atan2(0.6, 0.8), 0, -0.4, 0, 0.1],
+    ),
+}  # fmt: skip
+
+
+def in_motion(view: Tensor, matrix: Tensor, shift: list[float]) -> Tensor:
+    back = torch.linalg.inv(matrix)
+    places = torch.cat([back, -back @ torch.tensor(shift)[:, None]], dim=1)[None]
+    grid = torch.nn.functional.affine_grid(places, list(view.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(view, grid, align_corners=False)
+
+
+@pytest.mark.parametrize(("one", "other"), itertools.permutations(MOTIONS, 2))
+def test_two_views_that_both_moved_are_explained_by_both_poses(one: str, other: str) -> None:
+    view, registration = smooth_pictures(1), Registration(6)
+    moved = [in_motion(view, *MOTIONS[name][:2]) for name in (one, other)]
+    poses = [[float(x) for x in MOTIONS[name][2]] for name in (one, other)]
+    features = feature_of_poses(registration, *poses)
+    right = registration(features, torch.cat(moved))
+    assert right < 0.5
+    assert right < 0.6 * registration(features.flip(0), torch.cat(moved))
+    assert right < 0.6 * registration(torch.zeros(2, 6), torch.cat(moved))
+    # a mirrored view's pose is mirrored: angle, shear and shift to the right change their signs
+    mirrored = torch.cat([moved[0], moved[1].flip(-1)])
+    poses[1] = [x * sign for x, sign in zip(poses[1], (1, -1, 1, -1, -1, 1), strict=True)]
+    explained = registration(feature_of_poses(registration, *poses), mirrored)
+    assert explained.item() == pytest.approx(right.item(), abs=1e-3)
 
 
 def test_a_mirrored_view_is_known() -> None:

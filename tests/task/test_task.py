@@ -27,6 +27,68 @@ def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
     assert torch.equal(output.target, views[output.rebuilt[0]])
 
 
+@pytest.mark.parametrize("term", ["statistics", "edges"])
+def test_each_view_is_described_by_its_own_feature(term: str) -> None:
+    torch.manual_seed(0)
+    aux = ReconAux(8)
+    views = smooth_pictures(16).view(2, 2, 4, 3, 32, 32)
+    features = torch.randn(2, 2, 4, 8)
+
+    @torch.no_grad()
+    def loss(view: tuple[int, int], feature: tuple[int, int]) -> Tensor:
+        # of two choices for each of the two
+        given = (
+            [x[i][j] for j, i in enumerate(chosen)]
+            for x, chosen in ((views, view), (features, feature))
+        )
+        found: Tensor = getattr(aux(*given), f"{term}_loss")
+        return found
+
+    def entangled(view: tuple[int, int]) -> float:
+        """By how much changing this view changes what changing the first feature does."""
+        now, then = (loss(v, (1, 0)) - loss(v, (0, 0)) for v in ((0, 0), view))
+        return (then - now).abs().item()
+
+    loss((0, 0), (0, 0))
+    assert entangled((0, 1)) < 1e-5
+    assert entangled((1, 0)) > 1e-4
+
+
+def test_registration_reads_each_views_pose_from_its_own_feature() -> None:
+    view = smooth_pictures(1)
+    moved = view.roll(6, -1)
+    aux = ReconAux(12, equivariant_dim=6)
+    assert aux.registration is not None
+    poses = inside.feature_of_poses(aux.registration, [0.0] * 6, [0.0] * 4 + [12 / 32, 0.0])
+    first, second = torch.cat([torch.zeros(2, 6), poses], dim=1).split(1)
+    right = aux((view, moved), (first, second)).registration_loss
+    wrong = aux((view, moved), (second, first)).registration_loss
+    assert right < 0.5 * wrong
+
+
+def test_a_term_may_be_frozen_for_a_while() -> None:
+    views, features = views_and_features()
+    features.requires_grad_()
+    aux = ReconAux(8, registration=0, statistics=0)
+    assert aux.edges is not None
+    optimizer = torch.optim.SGD(aux.parameters(), lr=0.1)
+    for trains in (True, False, False, True, True):
+        aux.edges.requires_grad_(trains)
+        before = {name: p.detach().clone() for name, p in aux.named_parameters()}
+        optimizer.zero_grad()
+        output = aux(views, features)
+        output.loss.backward()
+        optimizer.step()
+        moved = {name: not torch.equal(p, before[name]) for name, p in aux.named_parameters()}
+        assert moved["decoder.queries"]
+        assert {moved[name] for name in moved if name.startswith("edges.")} == {trains}
+        # the encoder is trained by it all the while, in the view that isn't rebuilt, too
+        assert output.edges_loss > 0
+        assert features.grad is not None
+        assert features.grad[1 - output.rebuilt[0], :, 4:].any()
+        features.grad = None
+
+
 @pytest.mark.parametrize("scale", [1.0, 255.0])
 def test_the_loss_does_not_depend_on_the_views_units(scale: float) -> None:
     views, features = views_and_features()
