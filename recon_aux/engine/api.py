@@ -316,7 +316,7 @@ def _refuse_heads_within(encoder: nn.Module, found: Sequence[nn.Module]) -> None
         if any(head is inner for inner in encoder.modules()):
             raise ValueError(
                 f"expected heads outside the encoder, got {type(head).__name__} within a "
-                f"{type(encoder).__name__}; backbone= is the encoder, which may be a part of it, "
+                f"{type(encoder).__name__}; backbone= has to be the encoder alone, "
                 'as "student.backbone", heads= the heads. A head that is the encoder\'s last '
                 "layer, as a ResNet's fc, has to stand beside it: put nn.Identity() in its place."
             )

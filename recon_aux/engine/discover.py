@@ -114,6 +114,8 @@ def discover(
             problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
+        # only now the arrangement is known
+        _warn_of_unlike(plan, views.images)
         if attached.mask and loss.requires_grad:
             _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
     return plan, views
@@ -144,8 +146,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     if found is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
     images, outputs = found
-    if plan.pairs(*images):
-        warnings.warn(f"recon_aux: {_UNLIKE}", stacklevel=2)
+    if attached.plan is not None:
+        _warn_of_unlike(plan, images)
     plan.other_is_momentum = not outputs[1].requires_grad
     return Views(images, outputs, online)
 
@@ -190,6 +192,11 @@ def _trained_encoder(
         f"{attached.name(attached.encoder)}. Pass backbone=: one of "
         f"{describe_children(attached.model)}. {advice}"
     )
+
+
+def _warn_of_unlike(plan: Plan, images: Pair) -> None:
+    if plan.pairs(*images):
+        warnings.warn(f"recon_aux: {_UNLIKE}", stacklevel=2)
 
 
 def _warn_of_unmasked_targets(
@@ -359,13 +366,13 @@ def _no_second_view(
             "encoder's own, pass views=1. Else put the views into the batch."
         )
     if len({*trained}) > 1:
-        advice.append("Make two views of one size.")
+        advice.append("Make two views of one size, with as many channels.")
     if any(len(call.image) not in batch_sizes(batch) for call in online):
         advice.append(
             "If one call gets several views concatenated, and the batch doesn't show it, pass "
             "views= how many."
         )
-    elif len(online) == 1:
+    elif len({id(call.image) for call in online}) == 1:
         advice.append("Encode the other view, too.")
     if attached.driver.encodes_others:
         advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
