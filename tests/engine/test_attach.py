@@ -275,7 +275,9 @@ def test_a_method_with_one_view() -> None:
         return self.projection_head(self.backbone(batch[0][0]).flatten(1)).mean()
 
     model = attach(plain_method(training_step=step))
-    with pytest.raises(RuntimeError, match=r"expected two views.*\(8, 3, 32, 32\).*Encode the other"):
+    with pytest.raises(
+        RuntimeError, match=r"expected two views.*\(8, 3, 32, 32\).*Encode the other"
+    ):
         model.training_step(batch(), 0)
 
 
