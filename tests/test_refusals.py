@@ -302,7 +302,7 @@ CASES |= {
     ),
     "a loss that runs away": Case(
         lambda: trains(attached(weight=1.0, decoder_lr=DIVERGES), count=4),
-        "Lower the learning rate, or the decoder's alone: pass decoder_lr=",
+        "Lower the learning rate, or the decoder's alone, by attach's decoder_lr=",
         lambda: trains(attached(weight=1.0, decoder_lr=0.1), count=4),
     ),
 }
