@@ -446,10 +446,10 @@ def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> 
 
 
 def test_an_encoder_of_which_parts_are_compiled_is_exported_under_its_own_names() -> None:
-    encoder = plain_encoder()
+    encoder: Any = plain_encoder()
     weights = copy.deepcopy(encoder.state_dict())
     encoder[0] = torch.compile(encoder[0], backend="eager")
-    within = torch.compile(encoder, backend="eager")
+    within: Any = torch.compile(encoder, backend="eager")
     model = attach(InALoop(nn.Sequential(within)))
     assert_same(
         recon_aux.export_backbone(model), {f"0.{key}": value for key, value in weights.items()}

@@ -541,7 +541,7 @@ def test_heads_may_be_named_by_what_holds_them() -> None:
 
     model = recon_aux.attach(Held(), backbone="online", heads=["heads"])
     trains(model, views(), views())
-    assert not sees_noise(model, model.target[3], views())
+    assert not sees_noise(model, model.target.get_submodule("3"), views())
 
 
 def test_two_encoders_of_the_same_weights_are_one() -> None:
