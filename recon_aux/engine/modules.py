@@ -53,6 +53,7 @@ def find_copies_outside(encoder: nn.Module, *models: nn.Module) -> list[nn.Modul
         x
         for x in gc.get_objects()
         if issubclass(type(x), nn.Module)
+        and not isinstance(x, torch.jit.ScriptModule)
         # one whose __init__ raised is kept by that error
         and "_modules" in vars(x)
         and id(unwrap(x)) not in inside

@@ -6,8 +6,11 @@ import gc
 import warnings
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from recon_aux.task.task import awaits_step
 
 _ADVICE = (
     "expected the optimizer to train the decoder with the encoder, saw it train the encoder alone. "
@@ -24,6 +27,9 @@ class DecoderUpdates:
         self.missed = 0
         self._versions: tuple[int, int] | None = None
         self._has_looked = False
+        self._is_sure = False
+        # of the decoder, since the first miss: some updates change no version
+        self._values: list[tuple[Tensor, Tensor]] = []
 
     def verify(self, encoder: nn.Module, aux: nn.Module) -> None:
         """Compare with the last look.
@@ -31,22 +37,27 @@ class DecoderUpdates:
         Raises:
             RuntimeError: at the second update in a row that missed the decoder, unless frozen.
         """
-        if not any(parameter.requires_grad for parameter in aux.parameters()):
+        ours = [parameter for parameter in aux.parameters() if parameter.requires_grad]
+        if not ours or self._is_sure:
             return
         now = version_of(encoder.parameters()), version_of(aux.parameters())
         before, self._versions = self._versions, now
         if before is None:
             return
         encoder_moved, decoder_moved = now[0] != before[0], now[1] != before[1]
-        if encoder_moved:
+        # what changes weights between micro-batches, as clamping, is no step
+        if encoder_moved and not awaits_step(aux):
             self.missed = 0 if decoder_moved else self.missed + 1
-        elif not decoder_moved and not self._has_looked:
+        elif not (encoder_moved or decoder_moved or self._has_looked):
             # fused optimizers change no version
             self._has_looked = True
             if _has_optimizer(encoder) and not _has_optimizer(aux):
                 warnings.warn(f"recon_aux: {_ADVICE}", stacklevel=2)
         if self.missed == 2:
-            raise RuntimeError(_ADVICE)
+            self._is_sure = any(not torch.equal(p, before) for p, before in self._values)
+            if not self._is_sure:
+                raise RuntimeError(_ADVICE)
+        self._values = [(p, p.detach().clone()) for p in ours] if self.missed == 1 else []
 
 
 def _has_optimizer(module: nn.Module) -> bool:

@@ -341,6 +341,11 @@ def _takes_turn(module: nn.Module) -> bool:
     return turn != "taken" or not any(p.requires_grad for p in module.parameters())
 
 
+def awaits_step(module: nn.Module) -> bool:
+    """Return whether an optimizer of torch's is to update a module, but hasn't since its call."""
+    return _turns.get(module) == "taken"
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _note_step(optimizer: Optimizer, *_: Any) -> None:
     for module in [known for known in list(_turns) if _steps(optimizer, known)]:
