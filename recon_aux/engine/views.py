@@ -99,8 +99,7 @@ def batch_sizes(batch: Any) -> set[int]:
     """Say how many images, or else labels, a batch has."""
     tensors = [x for x in tensors_in(batch) if len(x)]
     images = {len(x) for x in tensors if x.ndim == 4}
-    stacked = {max(x.shape[:2]) for x in tensors if x.ndim == 5}
-    return images or {len(x) for x in tensors if x.ndim == 1} or stacked
+    return images or {len(x) for x in tensors if x.ndim == 1}
 
 
 def in_batch_order(call: EncoderCall, batch: Any, count: int | None) -> Pair | None:

@@ -492,7 +492,9 @@ def test_views_that_the_batch_shows_to_be_paired_wrongly_are_refused(name: str) 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_views_that_take_turns_in_the_batch_are_taken_apart(stacked: bool, labelled: bool) -> None:
-    model = built(ArrangedOtherwise).eval()
+    # a lone stacked batch doesn't show which of its dimensions is the views
+    options: Any = {"views": 2} if stacked and not labelled else {}
+    model = built(ArrangedOtherwise, **options).eval()
     model.arrange = lambda views: [
         views.flatten(0, 1) if stacked else torch.stack(views, 1).flatten(0, 1)
     ]
@@ -507,6 +509,25 @@ def test_views_that_take_turns_in_the_batch_are_taken_apart(stacked: bool, label
             torch.allclose(y, model.backbone(x).flatten(1), atol=1e-5)
             for x, y in zip(images, features, strict=True)
         )
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_lone_stacked_batch_needs_the_number_of_views(count: int) -> None:
+    """Also with more views than images, as in a last batch that is incomplete."""
+    for images in (2, 3, 4):
+        if images == count:
+            continue
+        batch = torch.rand(images, count, 3, 32, 32)
+        model = built(ArrangedOtherwise)
+        model.arrange = lambda views: [views.flatten(0, 1)]
+        with pytest.raises(RuntimeError, match="pass views= how many"):
+            model.training_step([batch], 0)
+        model = built(ArrangedOtherwise, views=count)
+        model.arrange = lambda views: [views.flatten(0, 1)]
+        seen = rebuilt_from(model)
+        model.training_step([batch], 0)
+        assert torch.equal(seen[0][0][0], batch[:, 0])
+        assert torch.equal(seen[0][0][1], batch[:, 1])
 
 
 def test_views_that_take_turns_are_taken_apart_where_an_option_says_so() -> None:
