@@ -13,7 +13,7 @@ from torch import nn
 
 from recon_aux.engine.api import Model, attach, attachment_of, refuse_wrapped
 from recon_aux.engine.hooks import MethodHook
-from recon_aux.engine.modules import averaged, describe_children, unwrap
+from recon_aux.engine.modules import averaged, describe_children, members, unwrap
 
 __all__ = ["Conventions", "MethodHook", "attach_by", "decoder_groups"]
 
@@ -81,8 +81,7 @@ class Conventions:
         def walk(parent: nn.Module, prefix: str) -> None:
             for name, child in parent.named_children():
                 if self.is_head(prefix + name, unwrap(child)):
-                    several = type(child) in (nn.ModuleList, nn.ModuleDict)
-                    heads.extend(map(averaged, child.children() if several else [child]))
+                    heads.extend(map(averaged, members(child)))
                 else:
                     walk(child, f"{prefix}{name}.")
 

@@ -16,7 +16,7 @@ from recon_aux.engine.discover import refuse_manual_optimization
 from recon_aux.engine.drivers import driver_for, has_training_step
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask
-from recon_aux.engine.modules import find_copies_outside, find_module, unwrap
+from recon_aux.engine.modules import find_copies_outside, find_module, members, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
 from recon_aux.task.contexts import evaluating
@@ -306,8 +306,7 @@ def _find_modules(
     for one in [given] if isinstance(given, (str, nn.Module)) else given:
         # a criterion that takes the features may stand outside the model
         module = one if isinstance(one, nn.Module) else find_module(model, one, option)
-        several = type(module) in (nn.ModuleList, nn.ModuleDict)
-        found.extend(module.children() if several else [module])
+        found.extend(members(module))
     return found
 
 

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from recon_aux.engine.auto_weight import AttachedReconAux, AutoWeight
 from recon_aux.engine.compiling import around_compiled, not_compiled, run_eagerly
-from recon_aux.engine.discover import Plan, discover, refuse_manual_optimization, replay
+from recon_aux.engine.discover import (
+    Plan,
+    discover,
+    refuse_manual_optimization,
+    replay,
+    warn_of_unlike,
+)
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.modules import (
     describe_children,
@@ -222,9 +228,12 @@ class Attachment:
                 self.driver.unwatch()
                 aux.encoder_name = self.name(plan.encoder)
         else:
-            views = replay(self, self.plan, step, loss, batch)
+            plan = self.plan
+            views = replay(self, plan, step, loss, batch)
         if views is None:
             self._warn_of_frozen()
+        else:
+            warn_of_unlike(plan, views.images)
         if views is None or not aux.enabled:
             return loss
         if aux.weight > 0:

@@ -114,8 +114,6 @@ def discover(
             problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
-        # only now the arrangement is known
-        _warn_of_unlike(plan, views.images)
         if attached.mask and loss.requires_grad:
             _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
     return plan, views
@@ -146,8 +144,6 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     if found is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
     images, outputs = found
-    if attached.plan is not None:
-        _warn_of_unlike(plan, images)
     plan.other_is_momentum = not outputs[1].requires_grad
     return Views(images, outputs, online)
 
@@ -194,7 +190,8 @@ def _trained_encoder(
     )
 
 
-def _warn_of_unlike(plan: Plan, images: Pair) -> None:
+def warn_of_unlike(plan: Plan, images: Pair) -> None:
+    """Warn once it is clear that a plan's two views don't show the same images."""
     if plan.pairs(*images):
         warnings.warn(f"recon_aux: {_UNLIKE}", stacklevel=2)
 
@@ -331,14 +328,14 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
 
 
 def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
-    in_a_loop = " Encode both views with gradient, then call add_loss, in each step."
+    in_a_loop = attached.driver.encodes_others
     return (
         f"expected {attached.driver.where} to call {attached.backbone_method} of the encoder "
         f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls without and "
         f"none with. Pass backbone=: one of {describe_children(attached.model)}. Pass "
         "backbone_method= if another of its methods is called."
-        + in_a_loop
-        * attached.driver.encodes_others
+        + " Encode both views with gradient, then call add_loss, in each step."
+        * in_a_loop
     )
 
 

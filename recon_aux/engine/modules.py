@@ -31,6 +31,12 @@ def find_module(model: nn.Module, module: str | nn.Module, option: str) -> nn.Mo
     )
 
 
+def members(module: nn.Module) -> list[nn.Module]:
+    """Give what a ModuleList or a ModuleDict holds, or else the module itself."""
+    several = type(module) in (nn.ModuleList, nn.ModuleDict)
+    return list(module.children()) if several else [module]
+
+
 def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
     """Find the other submodules that are like an encoder: momentum encoders and teachers."""
     known = {id(module) for module in encoder.modules()}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from recon_aux.task.task import awaits_step
+from recon_aux.task.task import awaits_step, has_optimizer
 
 _ADVICE = (
     "expected the optimizer to train the decoder with the encoder, saw it train the encoder alone. "
@@ -51,21 +49,13 @@ class DecoderUpdates:
         elif not (encoder_moved or decoder_moved or self._has_looked):
             # fused optimizers change no version
             self._has_looked = True
-            if _has_optimizer(encoder) and not _has_optimizer(aux):
+            if has_optimizer(encoder) and not has_optimizer(aux):
                 warnings.warn(f"recon_aux: {_ADVICE}", stacklevel=2)
         if self.missed == 2:
             self._is_sure = any(not torch.equal(p, before) for p, before in self._values)
             if not self._is_sure:
                 raise RuntimeError(_ADVICE)
         self._values = [(p, p.detach().clone()) for p in ours] if self.missed == 1 else []
-
-
-def _has_optimizer(module: nn.Module) -> bool:
-    """Whether one of torch's optimizers has parameters of a module."""
-    ids = {id(parameter) for parameter in module.parameters()}
-    optimizers = (x for x in gc.get_objects() if issubclass(type(x), Optimizer))
-    groups = (group for x in optimizers for group in getattr(x, "param_groups", ()))
-    return any(id(parameter) in ids for group in groups for parameter in group["params"])
 
 
 def version_of(parameters: Iterable[Tensor]) -> int:

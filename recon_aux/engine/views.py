@@ -40,8 +40,7 @@ def two_views(
     for call in views:
         size = _view_size(call.image, batch, count)
         if size is not None:
-            parts = (_parts(x, size, interleaved) for x in (call.image, call.feature))
-            images, features = parts
+            images, features = (_parts(x, size, interleaved) for x in (call.image, call.feature))
             return (images[0], images[1]), (features[0], features[1])
     first, others = views[0], candidates(calls, online)
     for call in others:

@@ -334,11 +334,15 @@ def _takes_turn(module: nn.Module) -> bool:
     turn = _turns.get(module, "new")
     if turn == "begun":
         # no step was seen: this may be SAM's first, or there is no such optimizer
-        found = (x for x in gc.get_objects() if issubclass(type(x), Optimizer))
-        turn = "taken" if any(_steps(x, module) for x in found) else "each call"
+        turn = "taken" if has_optimizer(module) else "each call"
     _turns[module] = {"new": "begun", "due": "taken"}.get(turn, turn)
     # frozen, or without such an optimizer, every call is
     return turn != "taken" or not any(p.requires_grad for p in module.parameters())
+
+
+def has_optimizer(module: nn.Module) -> bool:
+    """Return whether one of torch's optimizers has parameters of a module."""
+    return any(_steps(x, module) for x in gc.get_objects() if issubclass(type(x), Optimizer))
 
 
 def awaits_step(module: nn.Module) -> bool:
