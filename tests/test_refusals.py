@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 import recon_aux
 from helpers.running import ROOT
+from helpers.training import take_steps
+from helpers.weights import assert_both_trained, weights_of
 from recon_aux import ReconAux
 from recon_aux.integrations import lightly
 from recon_aux.probe import draw_parameters, probe
@@ -116,16 +118,9 @@ def trains(
     if optimizer is None:
         configured = getattr(model, "configure_optimizers", lambda: SGD(model.parameters(), 0.1))()
         optimizer = configured[0][0] if isinstance(configured, tuple) else configured
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(count):
-        loss = model.training_step(batch, 0) if step is None else step(model, batch)
-        assert torch.isfinite(loss)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert any(name.startswith("recon_aux.decoder") for name in changed)
-    assert any(not name.startswith(("recon_aux", "head")) for name in changed)
+    before = weights_of(model)
+    take_steps(model, optimizer, [batch] * count, step)
+    assert_both_trained(model, before, "head")
 
 
 def fit(model: Any = None, batch: Any = None, **options: Any) -> Any:

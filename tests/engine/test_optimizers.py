@@ -463,6 +463,15 @@ def test_an_optimizer_that_takes_no_notice_of_the_decoder_is_noticed() -> None:
     train(model)
 
 
+def assert_its_optimizer_trains_the_decoder(model: Any, steps: int) -> None:
+    before = decoder_of(model)
+    optimizer = model.configure_optimizers()
+    for step in range(steps):
+        model.training_step(batch(4, side=16), step).backward()
+        optimizer.step()
+    assert_trained(model, before)
+
+
 def test_an_optimizer_that_trains_the_decoder_in_every_other_step_is_no_mistake() -> None:
     class InTurn(SGD):
         steps = 0
@@ -478,12 +487,7 @@ def test_an_optimizer_that_trains_the_decoder_in_every_other_step_is_no_mistake(
             self.steps += 1
 
     model = attach(Siamese(configure=lambda model: InTurn(model.backbone.parameters(), lr=0.05)))
-    before = decoder_of(model)
-    optimizer = model.configure_optimizers()
-    for step in range(4):
-        model.training_step(batch(4, side=16), step).backward()
-        optimizer.step()
-    assert_trained(model, before)
+    assert_its_optimizer_trains_the_decoder(model, 4)
 
 
 def test_after_detaching_the_optimizer_trains_the_bare_model() -> None:
@@ -594,9 +598,4 @@ def test_an_optimizer_that_is_no_proper_one_trains_the_decoder_by_the_one_in_it(
         return CopiedLookahead(SGD(its, lr=0.05))
 
     model = attach(Siamese(configure=configure))
-    before = decoder_of(model)
-    optimizer = model.configure_optimizers()
-    for step in range(2):
-        model.training_step(batch(4, side=16), step).backward()
-        optimizer.step()
-    assert_trained(model, before)
+    assert_its_optimizer_trains_the_decoder(model, 2)

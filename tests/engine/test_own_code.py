@@ -18,7 +18,9 @@ from torchvision.models import resnet18, swin_t
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import recon_aux
+from helpers.training import take_steps
 from helpers.watching import rebuilt_from
+from helpers.weights import assert_both_trained, weights_of
 from recon_aux.integrations import lightly
 
 WIDTH = 32
@@ -76,15 +78,9 @@ def sees_noise(model: Any, noise: Any, batch: Any) -> bool:
 
 def trains(model: Any, *batches: Any) -> None:
     """A few steps change the encoder and the decoder."""
-    optimizer = model.configure_optimizers()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for batch in batches:
-        optimizer.zero_grad()
-        model.training_step(batch, 0).backward()
-        optimizer.step()
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert any(name.startswith("recon_aux.decoder") for name in changed)
-    assert any(not name.startswith("recon_aux") for name in changed)
+    before = weights_of(model)
+    take_steps(model, model.configure_optimizers(), batches)
+    assert_both_trained(model, before)
 
 
 # --- momentum encoders ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,16 @@ def fit(
     data = DataLoader(Views(side=side), batch_size=4, shuffle=shuffle)
     trained.fit(model, data, ckpt_path=ckpt_path)
     return trained
+
+
+def take_steps(model: Any, optimizer: Any, batches: Iterable[Any], step: Any = None) -> None:
+    """Steps by hand, each on a batch. Their losses are finite."""
+    for given in batches:
+        loss = model.training_step(given, 0) if step is None else step(model, given)
+        assert torch.isfinite(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def losses_in(step: Any, model: Any, count: int) -> list[Tensor]:

@@ -14,9 +14,14 @@ def loss_of(result: Any) -> Any:
     return result["loss"] if isinstance(result, dict) else result
 
 
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """All weights of a model, as they are now."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def decoder_of(model: Any) -> dict[str, Tensor]:
     """The weights that we add, as they are now."""
-    return {name: p.detach().clone() for name, p in model.recon_aux.named_parameters()}
+    return weights_of(model.recon_aux)
 
 
 def assert_trained(model: Any, before: dict[str, Tensor]) -> None:
@@ -24,6 +29,13 @@ def assert_trained(model: Any, before: dict[str, Tensor]) -> None:
     for name, parameter in model.recon_aux.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert not torch.equal(parameter, before[name]), name
+
+
+def assert_both_trained(model: Any, before: dict[str, Tensor], *others: str) -> None:
+    """Weights of the decoder have changed, and the model's own, whatever happened to others."""
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("recon_aux.decoder") for name in changed)
+    assert any(not name.startswith(("recon_aux", *others)) for name in changed)
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

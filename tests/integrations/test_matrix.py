@@ -23,7 +23,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.vision_transformer import VisionTransformer
 
 import recon_aux
+from helpers.training import take_steps
 from helpers.watching import rebuilt_from
+from helpers.weights import assert_both_trained, weights_of
 from recon_aux.integrations import lightly
 
 SIDE = 32
@@ -55,16 +57,9 @@ def views(channels: int = 3) -> Tensor:
 def trains(model: Any, batch: Any, width: int) -> None:
     """Two steps change the encoder and the decoder, and rebuild features of this width."""
     seen = rebuilt_from(model)
-    optimizer = model.configure_optimizers()
-    optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.training_step(batch, 0).backward()
-        optimizer.step()
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert any(name.startswith("recon_aux.decoder") for name in changed)
-    assert any(not name.startswith("recon_aux") for name in changed)
+    before = weights_of(model)
+    take_steps(model, model.configure_optimizers(), [batch, batch])
+    assert_both_trained(model, before)
     assert model.recon_aux.splitter.feature_dim == width
     assert all(torch.isfinite(y).all() for y in seen[-1][1])
 
@@ -244,14 +239,12 @@ def of_torchgeo(name: str, bands: int, **options: Any) -> Any:
 def trains_by_lightning(task: Any, bands: int, width: int = 512) -> None:
     """Two steps by Lightning's trainer, of images as TorchGeo's data sets give them."""
     seen = rebuilt_from(task)
-    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    before = weights_of(task)
     scenes = [{"image": torch.rand(bands, SIDE, SIDE)} for _ in range(8)]
     quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
     trainer.fit(task, DataLoader(scenes, 4))  # type: ignore[arg-type]
-    changed = {name for name, p in task.named_parameters() if not torch.equal(p, before[name])}
-    assert any(name.startswith("recon_aux.decoder") for name in changed)
-    assert any(not name.startswith("recon_aux") for name in changed)
+    assert_both_trained(task, before)
     assert task.recon_aux.splitter.feature_dim == width
     assert len(seen) == 2
 
