@@ -16,7 +16,7 @@ from recon_aux.engine.discover import refuse_manual_optimization
 from recon_aux.engine.drivers import driver_for, has_training_step
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask
-from recon_aux.engine.modules import find_copies_outside, find_module, members, unwrap
+from recon_aux.engine.modules import find_module, first_linear, members, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
 from recon_aux.task.contexts import evaluating
@@ -123,19 +123,18 @@ def attach(
             image_size=image_size,
             features=features,
             example_input=example_input,
+            widths=[m.in_features for m in map(first_linear, found) if m is not None],
         )
     aux = _build(shape, options)
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    recorder = EncoderRecorder(features, shape.channels, driver_for(model))
+    recorder = EncoderRecorder(features, shape, driver_for(model))
     encoders = [encoder, *momentum]
     attached = Attachment(model, encoders, backbone_method, recorder, views, interleaved, own)
     if aux.splitter.equivariant_dim:
         attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
         attached.mask_heads(found)
         attached.mask_momentum_heads()
-        named = [*attached.encoders, *attached.heads]
-        attached.driver.watch(find_copies_outside(encoder, model, *named))
     if attached.driver.encodes_others:
         attached.start()
     setattr(model, _ATTACHMENT, attached)

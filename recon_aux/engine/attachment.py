@@ -147,6 +147,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Take all hooks off again."""
+        self.driver.unwatch()
         hooks = [*self.hooks, *find_hooks(self.model, *self.heads)]
         while hooks:
             for hook in hooks:
@@ -176,8 +177,9 @@ class Attachment:
         # momentum encoders may have been made since
         if self.plan is None or self.plan.other_is_momentum:
             self.record_copies()
-        if self.plan is None:
+        if self.plan is None and self.mask:
             self.mask_momentum_heads()
+            self.driver.watch(self.aux.image_channels)
         self.driver.start(self.encoders)
 
     @not_compiled

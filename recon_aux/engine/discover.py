@@ -21,17 +21,18 @@ from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children, share_weights
 from recon_aux.engine.pairing import PairCheck
 from recon_aux.engine.step import EncoderCall, Step
-from recon_aux.engine.updates import version_of
 from recon_aux.engine.views import (
     Pair,
     batch_sizes,
     candidates,
     images_in,
     is_of,
+    parts_of,
     rows_in,
     two_views,
 )
 from recon_aux.task.splitter import as_feature
+from recon_aux.task.turns import version_of
 
 if TYPE_CHECKING:
     from recon_aux.engine.attachment import Attachment
@@ -107,11 +108,11 @@ def discover(
             _refuse_mixing_heads(attached, step, own)
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
-        problem = _wrong_views(views.images, batch, attached.views)
+        problem = _wrong_views(views.images, batch, attached.views, plan.interleaved)
         if problem and not plan.interleaved:
             plan.interleaved = True
             views = replay(attached, plan, step, loss, batch) or views
-            problem = problem and _wrong_views(views.images, batch, attached.views)
+            problem = problem and _wrong_views(views.images, batch, attached.views, True)
         if problem:
             raise RuntimeError(problem)
         if attached.mask and loss.requires_grad:
@@ -231,15 +232,18 @@ def _warn_of_unmasked_targets(
     # a head that was copied brought a mask along
     has_other_mask = any(
         isinstance(hook.callback, HeadMask) and hook.callback is not attached.mask
-        for hook in find_hooks(attached.model, *step.outside)
+        for hook in find_hooks(attached.model)
     )
     inside = set(attached.model.modules())
     names_outside = any(head not in inside for head in attached.heads)
-    outside = [] if passes_a_mask and names_outside else step.outside
-    if has_other_mask or not (outside or (targets and not passes_a_mask)):
+    in_loop = attached.driver.encodes_others
+    unknown = _unknown_encoders(step, trained | viewed if in_loop else None, batch)
+    if passes_a_mask:
+        unknown = [] if names_outside else [module for module in unknown if module not in inside]
+    if has_other_mask or not (unknown or (targets and not passes_a_mask)):
         return
-    if outside:
-        seen = f"a {type(outside[0]).__name__} like the encoder called that isn't in the model"
+    if unknown:
+        seen = f"features of {_describe_unknown(attached, unknown)}"
         advice = "Pass momentum_encoders=[it], and heads=[...] with its heads, too,"
     else:
         seen = (
@@ -254,6 +258,40 @@ def _warn_of_unmasked_targets(
         f"{describe_children(attached.model)}. Or pass equivariant_dim=0 to train without a split.",
         stacklevel=2,
     )
+
+
+def _unknown_encoders(step: Step, known: set[int] | None, batch: Any) -> list[nn.Module]:
+    """Find modules that gave features as the encoder does, but without gradient.
+
+    A copy of an attached encoder isn't among them: its heads are masked, too.
+
+    Args:
+        step: whose calls are looked through.
+        known: ids of the only images that count, next to the batch's; None if all do.
+        batch: the step's.
+    """
+    images = {call.image.shape for call in step.calls}
+    features = {call.output.shape for call in step.calls}
+    return [
+        call.module
+        for call in step.others
+        if (call.is_alike or (call.shapes & features))
+        and (
+            (known is None and (call.image is None or call.image.shape in images))
+            or (
+                call.image is not None
+                and (id(call.image) in (known or ()) or is_of(batch, call.image))
+            )
+        )
+        and not find_hooks(call.module)
+    ]
+
+
+def _describe_unknown(attached: Attachment, unknown: Sequence[nn.Module]) -> str:
+    # a module is called after what is in it
+    its = unknown[-1]
+    name, kind = attached.name(its), type(its).__name__
+    return f"{name} ({kind})" if name != kind else f"a {kind} that isn't in the model"
 
 
 def _refuse_mixing_heads(attached: Attachment, step: Step, calls: Sequence[EncoderCall]) -> None:
@@ -303,14 +341,17 @@ def _leak(attached: Attachment, where: str) -> str:
     )
 
 
-def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
+def _wrong_views(images: Pair, batch: Any, count: int | None, interleaved: bool) -> str | None:
     """Say so if the batch shows that these aren't two views of the same images."""
     shapes = [tuple(view.shape) for view in images]
     if images[0].shape == images[1].shape and torch.equal(*images):
         return f"expected two views, saw the same images {shapes[0]} twice. {_IN_ORDER}"
     known = [x for x in images_in(batch) if x.shape[1:] == images[0].shape[1:]]
-    joined = [x for x in known if count and len(x) == count * len(images[0])]
-    parts = [*known, *(part for x in joined for part in torch.split(x, len(images[0])))]
+    size = len(images[0])
+    joined = [x for x in known if count and len(x) == count * size]
+    # in a batch whose views take turns, the next row is another view
+    whole = [x for x in known if not (interleaved and any(x is y for y in joined))]
+    parts = [*whole, *(part for x in joined for part in parts_of(x, size, interleaved))]
     places = [[(x, rows) for x in parts if (rows := rows_in(v, x)) is not None] for v in images]
     if all(places):
         # a part of the batch has the same rows of both views
@@ -350,11 +391,10 @@ def _no_second_view(
     known = {id(call.output) for call in online}
     others = [tuple(call.image.shape) for call in calls if id(call.output) not in known]
     advice = []
-    if step.outside:
-        outside = type(step.outside[0]).__name__
+    if unknown := _unknown_encoders(step, None, batch):
         advice.append(
-            f"A {outside} like the encoder was called that isn't in the model: pass "
-            "momentum_encoders=[it], and heads=[...] with its heads, too."
+            f"Features came from {_describe_unknown(attached, unknown)}, too: pass "
+            "momentum_encoders=[it], and heads=[...] with its heads."
         )
     if candidates(calls, online):
         advice.append(
@@ -364,13 +404,12 @@ def _no_second_view(
         )
     if len({*trained}) > 1:
         advice.append("Make two views of one size, with as many channels.")
-    if any(len(call.image) not in batch_sizes(batch) for call in online):
+    if len({id(call.image) for call in online}) == 1:
         advice.append(
-            "If one call gets several views concatenated, and the batch doesn't show it, pass "
-            "views= how many."
+            "Encode the other view, too. If this call gets several views concatenated, and the "
+            "batch doesn't show it, pass views= how many. If they take turns there, image by "
+            "image, pass interleaved=True, too."
         )
-    elif len({id(call.image) for call in online}) == 1:
-        advice.append("Encode the other view, too.")
     if attached.driver.encodes_others:
         advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
     return (

@@ -6,17 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from recon_aux.engine import discover
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiling import is_recomputing
-from recon_aux.engine.step import EncoderCall, Step
-from recon_aux.engine.updates import version_of
+from recon_aux.engine.modules import are_alike, largest_child
+from recon_aux.engine.step import EncoderCall, OtherCall, Step, tensors_in
 from recon_aux.engine.views import is_of, largest_views
+from recon_aux.task.turns import version_of
 
 # LightningModule's own methods, in either package, do nothing
 _STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
@@ -39,7 +42,8 @@ class Driver:
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.watching: list[RemovableHandle] = []
+        self.encoders: Sequence[nn.Module] = ()
+        self.watching: RemovableHandle | None = None
         self.is_encoding = False
 
     def __reduce__(self) -> tuple[type[Driver], tuple[()]]:
@@ -48,22 +52,25 @@ class Driver:
 
     def start(self, encoders: Sequence[nn.Module]) -> None:
         """Start a step, in which these encoders are recorded."""
-        self.step = Step()
+        self.step, self.encoders = Step(), encoders
 
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call of an encoder."""
         step.calls.append(call)
 
-    def watch(self, modules: Sequence[nn.Module]) -> None:
-        """Note calls of modules that are like the encoder, but outside the model."""
-        note = partial(_note_outside, self)
-        self.watching += [module.register_forward_pre_hook(note) for module in modules]
+    def watch(self, image_channels: int) -> None:
+        """Note calls of any modules that may be momentum encoders."""
+        self.unwatch()
+        note = partial(_note, ref(self), image_channels)
+        self.watching = register_module_forward_hook(note)
+        # a loop may end before its first step
+        finalize(self, self.watching.remove)
 
     def unwatch(self) -> None:
         """Note them no longer."""
-        for handle in self.watching:
-            handle.remove()
-        self.watching = []
+        if self.watching is not None:
+            self.watching.remove()
+        self.watching = None
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -76,13 +83,20 @@ class Driver:
 
     def feeds(self, head: nn.Module, received: Tensor) -> bool:
         """Whether a head receives an encoder's feature, as far as can be seen."""
-        if self.step is None or torch.compiler.is_compiling() or is_recomputing():
-            return True
-        outputs = [call.output for call in self.step.calls if call.output.requires_grad]
         # a head may be run by a hook, before the encoder returns
-        if received.grad_fn is None or not outputs or self.is_encoding:
+        unknown = self.step is None or self.is_encoding or is_recomputing()
+        if unknown or self.step is None or torch.compiler.is_compiling():
             return True
-        fed = any(reached(received, outputs))
+        outputs = [call.output for call in self.step.calls]
+        with_gradient = [x for x in outputs if x.requires_grad]
+        if received.requires_grad:
+            fed = not with_gradient or any(reached(received, with_gradient))
+        else:
+            # what was done to it isn't in the graph; between a loop's steps nothing is recorded
+            is_evaluating = self.encodes_others and not torch.is_grad_enabled()
+            storages = {x.untyped_storage().data_ptr() for x in with_gradient}
+            is_detached = received.untyped_storage().data_ptr() in storages
+            fed = is_evaluating or is_detached or len(with_gradient) < len(outputs)
         (self.step.fed if fed else self.step.not_fed).append(head)
         return fed
 
@@ -151,14 +165,13 @@ class LoopDriver(Driver):
     def __init__(self, is_trained: bool = False) -> None:
         super().__init__()
         self.is_trained = is_trained
-        self.encoders: Sequence[nn.Module] = ()
         # of each encoder's parameters, at its first call of the step
         self.versions: dict[int, int] = {}
 
     def start(self, encoders: Sequence[nn.Module]) -> None:
         """Start a step, in which these encoders are recorded."""
         super().start(encoders)
-        self.encoders, self.versions = encoders, {}
+        self.versions = {}
 
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call, unless it is of an evaluation."""
@@ -197,9 +210,20 @@ class LoopDriver(Driver):
         return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]
 
 
-def _note_outside(driver: Driver, module: nn.Module, args: Any) -> None:
-    if driver.step is not None:
-        driver.step.outside.append(module)
+def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, result: Any) -> None:
+    """Note what a module gave without gradient, if it took images, or is like the encoder."""
+    its = None if torch.compiler.is_compiling() else driver()
+    if its is None or its.step is None or its.is_encoding:
+        return
+    outputs = list(tensors_in(result))
+    if any(x.requires_grad for x in outputs) or not outputs:
+        return
+    images = (x for x in tensors_in(args) if x.ndim == 4 and x.shape[1] == channels)
+    image, first = next(images, None), its.encoders[0]
+    # a call of another method than forward is seen in what it calls
+    is_alike = any(are_alike(module, part) for part in (first, largest_child(first)))
+    if (image is not None or is_alike) and not set(its.encoders) & set(module.modules()):
+        its.step.others.append(OtherCall(module, image, {x.shape for x in outputs}, is_alike))
 
 
 def driver_for(model: nn.Module) -> Driver:

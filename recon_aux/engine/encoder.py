@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -38,18 +39,30 @@ class EncoderShape(NamedTuple):
     channels: int
 
 
-def image_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Find the images that an encoder is called with. A mask of patches may come first.
+def image_of(args: tuple[Any, ...], kwargs: dict[str, Any], channels: int) -> Tensor:
+    """Find the images that an encoder is called with. A mask or coordinates may come first.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or several and none has these channels.
     """
     tensors = list(tensors_in([args, kwargs]))
-    image = next((x for x in tensors if x.ndim == 4), None)
-    if image is None:
+    images = [x for x in tensors if x.ndim == 4]
+    shapes = [tuple(x.shape) for x in images or tensors]
+    if not images:
         raise ValueError(
-            "expected the encoder to be called with images (B, C, H, W), got "
-            f"{[tuple(x.shape) for x in tensors]}. {_ONLY_IMAGES}"
+            f"expected the encoder to be called with images (B, C, H, W), got {shapes}. "
+            f"{_ONLY_IMAGES}"
+        )
+    image = next((x for x in images if x.shape[1] == channels), images[0])
+    if image.shape[3] <= 4 < min(image.shape[1:3]):
+        raise ValueError(
+            f"expected images (B, C, H, W), got {shapes}, whose channels are last. Move them in "
+            "the training step, images.movedim(-1, 1), and let the encoder take (B, C, H, W)."
+        )
+    if len(images) > 1 and image.shape[1] != channels:
+        raise ValueError(
+            f"expected images of {channels} channels, got {shapes}. Pass image_channels= of those "
+            "that are to be rebuilt."
         )
     return image
 
@@ -104,6 +117,7 @@ def encoder_shape(
     image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
     example_input: Any = None,
+    widths: Sequence[int] = (),
 ) -> EncoderShape:
     """Encode one blank image, in eval mode and without gradient, to see the feature's shape.
 
@@ -118,6 +132,7 @@ def encoder_shape(
         features: takes the feature from what the encoder returns.
         example_input: is encoded in place of the blank image: a tensor, a tuple of arguments, or a
             dict of keyword arguments.
+        widths: that the heads take, which tell channels from positions.
 
     Returns:
         The shape.
@@ -137,10 +152,12 @@ def encoder_shape(
             f"expected backbone_method= to name a method of {type(encoder).__name__}, "
             f"got {method!r}. Pass the name of the method that the training step calls."
         )
-    args, kwargs = _call_of(example_input)
+    args, kwargs = _call_of(call, example_input)
+    first: Any = getattr(_first_conv(encoder), "in_channels", 3)
+    expected = image_channels or int(first)
     if example_input is None:
-        args = (_blank(encoder, image_channels, image_size),)
-    image = image_of(args, kwargs)
+        args = (_blank(encoder, expected, image_size),)
+    image = image_of(args, kwargs, expected)
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         drawn = torch.random.fork_rng(devices=[image.device] if image.is_cuda else [])
@@ -163,29 +180,38 @@ def encoder_shape(
         return None
 
     feature = take_feature(output, features)
-    clues = _places_of_channels(encoder, image, feature, larger)
-    usual = None if feature.ndim == 4 and features is None else channel_dim(feature)
+    clues = _places_of_channels(encoder, image, feature, widths, larger)
+    usual = None if feature.ndim > 2 and features is None else channel_dim(feature)
     channels = next((places[0] for places in clues if len(places) == 1), usual)
     if channels is None:
+        is_map = feature.ndim == 4
+        as_it_is, other = ("first", "last") if is_map else ("last", "first")
         raise ValueError(
             f"expected an output that shows where its channels are, got {tuple(feature.shape)}. If "
-            "they come first, (B, C, H, W), pass features=lambda output: output. If they are "
-            "last, pass features=lambda output: output.movedim(-1, 1)."
+            f"they come {as_it_is}, {'(B, D, H, W)' if is_map else '(B, N, D)'}, pass "
+            f"features=lambda output: output. If they come {other}, pass "
+            f"features=lambda output: output.movedim({'-1, 1' if is_map else '1, -1'})."
         )
     feature = as_feature(take_feature(feature, channels=channels))
     width = feature.shape[channel_dim(feature)]
     return EncoderShape(image_channels or image.shape[1], width, feature.ndim, channels)
 
 
-def _call_of(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call_of(call: Any, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_input, dict):
-        return (), example_input
+        with suppress(TypeError):
+            signature(call).bind(**example_input)
+            return (), example_input
     return example_input if isinstance(example_input, tuple) else (example_input,), {}
 
 
-def _blank(encoder: nn.Module, channels: int | None, size: int | tuple[int, int] | None) -> Tensor:
+def _first_conv(encoder: nn.Module) -> Any:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    first = next((m for m in encoder.modules() if isinstance(m, kinds)), None)
+    return next((m for m in encoder.modules() if isinstance(m, kinds)), None)
+
+
+def _blank(encoder: nn.Module, channels: int, size: int | tuple[int, int] | None) -> Tensor:
+    first = _first_conv(encoder)
     if isinstance(first, (nn.Conv1d, nn.Conv3d)):
         raise ValueError(
             f"expected an encoder of images (B, C, H, W), got {type(encoder).__name__}, which "
@@ -195,12 +221,15 @@ def _blank(encoder: nn.Module, channels: int | None, size: int | tuple[int, int]
     size = size or _declared_image_size(encoder) or 64
     height, width = (size, size) if isinstance(size, int) else size
     like = next(encoder.parameters(), torch.empty(0))
-    channels = channels or (3 if first is None else first.in_channels)
     return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
 
 
 def _places_of_channels(
-    encoder: nn.Module, image: Tensor, feature: Tensor, larger: Callable[[], Tensor | None]
+    encoder: nn.Module,
+    image: Tensor,
+    feature: Tensor,
+    widths: Sequence[int],
+    larger: Callable[[], Tensor | None],
 ) -> Iterator[list[int]]:
     """Give the dimensions of a feature that may hold its channels, by one clue after another."""
     shape, places = feature.shape, sorted({1, feature.ndim - 1})
@@ -213,6 +242,7 @@ def _places_of_channels(
     sources = (encoder, getattr(encoder, "config", None))
     declared = [getattr(source, name, None) for source in sources for name in _WIDTHS]
     yield [dim for dim in places if shape[dim] in declared]
+    yield [dim for dim in places if shape[dim] in widths]
     # channels are as many for a larger image
     other = larger() if len(places) > 1 else None
     yield [dim for dim in places if other is not None and other.shape[dim] == shape[dim]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.encoder import (
@@ -102,7 +103,8 @@ class MethodHook:
         method = self.replaced
         if method is None:
             method = partial(getattr(type(self.module), self.method), self.module)
-        if self.callback is None:
+        is_traced = any(isinstance(x, Proxy) for x in (*args, *kwargs.values()))
+        if self.callback is None or is_traced:
             return method(*args, **kwargs)
         return self.callback(self.module, method, args, kwargs)
 
@@ -149,9 +151,9 @@ def find_hooks(*models: nn.Module) -> list[MethodHook]:
 class EncoderRecorder:
     """A callback that hands each call of an encoder, images and feature, to the driver."""
 
-    def __init__(self, features: Features | None, channels: int, driver: Driver) -> None:
+    def __init__(self, features: Features | None, shape: EncoderShape, driver: Driver) -> None:
         self.features = features
-        self.channels = channels
+        self.shape = shape
         self.driver = driver
 
     def __call__(
@@ -166,8 +168,8 @@ class EncoderRecorder:
             result = call(*args, **kwargs)
         step = self.driver.step
         if step is not None and not is_recomputing():
-            image = image_of(args, kwargs)
-            feature = take_feature(result, self.features, self.channels)
+            image = image_of(args, kwargs, self.shape.image_channels)
+            feature = take_feature(result, self.features, self.shape.channels)
             source = source_of(feature, result)
             self.driver.record(step, EncoderCall(encoder, image, source, feature, encoder.training))
         return result

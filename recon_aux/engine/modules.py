@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, zip_longest
@@ -50,25 +49,11 @@ def find_copies(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
     return copies
 
 
-def find_copies_outside(encoder: nn.Module, *models: nn.Module) -> list[nn.Module]:
-    """Find modules that are like an encoder, anywhere but in some models."""
-    inside = {id(module) for model in models for module in model.modules()}
-    # another method than forward calls only what is in the encoder
-    parts = [encoder, *sorted(encoder.children(), key=_size)[-1:]]
-    return [
-        x
-        for x in gc.get_objects()
-        if issubclass(type(x), nn.Module)
-        and not isinstance(x, torch.jit.ScriptModule)
-        # one whose __init__ raised is kept by that error
-        and "_modules" in vars(x)
-        and id(unwrap(x)) not in inside
-        and any(are_alike(x, part) for part in parts)
-    ]
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def largest_child(module: nn.Module) -> nn.Module:
+    """Give the submodule with most parameters, or else the module itself."""
+    return max(
+        module.children(), key=lambda x: sum(p.numel() for p in x.parameters()), default=module
+    )
 
 
 def are_alike(module: nn.Module, other: nn.Module) -> bool:
@@ -78,6 +63,11 @@ def are_alike(module: nn.Module, other: nn.Module) -> bool:
     """
     pairs = zip_longest(_tensors(module), _tensors(other))
     return next(module.parameters(), None) is not None and all(a == b for a, b in pairs)
+
+
+def first_linear(module: nn.Module) -> nn.Linear | None:
+    """Find the first linear layer in a module."""
+    return next((x for x in module.modules() if isinstance(x, nn.Linear)), None)
 
 
 def share_weights(module: nn.Module, other: nn.Module) -> bool:

@@ -164,6 +164,12 @@ def _add_hooks(
     if hasattr(hooked, "_optimizer_load_state_dict_pre_hooks"):
         hooked.register_load_state_dict_pre_hook(_fill_in(ours))
     if own.lr is not None:
+        if hooked is None:
+            raise TypeError(
+                "expected one of torch's optimizers where decoder_lr= is given, got "
+                f"{type(optimizer).__name__}, which runs no hooks. Leave decoder_lr= out, or give "
+                "self.recon_aux.parameters() a group in configure_optimizers."
+            )
         keep = _in_proportion(own.lr, optimizer.param_groups, ours, encoders)
         hooked.register_step_pre_hook(keep)
 
@@ -189,16 +195,11 @@ def _ratio(lr: float, base: float) -> float:
 
 
 def _with_hooks(optimizer: Any) -> Any:
-    """Find torch's optimizer in a wrapper that some frameworks put around it."""
+    """Find torch's optimizer in a wrapper that some frameworks put around it, if there is one."""
     # wrappers may pass for an Optimizer, or be one whose own __init__ was never called
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        inner = getattr(optimizer, "optim", None) or getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise TypeError(
-                f"expected one of torch's optimizers, got {type(optimizer).__name__}. Return one "
-                "from configure_optimizers."
-            )
-        optimizer = inner
+    while optimizer is not None and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        inside = getattr(optimizer, "__dict__", {}).values()
+        optimizer = next((x for x in inside if hasattr(x, "param_groups")), None)
     return optimizer
 
 

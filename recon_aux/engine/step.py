@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,6 +33,15 @@ class EncoderCall(NamedTuple):
         return self.output.requires_grad and self.in_training
 
 
+class OtherCall(NamedTuple):
+    """A call of another module: images that it took, shapes that it returned, if it's a copy."""
+
+    module: nn.Module
+    image: Tensor | None
+    shapes: set[torch.Size]
+    is_alike: bool
+
+
 class Step:
     """What went through the encoders, and what the heads received.
 
@@ -39,9 +49,9 @@ class Step:
         calls: of the encoders.
         masked: what masked heads received, with gradient.
         masked_without_gradient: whether a masked head received anything without.
-        fed: heads that received an encoder's feature, with gradient.
-        not_fed: heads that received something else, with gradient.
-        outside: modules like the encoder that were called, but aren't in the model.
+        fed: heads that received an encoder's feature.
+        not_fed: heads that received something else.
+        others: what other modules gave without gradient, as unknown momentum encoders do.
     """
 
     def __init__(self) -> None:
@@ -50,7 +60,7 @@ class Step:
         self.masked_without_gradient = False
         self.fed: list[nn.Module] = []
         self.not_fed: list[nn.Module] = []
-        self.outside: list[nn.Module] = []
+        self.others: list[OtherCall] = []
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from recon_aux.task.task import awaits_step, has_optimizer
+from recon_aux.task.turns import awaits_step, has_optimizer, version_of
 
 _ADVICE = (
     "expected the optimizer to train the decoder with the encoder, saw it train the encoder alone. "
@@ -56,8 +55,3 @@ class DecoderUpdates:
             if not self._is_sure:
                 raise RuntimeError(_ADVICE)
         self._values = [(p, p.detach().clone()) for p in ours] if self.missed == 1 else []
-
-
-def version_of(parameters: Iterable[Tensor]) -> int:
-    """Give a number that grows with each change of some parameters."""
-    return sum(parameter._version for parameter in parameters)

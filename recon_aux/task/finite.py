@@ -31,15 +31,15 @@ class FiniteCheck:
     def __init__(self) -> None:
         self.overflows = 0
         self.far = 0
-        # step, whether a loss scaler may skip it, its numbers, the event of their arrival
-        self.under_way: deque[tuple[int, bool, Tensor, Any]] = deque()
+        # step, whether a loss scaler may skip it, normal loss, numbers, event of their arrival
+        self.under_way: deque[tuple[int, bool, float, Tensor, Any]] = deque()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the steps under way out of copies."""
         return {**vars(self), "under_way": deque()}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, step: int, loss: Tensor, normal: Tensor, *inputs: Tensor) -> None:
+    def __call__(self, step: int, loss: Tensor, normal: float, *inputs: Tensor) -> None:
         """Take note of this step's loss, and judge those of earlier steps that have arrived.
 
         ``normal``: about the loss of a decoder that knows nothing; ``inputs``: views, two features.
@@ -52,8 +52,8 @@ class FiniteCheck:
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         )
         ranges = [bound for x in inputs for bound in x.detach().aminmax()]
-        numbers = torch.stack([x.float() for x in (loss.detach(), normal, *ranges)])
-        self.under_way.append((step, scaled, *_send(numbers)))
+        numbers = torch.stack([x.float() for x in (loss.detach(), *ranges)])
+        self.under_way.append((step, scaled, normal, *_send(numbers)))
         self._judge_arrived(wait=False)
 
     def flush(self) -> None:
@@ -62,16 +62,16 @@ class FiniteCheck:
 
     def _judge_arrived(self, *, wait: bool) -> None:
         while self.under_way:
-            step, scaled, numbers, event = self.under_way[0]
+            step, scaled, normal, numbers, event = self.under_way[0]
             if event is not None:
                 if wait:
                     event.synchronize()
                 elif not event.query():
                     return
             self.under_way.popleft()
-            self._judge(step, scaled, *numbers.tolist())
+            self._judge(step, scaled, normal, *numbers.tolist())
 
-    def _judge(self, step: int, scaled: bool, loss: float, normal: float, *bounds: float) -> None:
+    def _judge(self, step: int, scaled: bool, normal: float, loss: float, *bounds: float) -> None:
         if math.isfinite(loss):
             self.overflows = 0
             # counts on after the warning, which comes once
@@ -80,7 +80,9 @@ class FiniteCheck:
                 warnings.warn(
                     f"recon_aux: expected a loss, before the weight, below {2 * normal:.3g}, got "
                     f"{loss:.4g} in step {step}: training runs away. Lower the learning rate, or "
-                    "the decoder's alone, by attach's decoder_lr= or a parameter group of its own.",
+                    "the decoder's alone, by attach's decoder_lr= or a parameter group of its own. "
+                    "If the first batch was darker or flatter than the others, shuffle the data: "
+                    "it sets the unit of pixels.",
                     stacklevel=2,
                 )
             return

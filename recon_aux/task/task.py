@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from random import Random
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from recon_aux.task.calibration import ChannelWhitening
 from recon_aux.task.checks import finite_number
@@ -28,6 +25,7 @@ from recon_aux.task.terms.prediction import PredictionTerm
 from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
+from recon_aux.task.turns import forget_turns, takes_turn
 
 
 @dataclass
@@ -203,7 +201,7 @@ class ReconAux(nn.Module):
         check_views(views, features, options, self.decoder.queries.device)
         weight = self.weight if self.enabled else 0.0
         # an evaluation takes no turn
-        self._calls += torch.is_grad_enabled() and _takes_turn(self)
+        self._calls += torch.is_grad_enabled() and takes_turn(self)
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
         parts = [options.part("equivariant", feature) for feature in features]
         own = torch.cat([parts[i] for i in chosen])
@@ -224,8 +222,8 @@ class ReconAux(nn.Module):
             }
             loss = rebuilding + sum(getattr(options, name) * terms[name] for name in TERMS)
             reconstruction = self.pixel_scale.restore(decoded.detach().float())
-            weights = 1 + options.structure + sum(getattr(options, name) for name in TERMS)
-        self.finite_check(self._calls, loss, weights + white.square().mean(), both, *features)
+        normal = 2 + options.structure + sum(getattr(options, name) for name in TERMS)
+        self.finite_check(self._calls, loss, normal, both, *features)
         return ReconAuxOutput(
             loss=weight * loss,
             unweighted_loss=loss.detach(),
@@ -296,7 +294,7 @@ class ReconAux(nn.Module):
         """Load, but keep the decoder as it is where the checkpoint has none or another one."""
         # losses that are on their way from the GPU belong to the old weights
         self.finite_check = FiniteCheck()
-        _turns.pop(self, None)
+        forget_turns(self)
         if not _has_this_decoder(state_dict, prefix, self.options, errors=rest[-1]):
             # the submodules load from this dict, too
             own = self.state_dict()
@@ -320,45 +318,6 @@ def _choose(
     if reconstruct == "both":
         return (0, 1)
     return (Random(f"{seed} {call}").randrange(2) if reconstruct == "random" else (call - 1) % 2,)
-
-
-# kept beside the modules, so that copies and pickles start anew
-_turns: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-_after_steps = cache(register_optimizer_step_post_hook)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _takes_turn(module: nn.Module) -> bool:
-    """Return whether a module's call is its first since an optimizer of torch's last updated it."""
-    _after_steps(_note_step)
-    turn = _turns.get(module, "new")
-    if turn == "begun":
-        # no step was seen: this may be SAM's first, or there is no such optimizer
-        turn = "taken" if has_optimizer(module) else "each call"
-    _turns[module] = {"new": "begun", "due": "taken"}.get(turn, turn)
-    # frozen, or without such an optimizer, every call is
-    return turn != "taken" or not any(p.requires_grad for p in module.parameters())
-
-
-def has_optimizer(module: nn.Module) -> bool:
-    """Return whether one of torch's optimizers has parameters of a module."""
-    return any(_steps(x, module) for x in gc.get_objects() if issubclass(type(x), Optimizer))
-
-
-def awaits_step(module: nn.Module) -> bool:
-    """Return whether an optimizer of torch's is to update a module, but hasn't since its call."""
-    return _turns.get(module) == "taken"
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _note_step(optimizer: Optimizer, *_: Any) -> None:
-    for module in [known for known in list(_turns) if _steps(optimizer, known)]:
-        _turns[module] = "due"
-
-
-def _steps(optimizer: Optimizer, module: nn.Module) -> bool:
-    groups, ours = getattr(optimizer, "param_groups", ()), {id(p) for p in module.parameters()}
-    return any(id(p) in ours for group in groups for p in group["params"])
 
 
 def _has_this_decoder(
