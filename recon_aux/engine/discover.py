@@ -272,6 +272,8 @@ def _unknown_encoders(step: Step, known: set[int] | None, batch: Any) -> list[nn
     """
     images = {call.image.shape for call in step.calls}
     features = {call.output.shape for call in step.calls}
+    hooked = [call.module for call in step.others if find_hooks(call.module)]
+    copies = {part for module in hooked for part in module.modules()}
     return [
         call.module
         for call in step.others
@@ -283,7 +285,7 @@ def _unknown_encoders(step: Step, known: set[int] | None, batch: Any) -> list[nn
                 and (id(call.image) in (known or ()) or is_of(batch, call.image))
             )
         )
-        and not find_hooks(call.module)
+        and call.module not in copies
     ]
 
 

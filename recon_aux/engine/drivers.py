@@ -96,7 +96,8 @@ class Driver:
             is_evaluating = self.encodes_others and not torch.is_grad_enabled()
             storages = {x.untyped_storage().data_ptr() for x in with_gradient}
             is_detached = received.untyped_storage().data_ptr() in storages
-            fed = is_evaluating or is_detached or len(with_gradient) < len(outputs)
+            has_teacher = len(with_gradient) < len(outputs) or self.step.others
+            fed = self.watching is None or is_evaluating or is_detached or bool(has_teacher)
         (self.step.fed if fed else self.step.not_fed).append(head)
         return fed
 
