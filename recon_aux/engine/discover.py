@@ -108,11 +108,11 @@ def discover(
             _refuse_mixing_heads(attached, step, own)
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
-        problem = _wrong_views(views.images, batch, attached.views, plan.interleaved)
+        problem = _wrong_views(views.images, batch, attached.views)
         if problem and not plan.interleaved:
             plan.interleaved = True
             views = replay(attached, plan, step, loss, batch) or views
-            problem = problem and _wrong_views(views.images, batch, attached.views, True)
+            problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
         if attached.mask and loss.requires_grad:
@@ -343,7 +343,7 @@ def _leak(attached: Attachment, where: str) -> str:
     )
 
 
-def _wrong_views(images: Pair, batch: Any, count: int | None, interleaved: bool) -> str | None:
+def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
     """Say so if the batch shows that these aren't two views of the same images."""
     shapes = [tuple(view.shape) for view in images]
     if images[0].shape == images[1].shape and torch.equal(*images):
@@ -351,9 +351,8 @@ def _wrong_views(images: Pair, batch: Any, count: int | None, interleaved: bool)
     known = [x for x in images_in(batch) if x.shape[1:] == images[0].shape[1:]]
     size = len(images[0])
     joined = [x for x in known if count and len(x) == count * size]
-    # in a batch whose views take turns, the next row is another view
-    whole = [x for x in known if not (interleaved and any(x is y for y in joined))]
-    parts = [*whole, *(part for x in joined for part in parts_of(x, size, interleaved))]
+    # there, too, views may take turns
+    parts = known + [p for x in joined for turns in (False, True) for p in parts_of(x, size, turns)]
     places = [[(x, rows) for x in parts if (rows := rows_in(v, x)) is not None] for v in images]
     if all(places):
         # a part of the batch has the same rows of both views

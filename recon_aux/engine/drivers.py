@@ -89,15 +89,17 @@ class Driver:
             return True
         outputs = [call.output for call in self.step.calls]
         with_gradient = [x for x in outputs if x.requires_grad]
+        # between a loop's steps nothing is recorded
+        if self.encodes_others and not (outputs and torch.is_grad_enabled()):
+            return True
         if received.requires_grad:
-            fed = not with_gradient or any(reached(received, with_gradient))
+            fed = any(reached(received, with_gradient))
         else:
-            # what was done to it isn't in the graph; between a loop's steps nothing is recorded
-            is_evaluating = self.encodes_others and not torch.is_grad_enabled()
+            # what was done to it isn't in the graph
             storages = {x.untyped_storage().data_ptr() for x in with_gradient}
             is_detached = received.untyped_storage().data_ptr() in storages
             has_teacher = len(with_gradient) < len(outputs) or self.step.others
-            fed = self.watching is None or is_evaluating or is_detached or bool(has_teacher)
+            fed = self.watching is None or is_detached or bool(has_teacher)
         (self.step.fed if fed else self.step.not_fed).append(head)
         return fed
 

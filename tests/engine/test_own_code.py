@@ -307,6 +307,40 @@ def test_a_head_that_gets_another_encoders_feature_is_not_masked() -> None:
     assert not sees_noise(model, model.backbone[3], batch)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("how", ["trained", "frozen", "without gradient", "as they are"])
+def test_so_it_is_whether_that_encoder_trains_and_whichever_is_called_first(
+    how: str, first: bool
+) -> None:
+    class Ordered(WithTable):
+        def z(self, rows: Tensor) -> Tensor:
+            with torch.set_grad_enabled(how != "without gradient"):
+                y = (
+                    torch.cat([rows] * 7, 1)[:, :WIDTH]
+                    if how == "as they are"
+                    else self.table(rows)
+                )
+                return self.projection_head_table(y)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (x0, x1), rows = batch
+            z = self.z(rows) if first else None
+            z0, z1 = (self.projection_head(self.backbone(x)) for x in (x0, x1))
+            z = self.z(rows) if z is None else z
+            return self.criterion(z0, z1) + self.criterion(z0, z)
+
+    model = Ordered()
+    model.table.requires_grad_(how == "trained")
+    model.projection_head_table.requires_grad_(how != "without gradient")
+    lightly.attach(model)
+    batch = (views(), torch.rand(4, 5) + 0.1)
+    for _ in range(3):
+        model.training_step(batch, 0)
+        table = model.received.pop()
+        assert (table[:, 16:] > 0).float().mean() > 0.3
+    assert not sees_noise(model, model.backbone[3], batch)
+
+
 def test_a_head_that_two_encoders_share_is_masked_for_the_images_alone() -> None:
     class Shared(WithTable):
         def __init__(self) -> None:
