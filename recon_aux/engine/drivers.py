@@ -215,7 +215,7 @@ class LoopDriver(Driver):
 
 def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, result: Any) -> None:
     """Note what a module gave without gradient, if it took images, or is like the encoder."""
-    its = None if torch.compiler.is_compiling() else driver()
+    its = None if torch.compiler.is_compiling() or torch._C._get_tracing_state() else driver()
     if its is None or its.step is None or its.is_encoding:
         return
     outputs = list(tensors_in(result))

@@ -98,6 +98,30 @@ class Custom:
             p -= 0.01 * p.grad
 
 
+class WithoutHooks(Optimizer):
+    """Passes for one of torch's, but never calls its base's ``__init__``."""
+
+    def __init__(self, params: Any) -> None:
+        self.param_groups = [{"params": list(params)}]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p -= 0.01 * p.grad
+
+
+class Idle(Custom):
+    """Updates weights while one of torch's optimizers has them, too, and is never called."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.idle = SGD(self.params, lr=0.1)
+
+
 Loss = Callable[[], Tensor]
 
 
@@ -247,6 +271,14 @@ def test_where_the_decoder_has_an_optimizer_of_its_own_that_ones_steps_count() -
     for _ in range(4):
         loss()
     assert rebuilt == in_turn(4, 1, first=1)
+
+
+@pytest.mark.parametrize("make", [WithoutHooks, Idle])
+def test_where_another_than_torchs_updates_the_weights_each_call_takes_a_turn(make: Any) -> None:
+    model = attach(InALoop(), weight=1.0)
+    trained = Trained("plain", (model, make(model.parameters())))
+    # the second may be SAM's
+    assert trained.steps(7)[1:] == in_turn(6, 1)
 
 
 def test_another_models_steps_do_not_count() -> None:

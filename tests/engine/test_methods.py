@@ -550,6 +550,35 @@ def test_views_that_take_turns_are_taken_apart_where_an_option_says_so() -> None
     assert torch.equal(seen[0][0][1], 0.5 * x)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_batch_whose_views_take_turns_is_taken_apart_where_options_say_so(labelled: bool) -> None:
+    """The collate function made it so."""
+
+    class Collated(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            z = self.embed(batch[0])
+            return self.criterion(z[0::2], z[1::2])
+
+    views, labels = Method().batch()
+    x = torch.stack(views, 1).flatten(0, 1)
+    batch = (x, labels.repeat_interleave(2)) if labelled else (x,)
+    with pytest.raises(RuntimeError, match=r"pass views= how many.*interleaved=True, too"):
+        built(Collated).training_step(batch, 0)
+    model = built(Collated, views=2, interleaved=True)
+    seen = rebuilt_from(model)
+    for _ in range(2):
+        model.training_step(batch, 0)
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(4, 3, 32, 32), torch.rand(1, 3, 32, 32)])
+def test_images_that_are_equal_are_in_the_batchs_order(images: Tensor) -> None:
+    views = [images.expand(4, 3, 32, 32) + 0.1 * torch.rand(4, 1, 1, 1) for _ in range(2)]
+    views[0][:] = images
+    built(Method).training_step((views, torch.arange(4)), 0)
+    built(Method).training_step(([views[0], views[1].flip(0)], torch.arange(4)), 0)
+
+
 def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> None:
     class Scaled(Momentum):
         def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:

@@ -592,10 +592,49 @@ class CopiedLookahead(Optimizer):
         return self.optimizer.step(closure)
 
 
-def test_an_optimizer_that_is_no_proper_one_trains_the_decoder_by_the_one_in_it() -> None:
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer", "inner", "_wrapped"])
+@pytest.mark.parametrize("options", [{}, {"decoder_lr": 0.1}])
+def test_an_optimizer_that_is_no_proper_one_trains_the_decoder_by_the_one_in_it(
+    name: str, options: Any
+) -> None:
+    class Named(CopiedLookahead):
+        def __init__(self, optimizer: Any) -> None:
+            super().__init__(optimizer)
+            vars(self)[name] = vars(self).pop("optimizer")
+
+        def __getattr__(self, other: str) -> Any:
+            if other == "optimizer" and name in vars(self):
+                return vars(self)[name]
+            raise AttributeError(other)
+
     def configure(model: Any) -> Any:
         its = [*model.backbone.parameters(), *model.projection_head.parameters()]
-        return CopiedLookahead(SGD(its, lr=0.05))
+        return Named(SGD(its, lr=0.05))
 
-    model = attach(Siamese(configure=configure))
+    model = attach(Siamese(configure=configure), **options)
     assert_its_optimizer_trains_the_decoder(model, 2)
+
+
+def test_an_optimizer_without_any_of_torchs_in_it_trains_the_decoder() -> None:
+    class Scratch:
+        def __init__(self, params: Any) -> None:
+            self.param_groups: list[dict[str, Any]] = [{"params": list(params), "lr": 0.05}]
+
+        def zero_grad(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.grad = None
+
+        @torch.no_grad()
+        def step(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                p -= self.param_groups[0]["lr"] * p.grad
+
+    def configure(model: Any) -> Any:
+        return Scratch([*model.backbone.parameters(), *model.projection_head.parameters()])
+
+    assert_its_optimizer_trains_the_decoder(attach(Siamese(configure=configure)), 2)
+    model = attach(Siamese(configure=configure), decoder_lr=0.1)
+    with pytest.raises(
+        TypeError, match=r"got Scratch, which runs no hooks\. Leave decoder_lr= out"
+    ):
+        model.configure_optimizers()

@@ -427,13 +427,19 @@ def test_an_attached_encoder_is_exported_as_a_bare_one(name: str, tool: Any) -> 
     assert tool(model.backbone)(IMAGES).shape == expected.shape
 
 
-@pytest.mark.parametrize("tool", [export, export_by_dynamo, script, trace, symbolic_trace])
+def around(module: Any) -> Any:
+    return symbolic_trace(nn.Sequential(module, nn.Flatten()))
+
+
+@pytest.mark.parametrize("tool", [export, export_by_dynamo, script, trace, symbolic_trace, around])
 def test_a_loop_goes_on_after_its_encoder_was_exported(tool: Any) -> None:
     torch._dynamo.reset()
     model = attach(InALoop(tiny_encoder()))
     views = BATCH[0]
-    for _ in range(2):
-        tool(model.eval().backbone)
+    for step in range(3):
+        # dynamo can't export where modules are watched, as before the first step
+        if step or tool is not export_by_dynamo:
+            tool(model.eval().backbone)
         model.train()
         recon_aux.add_loss(model, sum(model(view).var() for view in views), views).backward()
     assert model.recon_aux.decoder.queries.grad.any()

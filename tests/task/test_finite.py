@@ -179,6 +179,14 @@ def test_no_images_are_a_reason_to_warn(images: str, count: int) -> None:
                 aux(views, 100 * torch.randn(2, count, 8))
 
 
+def test_a_first_batch_that_is_darker_than_the_others_is_warned_of() -> None:
+    aux = ReconAux(8, seed=0)
+    first, *others = (smooth_pictures(8, seed=seed).view(2, 4, 3, 32, 32) for seed in range(4))
+    with pytest.warns(UserWarning, match="first batch was darker or flatter.*shuffle the data"):
+        for views in (1e-3 * first, *others):
+            aux(views, torch.randn(2, 4, 8))
+
+
 def magnified(aux: ReconAux) -> ReconAux:
     """With a decoder whose output is far too large."""
     other = copy.deepcopy(aux)
