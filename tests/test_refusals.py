@@ -639,6 +639,22 @@ def last_state(output: Any) -> Tensor:
     return output["states"][-1]
 
 
+def of_two_kinds() -> dict[str, Any]:
+    """Radar of two channels beside optical images of four."""
+
+    def step(model: Any, batch: Any) -> Tensor:
+        radar = torch.rand(4, 2, 16, 16)
+        return apart(*(model.head(model.backbone(radar, x)) for x in batch))
+
+    return {
+        "model": Method(
+            step, backbone=Encoder(lambda self, r, x: self.layers(x[:, 1:] + r.mean()))
+        ),
+        "batch": views(channels=4),
+        "example_input": (torch.rand(1, 2, 16, 16), torch.rand(1, 4, 16, 16)),
+    }
+
+
 CASES |= {
     "a method that isn't there": Case(
         lambda: fit(backbone_method="embed"),
@@ -677,6 +693,26 @@ CASES |= {
             ),
             example_input={"x": torch.rand(1, 3, 16, 16), "wavelengths": torch.ones(3)},
         ),
+    ),
+    "images with their channels last": Case(
+        lambda: fit(
+            Method(backbone=Encoder(lambda self, x: self.layers(x.movedim(-1, 1)))),
+            [x.movedim(1, -1) for x in views()],
+            example_input=torch.rand(1, 16, 16, 3),
+        ),
+        r"Move them in the training step, images\.movedim\(-1, 1\)",
+        lambda: fit(
+            Method(
+                lambda m, batch: one_by_one(m, [x.movedim(-1, 1) for x in batch]),
+                backbone=Encoder(lambda self, x: self.layers(x)),
+            ),
+            [x.movedim(1, -1) for x in views()],
+        ),
+    ),
+    "images of two kinds": Case(
+        lambda: fit(**of_two_kinds()),
+        r"Pass image_channels= of those that are to be rebuilt",
+        lambda: fit(**of_two_kinds(), image_channels=4),
     ),
     "an encoder of signals": Case(
         lambda: fit(Method(signals=nn.Sequential(nn.Conv1d(3, WIDTH, 3))), backbone="signals"),
@@ -749,7 +785,16 @@ class Bare:
     """Has parameter groups, but isn't one of torch's optimizers."""
 
     def __init__(self, parameters: Any) -> None:
-        self.param_groups = [{"params": [*parameters], "lr": 0.1}]
+        self.param_groups: list[Any] = [{"params": [*parameters], "lr": 0.1}]
+
+    def zero_grad(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad
 
 
 class Sharding(SGD):
@@ -794,10 +839,10 @@ def made_before(kind: Any, add: bool = False, again: bool = False, **options: An
 
 CASES |= {
     "no optimizer": Case(lambda: fit(Method(configure=lambda m: [])), "Return an optimizer", fit),
-    "no optimizer of torch's": Case(
+    "the decoder's learning rate in no optimizer of torch's": Case(
+        lambda: fit(Method(configure=lambda m: Bare(m.parameters())), decoder_lr=0.1),
+        r"Leave decoder_lr= out, or give self\.recon_aux\.parameters\(\) a group",
         lambda: fit(Method(configure=lambda m: Bare(m.parameters()))),
-        "Return one from configure_optimizers",
-        lambda: fit(Method(configure=lambda m: SGD(m.parameters(), 0.1))),
     ),
     "the decoder's learning rate twice": Case(
         lambda: fit(Method(configure=own_group), decoder_lr=0.1),
@@ -1103,7 +1148,7 @@ CASES |= {
     ),
     "a layer before the encoder": Case(
         lambda: fit(Method(into_the_encoder, head_in=nn.Conv2d(3, 3, 1)), heads=["head_in"]),
-        r"Pass heads=\[\.\.\.\]: the modules that take the encoder's features",
+        r"Pass heads=\[\.\.\.\]: every module that takes the encoder's features",
         lambda: fit(Method(into_the_encoder, head_in=nn.Conv2d(3, 3, 1)), heads=["head"]),
     ),
     "a head of what comes before the encoder's last layer": Case(
@@ -1316,7 +1361,7 @@ CASES |= {
     ),
     "a teacher outside, of the other view": Case(
         lambda: taught(both=False, named=False),
-        r"pass momentum_encoders=\[it\], and heads=\[\.\.\.\] with its heads, too",
+        r"pass momentum_encoders=\[it\], and heads=\[\.\.\.\] with its heads\.",
         lambda: taught(both=False, named=True),
     ),
     "a teacher outside": Case(

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recon_aux.engine.autograd import feed_each_other, gradient_of, past, reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
-from recon_aux.engine.modules import describe_children, share_weights
+from recon_aux.engine.modules import describe_children, share_values, share_weights
 from recon_aux.engine.pairing import PairCheck
 from recon_aux.engine.step import EncoderCall, Step
 from recon_aux.engine.views import (
@@ -237,7 +237,7 @@ def _warn_of_unmasked_targets(
     inside = set(attached.model.modules())
     names_outside = any(head not in inside for head in attached.heads)
     in_loop = attached.driver.encodes_others
-    unknown = _unknown_encoders(step, trained | viewed if in_loop else None, batch)
+    unknown = _unknown_encoders(step, plan.encoder, trained | viewed if in_loop else None, batch)
     if passes_a_mask:
         unknown = [] if names_outside else [module for module in unknown if module not in inside]
     if has_other_mask or not (unknown or (targets and not passes_a_mask)):
@@ -260,13 +260,16 @@ def _warn_of_unmasked_targets(
     )
 
 
-def _unknown_encoders(step: Step, known: set[int] | None, batch: Any) -> list[nn.Module]:
-    """Find modules that gave features as the encoder does, but without gradient.
+def _unknown_encoders(
+    step: Step, trained: nn.Module, known: set[int] | None, batch: Any
+) -> list[nn.Module]:
+    """Find copies of the encoder that gave features as it does, but without gradient.
 
-    A copy of an attached encoder isn't among them: its heads are masked, too.
+    They may be built otherwise. A copy of an attached one isn't among them: its heads are masked.
 
     Args:
         step: whose calls are looked through.
+        trained: the encoder.
         known: ids of the only images that count, next to the batch's; None if all do.
         batch: the step's.
     """
@@ -277,7 +280,7 @@ def _unknown_encoders(step: Step, known: set[int] | None, batch: Any) -> list[nn
     return [
         call.module
         for call in step.others
-        if (call.is_alike or (call.shapes & features))
+        if (call.is_alike or (call.shapes & features and share_values(call.module, trained)))
         and (
             (known is None and (call.image is None or call.image.shape in images))
             or (
@@ -392,7 +395,7 @@ def _no_second_view(
     known = {id(call.output) for call in online}
     others = [tuple(call.image.shape) for call in calls if id(call.output) not in known]
     advice = []
-    if unknown := _unknown_encoders(step, None, batch):
+    if unknown := _unknown_encoders(step, online[0].encoder, None, batch):
         advice.append(
             f"Features came from {_describe_unknown(attached, unknown)}, too: pass "
             "momentum_encoders=[it], and heads=[...] with its heads."

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from recon_aux.engine import discover
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiling import is_recomputing
-from recon_aux.engine.modules import are_alike, largest_child
+from recon_aux.engine.modules import are_alike, largest_child, share_values
 from recon_aux.engine.step import EncoderCall, OtherCall, Step, tensors_in
 from recon_aux.engine.views import is_of, largest_views
 from recon_aux.task.turns import version_of
@@ -224,7 +224,9 @@ def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, resu
     images = (x for x in tensors_in(args) if x.ndim == 4 and x.shape[1] == channels)
     image, first = next(images, None), its.encoders[0]
     # a call of another method than forward is seen in what it calls
-    is_alike = any(are_alike(module, part) for part in (first, largest_child(first)))
+    part = largest_child(first)
+    is_part = are_alike(module, part) and (any(module.children()) or share_values(module, part))
+    is_alike = is_part or are_alike(module, first)
     if (image is not None or is_alike) and not set(its.encoders) & set(module.modules()):
         its.step.others.append(OtherCall(module, image, {x.shape for x in outputs}, is_alike))
 

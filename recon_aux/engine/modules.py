@@ -76,6 +76,15 @@ def share_weights(module: nn.Module, other: nn.Module) -> bool:
     return module is other or all(one is another for one, another in pairs)
 
 
+def share_values(module: nn.Module, other: nn.Module) -> bool:
+    """Whether a weight of one module is about equal to one of another's."""
+    weights = [p for p in other.parameters() if p.ndim > 1]
+    its = (p for p in module.parameters() if p.ndim > 1)
+    return any(
+        p.shape == q.shape and torch.allclose(p, q, 1e-2, 1e-4) for p in its for q in weights
+    )
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
     named = chain(unwrap(module).named_parameters(), unwrap(module).named_buffers())
     return ((uncompiled(name), tensor.shape) for name, tensor in named)

@@ -139,6 +139,7 @@ def other_weights(model: Taught) -> Any:
 
 def by_forward(model: Taught) -> Any:
     teacher, head = encoder(), nn.Linear(WIDTH, 8)
+    teacher.load_state_dict(model.encoder.state_dict())
     return lambda x: head(teacher.forward(x))
 
 
@@ -147,12 +148,19 @@ def compiled(model: Taught) -> Any:
     return lambda x: head(teacher(x))
 
 
+def by_forward_of_parts(model: Taught) -> Any:
+    teacher, head = nn.Sequential(encoder()), nn.Linear(WIDTH, 8)
+    return lambda x: head(teacher.forward(x))
+
+
 def of_another_build(model: Taught) -> Any:
     teacher, head = nn.Sequential(nn.Identity(), encoder()), nn.Linear(WIDTH, 8)
     return lambda x: head(teacher(x))
 
 
-@pytest.mark.parametrize("make", [other_weights, by_forward, compiled, of_another_build])
+@pytest.mark.parametrize(
+    "make", [other_weights, by_forward, by_forward_of_parts, compiled, of_another_build]
+)
 @pytest.mark.parametrize("before", [True, False])
 def test_a_teacher_outside_the_model_is_seen_whenever_it_was_made(before: bool, make: Any) -> None:
     model = Taught()
@@ -174,9 +182,10 @@ def test_a_copy_of_an_attached_model_is_masked_and_no_reason_to_warn(copied: Any
     assert not sees_noise(model, getattr(teacher, "module", teacher)[3], views())
 
 
-def test_other_models_that_see_the_views_are_no_reason_to_warn() -> None:
+@pytest.mark.parametrize("width", [WIDTH, WIDTH + 1])
+def test_other_models_that_see_the_views_are_no_reason_to_warn(width: int) -> None:
     model = recon_aux.attach(Taught(), backbone="encoder", heads=["head"])
-    other = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(512, WIDTH + 1))
+    other = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(512, width))
     model.teach = lambda x: other(x)[:, :8]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
