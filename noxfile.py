@@ -14,6 +14,9 @@ import nox
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests", "solo_learn"]
 
+# each test on one core
+IN_PARALLEL = ["-n", "2", "--dist", "worksteal"]
+
 SOLO_LEARN_NEEDS = [
     "pytest",
     "torchvision",
@@ -31,7 +34,7 @@ def tests(session: nox.Session) -> None:
     """Style, types, every test but solo-learn's, the package."""
     session.install("-e", ".[dev]")
     check(session)
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *IN_PARALLEL, *session.posargs)
     package(session)
 
 
@@ -41,7 +44,7 @@ def fast(session: nox.Session) -> None:
     share_packages(session)
     session.install("-e", ".[dev]")
     check(session)
-    session.run("python", "-m", "pytest", "-m", "not slow", *session.posargs)
+    session.run("python", "-m", "pytest", *IN_PARALLEL, "-m", "not slow", *session.posargs)
 
 
 def check(session: nox.Session) -> None:
