@@ -1,11 +1,13 @@
 """`nox` checks style and types, runs every test, builds the package and imports what it built.
 
-`nox -s fast` is for while one edits: style, types and the tests that aren't slow.
+`nox -s fast` is for while one edits: style, types and the tests that aren't slow. `nox -s mutation`
+asks whether the tests would notice a bug.
 
 Two environments, the second on top of the first: PyPI's solo-learn, of 2021, wants another
 Lightning than everything else.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -27,6 +29,34 @@ SOLO_LEARN_NEEDS = [
     "scipy",
     "setuptools<80",
 ]
+
+# the tests in tests/engine that answer for a module; for others of the task it's all of tests/task
+MUTATED = {
+    "turns": ["closures"],
+    "pairing": ["pairing"],
+    "views": ["methods", "own_code", "loops"],
+    "optimizers": ["optimizers", "loops"],
+    "auto_weight": ["auto_weight"],
+    "checkpoint": ["checkpoints"],
+    "encoder": ["inputs", "own_code", "attach"],
+    "modules": ["momentum", "teachers", "own_code", "attach"],
+}
+
+MUTATION = """
+[cosmic-ray]
+module-path = "{module}"
+timeout = 600
+test-command = "python -m pytest -x -q -p no:cacheprovider --disable-warnings {tests}"
+[cosmic-ray.distributor]
+name = "local"
+[cosmic-ray.filters.operators-filter]
+# of an operator's many replacements one; types in annotations are not run
+exclude-operators = [
+  "core/ReplaceBinaryOperator_(?!(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul)$)",
+  "core/ReplaceComparisonOperator_(?!(Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Is_IsNot|IsNot_Is)$)",
+  "core/ReplaceUnaryOperator_(?!Delete)",
+]
+"""
 
 
 @nox.session
@@ -82,6 +112,53 @@ def solo_learn(session: nox.Session) -> None:
     session.install("--no-deps", "solo-learn==1.0.2")
     solo_tests = "tests/integrations/test_solo_learn.py"
     session.run("python", "-m", "pytest", "-rs", solo_tests, *session.posargs)
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Change one thing at a time in the named modules; how many changes do their tests notice?"""
+    share_packages(session)
+    found = [*Path("recon_aux/task").rglob("*.py"), *Path("recon_aux/engine").glob("*.py")]
+    known = {path.stem: path for path in found if path.parts[1] == "task" or path.stem in MUTATED}
+    del known["__init__"]
+    unknown = set(session.posargs) - set(known)
+    if unknown or not session.posargs:
+        session.error(f"Pass modules among {sorted(known)}, as: nox -s mutation -- splitter")
+    # the checkout stays as it is, and may be edited meanwhile
+    copy = Path(session.create_tmp()).resolve() / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    for name in ("recon_aux", "integrations", "tests", "examples"):
+        shutil.copytree(name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(name, copy)
+    session.chdir(copy)
+    session.install("-e", ".[dev]", "cosmic-ray>=8.7")
+    for name in session.posargs:
+        Path("mutation.toml").write_text(
+            MUTATION.format(module=known[name], tests=tests_of(known[name]))
+        )
+        session.run("cosmic-ray", "baseline", "mutation.toml")
+        session.run("cosmic-ray", "init", "mutation.toml", f"{name}.sqlite", "--force")
+        session.run("cr-filter-operators", f"{name}.sqlite", "mutation.toml")
+        session.run("cosmic-ray", "exec", "mutation.toml", f"{name}.sqlite")
+    for name in session.posargs:
+        results = str(session.run("cosmic-ray", "dump", f"{name}.sqlite", silent=True, log=False))
+        outcomes = [json.loads(line)[1] for line in results.splitlines()]
+        alive = [x["diff"] for x in outcomes if x["test_outcome"] == "survived"]
+        killed = sum(x["test_outcome"] in ("killed", "incompetent") for x in outcomes)
+        session.log("\n".join(["survived:", *alive]) if alive else "none survived")
+        session.log(f"{name}: killed {killed} of {killed + len(alive)}")
+
+
+def tests_of(module: Path) -> str:
+    """The tests that answer for a module: its examples, then its own file, then the others."""
+    name = module.stem
+    if name in MUTATED:
+        return " ".join(f"tests/engine/test_{part}.py" for part in MUTATED[name])
+    others = sorted(
+        Path("tests/task").glob("test_*.py"), key=lambda path: path.stem != f"test_{name}"
+    )
+    return " ".join(map(str, [module, *others]))
 
 
 def share_packages(session: nox.Session) -> None:

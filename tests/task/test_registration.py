@@ -75,7 +75,7 @@ def in_motion(view: Tensor, matrix: Tensor, shift: list[float]) -> Tensor:
     return torch.nn.functional.grid_sample(view, grid, align_corners=False)
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.permutations(MOTIONS, 2))
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(MOTIONS, 2)))
 def test_two_views_that_both_moved_are_explained_by_both_poses(one: str, other: str) -> None:
     view, registration = smooth_pictures(1), Registration(6)
     moved = [in_motion(view, *MOTIONS[name][:2]) for name in (one, other)]
