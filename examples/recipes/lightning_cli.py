@@ -1,4 +1,4 @@
-"""LightningCLI: the module attaches to itself. Run: lightning_cli.py fit --model SimCLR."""
+"""LightningCLI: the module attaches to itself. Run it with: fit --trainer.max_epochs=1."""
 
 import torch
 from lightly.loss import NTXentLoss
@@ -21,7 +21,7 @@ class SimCLR(LightningModule):
         self.backbone.fc = nn.Identity()
         self.projection_head = SimCLRProjectionHead(512, 512, dim)
         self.criterion = NTXentLoss()
-        attach(self, weight=weight)  # the last line of __init__, so that it finds all modules
+        attach(self, weight=weight)  # the last line, after all modules are made
 
     def training_step(self, batch, batch_idx):
         (x0, x1), _ = batch
@@ -39,9 +39,5 @@ class Images(LightningDataModule):
         return DataLoader(data, 4, shuffle=True)
 
 
-def main(args=None):
-    return LightningCLI(SimCLR, Images, args=args, save_config_callback=None)
-
-
 if __name__ == "__main__":
-    main()
+    LightningCLI(SimCLR, Images)
