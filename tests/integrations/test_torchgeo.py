@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,17 +20,25 @@ from helpers.weights import assert_same, assert_trained, decoder_of, weights_of
 from recon_aux.integrations.torchgeo import attach
 
 SIDE, WIDTH = 32, 512
+SMALL: dict[str, Any] = {"hidden_dim": 64, "output_dim": 32, "memory_bank_size": 64}
 TASKS: dict[str, dict[str, Any]] = {
-    "SimCLRTask version 1": {"layers": 2, "memory_bank_size": 0},
-    "SimCLRTask version 2": {"memory_bank_size": 64},
+    "SimCLRTask version 1": {**SMALL, "layers": 2, "memory_bank_size": 0},
+    "SimCLRTask version 2": SMALL,
     # the memory bank is as wide as what it keeps: the encoder's features
-    "MoCoTask version 1": {"memory_bank_size": 64, "output_dim": WIDTH},
-    "MoCoTask version 2": {"memory_bank_size": 64},
-    "MoCoTask version 3": {"memory_bank_size": 0},
+    "MoCoTask version 1": {**SMALL, "output_dim": WIDTH},
+    "MoCoTask version 2": SMALL,
+    "MoCoTask version 3": {**SMALL, "memory_bank_size": 0},
     "BYOLTask": {},
 }
 every_task = pytest.mark.parametrize("name", TASKS)
 slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """A task and its trainer hold each other, and few objects hold many megabytes."""
+    yield
+    gc.collect()
 
 
 def task_of(name: str, bands: int = 3) -> Any:
@@ -136,5 +146,6 @@ def test_each_task_has_its_default_weight(name: str, weight: float) -> None:
 
 @pytest.mark.parametrize("name", ["ClassificationTask", "RegressionTask"])
 def test_tasks_with_labels_are_refused_by_name(name: str) -> None:
+    options: dict[str, Any] = {"num_classes": 2} if name == "ClassificationTask" else {}
     with pytest.raises(TypeError, match=f"got {name}, which learns from labels"):
-        attach(getattr(trainers, name)("resnet18"))
+        attach(getattr(trainers, name)("resnet18", **options))
