@@ -210,9 +210,9 @@ class PaKaWithIdentity(PaKa):
         self.dense_projection = nn.Identity()
 
     def kernels(self, tokens: Tensor, known: Tensor) -> Tensor:
-        tokens, known = self.dense_projection(tokens), self.dense_projection(known)
         z, target = self.projection_head(tokens[:, 0]), self.projection_head_momentum(known[:, 0])
-        return self.criterion(z, target) + self.dense_criterion(tokens[:, 1:], known[:, 1:])
+        dense = (self.dense_projection(feature[:, 1:]) for feature in (tokens, known))
+        return self.criterion(z, target) + self.dense_criterion(*dense)
 
 
 def test_a_loss_on_tokens_themselves_needs_an_identity_as_head() -> None:
