@@ -56,34 +56,25 @@ def attach(
         >>> task.recon_aux.image_channels
         13
     """
-    split = options.get("equivariant_dim") != 0
-    # MoCo's first version compares the encoder's features themselves
-    bare = isinstance(task, trainers.MoCoTask) and task.hparams["version"] == 1
-    if bare and heads is None and split:
-        heads = [nn.Identity()]
-        attach_by(_TORCHGEO, task, backbone=backbone, heads=heads, weight=weight, **options)
-        MethodHook(task, "forward", partial(_head_of_the_first, heads[0]))
-        MethodHook(task, "forward_momentum", partial(_head_of_the_output, heads[0]))
-        return task
+    given = {"backbone": backbone, "heads": heads, "weight": weight, **options}
     if isinstance(task, trainers.BYOLTask) and backbone is None:
         # a hook within the encoder runs the head
         wrapper = task.model.backbone
-        backbone = wrapper.model
-        options = {"features": partial(_embedding, wrapper), **options}
-    return attach_by(_TORCHGEO, task, backbone=backbone, heads=heads, weight=weight, **options)
+        given = {"features": partial(_embedding, wrapper), **given, "backbone": wrapper.model}
+    is_first = isinstance(task, trainers.MoCoTask) and task.hparams["version"] == 1
+    if not is_first or heads is not None or options.get("equivariant_dim") == 0:
+        return attach_by(_TORCHGEO, task, **given)
+    # MoCo's first version has no head: its loss compares the encoder's features
+    head = nn.Identity()
+    attach_by(_TORCHGEO, task, **{**given, "heads": [head]})
+    for method in ("forward", "forward_momentum"):
+        MethodHook(task, method, partial(_masked, head))
+    return task
 
 
-def _head_of_the_first(
-    head: nn.Module, task: Any, method: Callable[..., Any], args: Any, kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    query, feature = method(*args, **kwargs)
-    return head(query), feature
-
-
-def _head_of_the_output(
-    head: nn.Module, task: Any, method: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    return head(method(*args, **kwargs))
+def _masked(head: nn.Module, task: Any, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    output = method(*args, **kwargs)
+    return head(output) if isinstance(output, Tensor) else (head(output[0]), *output[1:])
 
 
 def _embedding(wrapper: Any, output: Tensor) -> Any:

@@ -16,8 +16,9 @@ class SimCLR(LightningModule):
     def __init__(self):
         super().__init__()
         # your own encoder: timm.create_model("vit_small_patch16_224", pretrained=True)
-        size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2}
-        self.backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
+        self.backbone = timm.create_model(
+            "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=48, depth=2
+        )
         self.projection_head = SimCLRProjectionHead(48, 64, 32)
         self.criterion = NTXentLoss()
 

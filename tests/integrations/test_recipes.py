@@ -76,11 +76,11 @@ class WeightsAtTheStart(Callback):
 
 @pytest.mark.parametrize("model", [lightning_cli.SimCLR, InSetup, InConfigureModel])
 def test_a_module_of_lightnings_cli_attaches_to_itself_and_resumes(model: Any) -> None:
-    def fit(*args: str) -> tuple[Any, dict[str, Tensor]]:
+    def fit(*args: str) -> tuple[Any, WeightsAtTheStart]:
         start = WeightsAtTheStart()
-        defaults = {"callbacks": [start], "accelerator": "cpu", "default_root_dir": "."}
+        options: Any = {"callbacks": [start], "accelerator": "cpu"}
         images = lightning_cli.Images
-        return LightningCLI(model, images, trainer_defaults=defaults, args=["fit", *args]), start
+        return LightningCLI(model, images, trainer_defaults=options, args=["fit", *args]), start
 
     cli, start = fit("--trainer.max_epochs=1")
     assert_all_changed(cli.model, start.weights)
