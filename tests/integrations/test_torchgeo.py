@@ -107,8 +107,10 @@ def test_the_methods_loss_does_not_see_the_equivariant_channels(name: str) -> No
             added = noise * torch.linspace(-1, 1, output.numel()).view_as(output)
             return torch.cat([output[:, : WIDTH // 2], (output + added)[:, WIDTH // 2 :]], 1)
 
-        # before the hook by which BYOL runs its head
-        encoder_of(task).global_pool.register_forward_hook(add_noise, prepend=True)
+        for encoder in (encoder_of(task), getattr(task, "backbone_momentum", None)):
+            if encoder is not None:
+                # before the hook by which BYOL runs its head
+                encoder.global_pool.register_forward_hook(add_noise, prepend=True)
         return fit(task)
 
     assert losses(0.0) == losses(3.0)
