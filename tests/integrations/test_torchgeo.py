@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,3 +153,10 @@ def test_tasks_with_labels_are_refused_by_name(name: str) -> None:
     options: dict[str, Any] = {"num_classes": 2} if name == "ClassificationTask" else {}
     with pytest.raises(TypeError, match=f"got {name}, which learns from labels"):
         attach(getattr(trainers, name)("resnet18", **options))
+
+
+def test_without_torchgeo_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchgeo", None)
+    monkeypatch.delitem(sys.modules, "recon_aux.integrations.torchgeo")
+    with pytest.raises(ImportError, match=r"pip install 'recon-aux\[torchgeo\]'"):
+        importlib.import_module("recon_aux.integrations.torchgeo")
