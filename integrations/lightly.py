@@ -100,5 +100,6 @@ _LIGHTLY = Conventions(
         "AIM": "predicts the next patch of one view",
         "IJEPA": "predicts masked blocks of one view",
         "CAPI": "predicts clusters of masked patches of one view",
+        "LeWM": "predicts the next frame of a clip from actions",
     },
 )
