@@ -1,0 +1,149 @@
+"""LightlyTrain's ``pretrain``, with recon_aux attached to the method that it builds.
+
+``python -m recon_aux.integrations.lightly_train pretrain out=OUT data=DATA recon_aux.weight=1``
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recon_aux import attach
+from recon_aux.engine.adapter import check_options
+
+try:
+    import lightly_train
+except ImportError as error:
+    raise ImportError(
+        f"recon_aux.integrations.lightly_train needs LightlyTrain ({error}); "
+        "install it with: pip install 'recon-aux[lightly-train]'"
+    ) from error
+
+_OTHER_VERSION = (
+    "expected LightlyTrain 0.18, whose pretrain builds its methods by train_helpers.get_method, "
+    f"got {lightly_train.__version__}, which doesn't; install the former with: "
+    "pip install 'lightly-train==0.18.*'"
+)
+
+try:
+    from lightly_train._commands import train, train_helpers
+    from lightly_train._methods.method_helpers import get_method_cls
+except ImportError as error:
+    raise ImportError(_OTHER_VERSION) from error
+
+
+def pretrain(*, recon_aux: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+    """Call ``lightly_train.pretrain`` with recon_aux attached; the one line.
+
+    Args:
+        recon_aux: options of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`. By default
+            ``weight`` is 1 for SimCLR, else ``"auto"``.
+        arguments: those of ``lightly_train.pretrain``.
+
+    Raises:
+        TypeError: if the method has no two views, as distillation, or an option is unknown. Nothing
+            is written then.
+        ImportError: if this version of LightlyTrain builds its methods another way.
+
+    Example:
+        >>> pretrain(out="out", data="images", model="torchvision/resnet18", method="simclr",
+        ...          recon_aux={"weight": 1})                              # doctest: +SKIP
+    """
+    options = {} if recon_aux is None else recon_aux
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"expected recon_aux= as a dict of options, got {options!r}. "
+            'Pass recon_aux={"weight": 1}, or leave it out.'
+        )
+    check_options(options)
+    given = inspect.signature(lightly_train.pretrain).bind(**arguments)
+    given.apply_defaults()
+    method = get_method_cls(given.arguments["method"]).__name__
+    if method not in _METHODS:
+        raise TypeError(
+            f"expected a method that encodes two views, got {method}, which "
+            f"{_REFUSED.get(method, 'recon_aux does not know')}. Pass method= one of "
+            f"{sorted(map(str.lower, _METHODS))}, or call lightly_train.pretrain itself."
+        )
+    with _attaching({**_METHODS[method], **options}):
+        lightly_train.pretrain(**arguments)
+
+
+@contextmanager
+def _attaching(options: Mapping[str, Any]) -> Iterator[None]:
+    """Attach to the method that LightlyTrain builds in the meantime."""
+    build = getattr(train_helpers, "get_method", None)
+    # to train without the task would be noticed too late
+    if build is None or "get_method" not in train.train_from_config.__code__.co_names:
+        raise ImportError(_OTHER_VERSION)
+
+    def get_method(*args: Any, **kwargs: Any) -> nn.Module:
+        method: nn.Module = attach(build(*args, **kwargs), **options)
+        found = method.get_submodule("recon_aux").options
+        # goes to out/train.log, too
+        logger = logging.getLogger("lightly_train")
+        logger.info(f"recon_aux is attached to {type(method).__name__}: {found}")
+        return method
+
+    train_helpers.get_method = get_method
+    try:
+        yield
+    finally:
+        train_helpers.get_method = build
+
+
+def _one_tensor(output: dict[str, Tensor]) -> Tensor:
+    """Join class token and patches, and put parts of the result in their place.
+
+    What the method makes of either then depends on one tensor: the feature.
+    """
+    patches = output["features"]
+    tokens = torch.cat([output["cls_token"][:, None], patches.flatten(2).mT], dim=1)
+    output["cls_token"] = tokens[:, 0]
+    output["features"] = tokens[:, 1:].mT.unflatten(2, patches.shape[2:])
+    return tokens
+
+
+def _of_both(*heads: str) -> list[str]:
+    return [f"{owner}_{head}" for owner in ("student", "teacher") for head in heads]
+
+
+_DINOV2: dict[str, Any] = {
+    "backbone": "student_embedding_model.wrapped_model",
+    "backbone_method": "forward_features",
+    "features": _one_tensor,
+    # KoLeo's loss takes the class token itself
+    "heads": ["koleo_loss", *_of_both("head.dino_head", "head.ibot_head")],
+}
+
+_METHODS: dict[str, dict[str, Any]] = {
+    # the weight is measured for the same loss in lightly
+    "SimCLR": {"backbone": "embedding_model", "heads": ["projection_head"], "weight": 1.0},
+    "DINO": {"backbone": "student_embedding_model", "heads": _of_both("projection_head")},
+    "DINOv2": _DINOV2,
+    "DINOv31": {**_DINOV2, "heads": [*_DINOV2["heads"], *_of_both("paka_head")]},
+}
+
+_REFUSED = dict.fromkeys(
+    ["Distillation", "DistillationV2", "DistillationV3"],
+    "encodes one view and learns a teacher's features of it",
+)
+_REFUSED["DenseCL"] = "pairs positions by their whole features, equivariant channels included"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["pretrain"] or not sys.argv[2:]:
+        raise SystemExit(
+            "expected: python -m recon_aux.integrations.lightly_train pretrain out=OUT data=DATA "
+            f"model=MODEL method=METHOD recon_aux.OPTION=VALUE, got {sys.argv[1:]}"
+        )
+    from omegaconf import OmegaConf
+
+    pretrain(**OmegaConf.to_container(OmegaConf.from_cli(sys.argv[2:]), resolve=True))
