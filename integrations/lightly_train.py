@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon_aux import attach
 from recon_aux.engine.adapter import check_options
 
 try:
     import lightly_train
+    from omegaconf import OmegaConf
 except ImportError as error:
     raise ImportError(
         f"recon_aux.integrations.lightly_train needs LightlyTrain ({error}); "
@@ -27,9 +28,8 @@ except ImportError as error:
     ) from error
 
 _OTHER_VERSION = (
-    "expected LightlyTrain 0.18, whose pretrain builds its methods by train_helpers.get_method, "
-    f"got {lightly_train.__version__}, which doesn't; install the former with: "
-    "pip install 'lightly-train==0.18.*'"
+    "expected LightlyTrain 0.18, which builds methods by train_helpers.get_method, got "
+    f"{lightly_train.__version__}; install the former with: pip install 'lightly-train==0.18.*'"
 )
 
 try:
@@ -84,12 +84,10 @@ def _attaching(options: Mapping[str, Any]) -> Iterator[None]:
     if build is None or "get_method" not in train.train_from_config.__code__.co_names:
         raise ImportError(_OTHER_VERSION)
 
-    def get_method(*args: Any, **kwargs: Any) -> nn.Module:
-        method: nn.Module = attach(build(*args, **kwargs), **options)
-        found = method.get_submodule("recon_aux").options
-        # goes to out/train.log, too
-        logger = logging.getLogger("lightly_train")
-        logger.info(f"recon_aux is attached to {type(method).__name__}: {found}")
+    def get_method(*args: Any, **kwargs: Any) -> Any:
+        method = attach(build(*args, **kwargs), **options)
+        log = logging.getLogger("lightly_train").info  # into out/train.log, too
+        log(f"recon_aux is attached to {type(method).__name__}: {method.recon_aux.options}")
         return method
 
     train_helpers.get_method = get_method
@@ -107,7 +105,7 @@ def _one_tensor(output: dict[str, Tensor]) -> Tensor:
     patches = output["features"]
     tokens = torch.cat([output["cls_token"][:, None], patches.flatten(2).mT], dim=1)
     output["cls_token"] = tokens[:, 0]
-    output["features"] = tokens[:, 1:].mT.unflatten(2, patches.shape[2:])
+    output["features"] = tokens[:, 1:].mT.reshape(patches.shape)
     return tokens
 
 
@@ -131,19 +129,22 @@ _METHODS: dict[str, dict[str, Any]] = {
     "DINOv31": {**_DINOV2, "heads": [*_DINOV2["heads"], *_of_both("paka_head")]},
 }
 
-_REFUSED = dict.fromkeys(
-    ["Distillation", "DistillationV2", "DistillationV3"],
-    "encodes one view and learns a teacher's features of it",
-)
+_DISTILS = "encodes one view and learns a teacher's features of it"
+_REFUSED = dict.fromkeys(["Distillation", "DistillationV2", "DistillationV3"], _DISTILS)
 _REFUSED["DenseCL"] = "pairs positions by their whole features, equivariant channels included"
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["pretrain"] or not sys.argv[2:]:
+def run() -> None:
+    """Call ``pretrain`` with the arguments of the command line."""
+    arguments = sys.argv[1:]
+    if arguments[:1] != ["pretrain"] or not arguments[1:]:
         raise SystemExit(
             "expected: python -m recon_aux.integrations.lightly_train pretrain out=OUT data=DATA "
-            f"model=MODEL method=METHOD recon_aux.OPTION=VALUE, got {sys.argv[1:]}"
+            f"model=MODEL method=METHOD recon_aux.OPTION=VALUE, got {arguments}"
         )
-    from omegaconf import OmegaConf
+    given: Any = OmegaConf.to_container(OmegaConf.from_cli(arguments[1:]), resolve=True)
+    pretrain(**given)
 
-    pretrain(**OmegaConf.to_container(OmegaConf.from_cli(sys.argv[2:]), resolve=True))
+
+if __name__ == "__main__":
+    run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lightly_train._commands import train, train_helpers
 from lightly_train._methods import method_helpers
 from lightly_train._methods.method import Method
 
-from recon_aux.integrations.lightly_train import pretrain
+from recon_aux.integrations.lightly_train import pretrain, run
 
 TWO_VIEW = ["dino", "dinov2", "dinov31", "simclr"]
 REFUSED = ["densecl", "distillation", "distillationv1", "distillationv2", "distillationv3"]
@@ -222,8 +223,8 @@ def repeatable(request: pytest.FixtureRequest, seeded_epochs: None) -> str:
 
 
 def test_switched_off_is_bit_identical_to_the_bare_run(repeatable: str, tmp_path: Path) -> None:
-    def state_after(run: Run, folder: str, **options: Any) -> dict[str, Tensor]:
-        run(**arguments_for(repeatable, tmp_path / folder), **options)
+    def state_after(how: Run, folder: str, **options: Any) -> dict[str, Tensor]:
+        how(**arguments_for(repeatable, tmp_path / folder), **options)
         state: dict[str, Tensor] = checkpoint_in(tmp_path / folder)["state_dict"]
         return bare_part(state)
 
@@ -234,9 +235,9 @@ def test_switched_off_is_bit_identical_to_the_bare_run(repeatable: str, tmp_path
     assert not all(torch.equal(on[key], bare[key]) for key in bare)
 
 
-@pytest.mark.parametrize("run", [lightly_train.pretrain, pretrain], ids=["bare", "attached"])
+@pytest.mark.parametrize("how", [lightly_train.pretrain, pretrain], ids=["bare", "attached"])
 def test_a_stopped_run_resumes_bit_identically(
-    repeatable: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repeatable: str, how: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # LightlyTrain doesn't save DINOv2's center of the last step, which "softmax" needs
     given = {"center_method": "sinkhorn_knopp"} if repeatable == "dinov2" else {}
@@ -244,41 +245,196 @@ def test_a_stopped_run_resumes_bit_identically(
         arguments_for(repeatable, tmp_path / folder, epochs=3, method_args=given)
         for folder in ("whole", "stopped")
     )
-    run(**whole)
+    how(**whole)
     with monkeypatch.context() as patch:
         fail_once(patch, Method, at=6)
         with pytest.raises(OSError, match="the power went"):
-            run(**stopped)
+            how(**stopped)
     # Tiny is trained in place
     model = {"model": Tiny()} if repeatable != "dinov2" else {}
-    run(**{**stopped, **model, "resume_interrupted": True})
+    how(**{**stopped, **model, "resume_interrupted": True})
     expected, resumed = (checkpoint_in(tmp_path / folder) for folder in ("whole", "stopped"))
     assert expected["global_step"] == resumed["global_step"] == 6
     assert_same(resumed["state_dict"], expected["state_dict"])
-    assert ("recon_aux.decoder.queries" in resumed["state_dict"]) == (run is pretrain)
+    assert ("recon_aux.decoder.queries" in resumed["state_dict"]) == (how is pretrain)
 
 
-@pytest.mark.parametrize("name", ["simclr", "dinov2"])
-def test_what_is_saved_loads_where_recon_aux_is_not_installed(name: str, tmp_path: Path) -> None:
-    arguments = arguments_for(name, tmp_path / "out", model="dinov2/_vittest14")
-    arguments["transform_args"]["image_size"] = (56, 56)
-    pretrain(**arguments)
-    code = f"""
+def test_what_is_saved_loads_where_recon_aux_is_not_installed(tmp_path: Path) -> None:
+    for name in ("simclr", "dinov2"):
+        arguments = arguments_for(name, tmp_path / name, model="dinov2/_vittest14")
+        arguments["transform_args"]["image_size"] = (56, 56)
+        pretrain(**arguments)
+    code = """
 import sys, torch
 sys.modules["recon_aux"] = None
 import lightly_train
-out = {str(tmp_path / "out")!r}
-saved = torch.load(out + "/checkpoints/last.ckpt", weights_only=False)["lightly_train"]["models"]
-saved["embedding_model"](torch.rand(2, 3, 56, 56))
-exported = torch.load(out + "/exported_models/exported_last.pt", weights_only=False)
-exported = exported.get("model", exported)
-state = saved["model"].state_dict()
-assert exported.keys() == state.keys() and all(torch.equal(exported[k], state[k]) for k in state)
-lightly_train.export(out="again.pt", checkpoint=out + "/checkpoints/last.ckpt",
-                     part="embedding_model", format="torch_model")
-again = torch.load("again.pt", weights_only=False)
-assert not [v for m in again.modules() for v in vars(m) if v in ("forward", "forward_features")]
-assert not any(m.startswith("recon_aux") for m in sys.modules if m != "recon_aux")
+for out in ("simclr", "dinov2"):
+    path = f"{out}/checkpoints/last.ckpt"
+    models = torch.load(path, weights_only=False)["lightly_train"]["models"]
+    assert models["embedding_model"](torch.rand(2, 3, 56, 56)).shape == (2, 8, 1, 1)
+    exported = torch.load(f"{out}/exported_models/exported_last.pt", weights_only=True)
+    state = models["model"].state_dict()
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[key], state[key]) for key in state)
+    again = f"{out}.pt"
+    lightly_train.export(out=again, checkpoint=path, part="embedding_model", format="torch_model")
+    torch.load(again, weights_only=False)(torch.rand(2, 3, 56, 56))
 """
     result = run_python("-c", code, folder=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("first", [lightly_train.pretrain, pretrain], ids=["bare", "attached"])
+def test_a_run_goes_on_from_a_checkpoint(first: Run, tmp_path: Path, trained: list[Any]) -> None:
+    first(**arguments_for("simclr", tmp_path / "first"))
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    pretrain(**arguments_for("simclr", tmp_path / "second", checkpoint=checkpoint))
+    state = checkpoint_in(tmp_path / "first")["state_dict"]
+    assert (
+        trained[1]
+        .first["projection_head.layers.0.weight"]
+        .equal(state["projection_head.layers.0.weight"])
+    )
+    queries = "recon_aux.decoder.queries"
+    assert (queries in state) == (first is pretrain)
+    assert first is not pretrain or trained[1].first[queries].equal(state[queries])
+
+
+@every_method
+def test_the_global_views_are_rebuilt(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    batches: list[Any] = []
+
+    def on_train_batch_start(method: Any, batch: Any, index: int) -> None:
+        batches.append(batch["views"])
+
+    monkeypatch.setattr(Method, "on_train_start", lambda method: seen.append(rebuilt_from(method)))
+    monkeypatch.setattr(Method, "on_train_batch_start", on_train_batch_start)
+    pretrain(**arguments_for(name, tmp_path / "out", epochs=1))
+    (steps,) = seen
+    assert len(steps) == len(batches) == 2
+    for (views, _), given in zip(steps, batches, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(views, given[:2], strict=True))
+
+
+@pytest.mark.parametrize("name", ["dino", "dinov2"])
+def test_the_decoder_may_have_its_own_rate(name: str, tmp_path: Path, trained: list[Any]) -> None:
+    options = {"decoder_lr": 0.01, "decoder_weight_decay": 0.2}
+    pretrain(**arguments_for(name, tmp_path / "out"), recon_aux=options)
+    (method,) = trained
+    groups = [g for g in method.optimizers().param_groups if "recon_aux" in str(g.get("name"))]
+    placed = {id(p) for group in groups for p in group["params"]}
+    assert placed == {id(p) for p in method.recon_aux.parameters()}
+    assert not method.first["recon_aux.decoder.queries"].equal(method.recon_aux.decoder.queries)
+
+
+def test_each_method_of_lightly_train_attaches_or_is_refused() -> None:
+    assert sorted([*TWO_VIEW, *REFUSED]) == method_helpers._list_methods()
+    page = (ROOT / "docs" / "lightly_train.md").read_text()
+    table = "".join(line for line in page.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`(\w+)`", table)) >= {*TWO_VIEW, *REFUSED}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, None])
+def test_methods_without_two_views_are_refused_before_anything_is_written(
+    name: str | None, tmp_path: Path
+) -> None:
+    arguments = arguments_for(name or "", tmp_path / "out")
+    if name is None:
+        # the default
+        del arguments["method"]
+    does = "pairs positions" if name == "densecl" else "encodes one view"
+    advice = "Pass method= one of \\['dino', 'dinov2', 'dinov31', 'simclr'\\]"
+    with pytest.raises(TypeError, match=rf"two views, got D\w+, which {does}.*{advice}"):
+        pretrain(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (r"got wieght=; did you mean weight=\?", {"wieght": 1}),
+        (r"expected recon_aux= as a dict of options, got 4\.", 4),
+    ],
+)
+def test_unknown_options_are_refused_before_anything_is_written(
+    error: str, options: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=error):
+        pretrain(**arguments_for("simclr", tmp_path / "out"), recon_aux=options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'modle'"):
+        pretrain(**arguments_for("simclr", tmp_path / "out"), modle="")
+    with pytest.raises(ValueError, match="'simclrr' is unknown"):
+        pretrain(**arguments_for("simclr", tmp_path / "out") | {"method": "simclrr"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_go_before_the_methods(tmp_path: Path, trained: list[Any]) -> None:
+    options = {"weight": 2.0, "heads": [], "equivariant_dim": 0, "backbone": "embedding_model"}
+    pretrain(**arguments_for("simclr", tmp_path / "out", epochs=1), recon_aux=options)
+    (method,) = trained
+    assert method.recon_aux.weight == 2.0
+    assert method.recon_aux.splitter.equivariant_dim == 0
+
+
+@pytest.mark.parametrize("missing", ["function", "call"])
+def test_a_version_that_builds_its_methods_another_way_is_refused(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing == "function":
+        monkeypatch.delattr(train_helpers, "get_method")
+    else:
+        monkeypatch.setattr(train, "train_from_config", lambda config: None)
+    version = re.escape(lightly_train.__version__)
+    with pytest.raises(ImportError, match=f"expected LightlyTrain 0.18.*got {version}.*install"):
+        pretrain(**arguments_for("simclr", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_a_failure_bare_runs_are_bare(tmp_path: Path) -> None:
+    build = train_helpers.get_method
+    arguments = arguments_for("simclr", tmp_path / "out", epochs=1)
+    with pytest.raises(ValueError, match="weight"):
+        pretrain(**arguments, recon_aux={"weight": -1})
+    assert train_helpers.get_method is build
+    lightly_train.pretrain(**arguments, overwrite=True)
+    assert not any("recon_aux" in key for key in checkpoint_in(tmp_path / "out")["state_dict"])
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    arguments = arguments_for("dinov2", tmp_path / "out", epochs=1)
+    # as OmegaConf reads it
+    written = [f"{key}={json.dumps(x, default=str)}" for key, x in arguments.items()]
+    module = ["-m", "recon_aux.integrations.lightly_train"]
+    command = [*module, "pretrain", *written, "recon_aux.weight=2", "recon_aux.decoder_depth=2"]
+    result = run_python(*command, folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "recon_aux.decoder.blocks.1.norm.weight" in checkpoint_in(tmp_path / "out")["state_dict"]
+    assert "'weight': 2," in (tmp_path / "out" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("given", [[], ["export", "out=out"], ["pretrain"]])
+def test_other_commands_are_refused(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightly_train.py", *given])
+    with pytest.raises(SystemExit, match=r"^expected: python -m recon_aux\.integrations\.light"):
+        run()
+
+
+def test_where_lightly_train_is_not_installed() -> None:
+    code = """
+import sys
+sys.modules["lightly_train"] = None
+import recon_aux.integrations.lightly_train
+"""
+    result = run_python("-c", code)
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.endswith("install it with: pip install 'recon-aux[lightly-train]'")
+
+
+@pytest.mark.slow
+def test_the_example_compares_bare_and_attached() -> None:
+    printed = run_example("lightly_train_simclr.py", "--epochs", "1")
+    assert "bare whole" in printed
+    assert "attached equivariant" in printed
