@@ -56,9 +56,12 @@ with TemporaryDirectory() as name:
     bare = fit(lightly_train.pretrain, folder / "bare")
     attached = fit(pretrain, folder / "attached", recon_aux={"weight": 1})  # the one line
 
-normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+options = {
+    "normalize": Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "pairs": (500, 300),
+}
 results = {
-    "bare": probe(bare, train[:], test[:], normalize=normalize),
-    "attached": probe(attached, train[:], test[:], normalize=normalize, equivariant_dim=256),
+    "bare": probe(bare, train[:], test[:], **options),
+    "attached": probe(attached, train[:], test[:], equivariant_dim=256, **options),
 }
 print(render(results))

@@ -44,7 +44,7 @@ def pretrain(*, recon_aux: Mapping[str, Any] | None = None, **arguments: Any) ->
 
     Args:
         recon_aux: options of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`. By default
-            ``weight`` is 1 for SimCLR, else ``"auto"``.
+            ``weight`` is 1, for DINO ``"auto"``.
         arguments: those of ``lightly_train.pretrain``.
 
     Raises:
@@ -109,24 +109,23 @@ def _one_tensor(output: dict[str, Tensor]) -> Tensor:
     return tokens
 
 
-def _of_both(*heads: str) -> list[str]:
-    return [f"{owner}_{head}" for owner in ("student", "teacher") for head in heads]
-
-
+# recon_aux finds the teachers' heads by the students'
 _DINOV2: dict[str, Any] = {
     "backbone": "student_embedding_model.wrapped_model",
     "backbone_method": "forward_features",
     "features": _one_tensor,
     # KoLeo's loss takes the class token itself
-    "heads": ["koleo_loss", *_of_both("head.dino_head", "head.ibot_head")],
+    "heads": ["student_head.dino_head", "student_head.ibot_head", "koleo_loss"],
+    # "auto" would be in the hundreds, for KoLeo's gradient is in the first batch
+    "weight": 1.0,
 }
 
 _METHODS: dict[str, dict[str, Any]] = {
     # the weight is measured for the same loss in lightly
     "SimCLR": {"backbone": "embedding_model", "heads": ["projection_head"], "weight": 1.0},
-    "DINO": {"backbone": "student_embedding_model", "heads": _of_both("projection_head")},
+    "DINO": {"backbone": "student_embedding_model", "heads": ["student_projection_head"]},
     "DINOv2": _DINOV2,
-    "DINOv31": {**_DINOV2, "heads": [*_DINOV2["heads"], *_of_both("paka_head")]},
+    "DINOv31": {**_DINOV2, "heads": [*_DINOV2["heads"], "student_paka_head"]},
 }
 
 _DISTILS = "encodes one view and learns a teacher's features of it"
