@@ -27,16 +27,16 @@ except ImportError as error:
         "install it with: pip install 'recon-aux[lightly-train]'"
     ) from error
 
-_OTHER_VERSION = (
-    "expected LightlyTrain 0.18, which builds methods by train_helpers.get_method, got "
-    f"{lightly_train.__version__}; install the former with: pip install 'lightly-train==0.18.*'"
+_GOT_ANOTHER = (
+    f"whose methods train_helpers.get_method builds, got {lightly_train.__version__}; "
+    "install the former with: pip install 'lightly-train==0.18.*'"
 )
 
 try:
     from lightly_train._commands import train, train_helpers
     from lightly_train._methods.method_helpers import get_method_cls
 except ImportError as error:
-    raise ImportError(_OTHER_VERSION) from error
+    raise ImportError(f"expected LightlyTrain 0.18, {_GOT_ANOTHER}") from error
 
 
 def pretrain(*, recon_aux: Mapping[str, Any] | None = None, **arguments: Any) -> None:
@@ -82,7 +82,7 @@ def _attaching(options: Mapping[str, Any]) -> Iterator[None]:
     build = getattr(train_helpers, "get_method", None)
     # to train without the task would be noticed too late
     if build is None or "get_method" not in train.train_from_config.__code__.co_names:
-        raise ImportError(_OTHER_VERSION)
+        raise ImportError(f"expected LightlyTrain 0.18, {_GOT_ANOTHER}")
 
     def get_method(*args: Any, **kwargs: Any) -> Any:
         method = attach(build(*args, **kwargs), **options)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import recon_aux
 from helpers.running import ROOT, fail_once, run_example, run_python
 from helpers.watching import rebuilt_from
 from helpers.weights import assert_same, weights_of
@@ -302,6 +303,17 @@ def test_a_run_goes_on_from_a_checkpoint(first: Run, tmp_path: Path, trained: li
     assert first is not pretrain or trained[1].first[queries].equal(state[queries])
 
 
+def test_a_bare_run_goes_on_from_a_stripped_checkpoint(tmp_path: Path) -> None:
+    pretrain(**arguments_for("simclr", tmp_path / "first", epochs=1))
+    torch.save(recon_aux.strip(checkpoint_in(tmp_path / "first")), tmp_path / "bare.ckpt")
+    arguments = arguments_for("simclr", tmp_path / "second", epochs=1)
+    lightly_train.pretrain(**arguments, checkpoint=tmp_path / "bare.ckpt")
+    with pytest.raises(RuntimeError, match="recon_aux"):
+        lightly_train.pretrain(
+            **arguments, overwrite=True, checkpoint=tmp_path / "first" / "checkpoints" / "last.ckpt"
+        )
+
+
 @every_method
 def test_the_global_views_are_rebuilt(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +405,18 @@ def test_a_version_that_builds_its_methods_another_way_is_refused(
     with pytest.raises(ImportError, match=f"expected LightlyTrain 0.18.*got {version}.*install"):
         pretrain(**arguments_for("simclr", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_version_without_these_modules_is_refused() -> None:
+    code = """
+import sys
+import lightly_train
+sys.modules["lightly_train._commands.train_helpers"] = None
+del lightly_train._commands.train_helpers
+import recon_aux.integrations.lightly_train
+"""
+    message = run_python("-c", code).stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: expected LightlyTrain 0.18, whose methods")
 
 
 def test_after_a_failure_bare_runs_are_bare(tmp_path: Path) -> None:
