@@ -161,6 +161,15 @@ def tests_of(module: Path) -> str:
     return " ".join(map(str, [module, *others]))
 
 
+@nox.session
+def lightly_train(session: nox.Session) -> None:
+    """The LightlyTrain adapter. It is AGPL, so no other session installs it."""
+    share_packages(session)
+    session.install("-e", ".[lightly-train]", "pytest")
+    its_tests = "tests/integrations/test_lightly_train.py"
+    session.run("python", "-m", "pytest", "-rs", its_tests, *session.posargs)
+
+
 def share_packages(session: nox.Session) -> None:
     """Look for packages in the tests' environment, too, if there is one: torch takes gigabytes."""
     own = Path(session.virtualenv.location).resolve()

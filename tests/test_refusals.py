@@ -1635,6 +1635,26 @@ WITHOUT_ADVICE = {
 }
 # tests of what no case here can bring about, by file and by how the message starts
 COVERED_ELSEWHERE = {
+    ("integrations/lightly_train.py", "recon_aux.integrations.lightly_train needs"): (
+        "integrations/test_lightly_train.py",
+        "test_where_lightly_train_is_not_installed",
+    ),
+    ("integrations/lightly_train.py", "expected LightlyTrain 0.18"): (
+        "integrations/test_lightly_train.py",
+        "test_a_version_that_builds_its_methods_another_way_is_refused",
+    ),
+    ("integrations/lightly_train.py", "expected recon_aux= as a dict"): (
+        "integrations/test_lightly_train.py",
+        "test_unknown_options_are_refused_before_anything_is_written",
+    ),
+    ("integrations/lightly_train.py", "expected a method that encodes two views"): (
+        "integrations/test_lightly_train.py",
+        "test_methods_without_two_views_are_refused_before_anything_is_written",
+    ),
+    ("integrations/lightly_train.py", "expected: python -m recon_aux"): (
+        "integrations/test_lightly_train.py",
+        "test_other_commands_are_refused",
+    ),
     ("integrations/solo_learn.py", "recon_aux.integrations.solo_learn needs"): (
         "integrations/test_solo_learn.py",
         "test_a_script_runs_with_every_method_attached",

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from recon_aux.engine.api import Model, attach, attachment_of, refuse_wrapped
+from recon_aux.engine.api import Model, attach, attachment_of, check_options, refuse_wrapped
 from recon_aux.engine.hooks import MethodHook
 from recon_aux.engine.modules import averaged, describe_children, members, unwrap
 
-__all__ = ["Conventions", "MethodHook", "attach_by", "decoder_groups"]
+__all__ = ["Conventions", "MethodHook", "attach_by", "check_options", "decoder_groups"]
 
 
 @dataclass(frozen=True)

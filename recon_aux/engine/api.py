@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import signature
 from numbers import Integral
 from typing import Any, TypeVar
@@ -266,9 +266,18 @@ def _refuse_model(model: nn.Module) -> None:
         )
 
 
-def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, Any]) -> None:
+def check_options(options: Iterable[str]) -> None:
+    """Refuse what is no option of ``attach`` and none of ``ReconAux``.
+
+    Raises:
+        TypeError: that suggests a similar one.
+    """
     known = {*signature(ReconAux).parameters, *signature(attach).parameters}
     refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
+
+
+def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, Any]) -> None:
+    check_options(options)
     if views is not None and not (isinstance(views, Integral) and int(views) >= 1):
         raise ValueError(
             f"expected views= as a whole number of 1 or more, got {views!r}. Pass such a number."
