@@ -207,19 +207,20 @@ class HeadMask:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call the head with its first tensor masked, unless that is another encoder's feature."""
+        """Call the head with its features masked: its first tensor, and others of that shape."""
         values = [*args, *kwargs.values()]
-        first = next((i for i, value in enumerate(values) if isinstance(value, Tensor)), None)
+        first = next((value for value in values if isinstance(value, Tensor)), None)
         if first is None:
             raise ValueError(
                 f"expected the head {type(head).__name__} to be called with features, got no "
                 "tensor. Pass heads=[...]: the modules that take the encoder's features as their "
                 "first tensor."
             )
-        if not self.driver.feeds(head, values[first]):
-            return call(*args, **kwargs)
-        values[first] = self.mask(values[first], head)
-        self.driver.record_masked(head, values[first])
+        for i, value in enumerate(values):
+            is_feature = isinstance(value, Tensor) and value.shape == first.shape
+            if is_feature and self.driver.feeds(head, value):
+                values[i] = self.mask(value, head)
+                self.driver.record_masked(head, values[i])
         named = dict(zip(kwargs, values[len(args) :], strict=True))
         return call(*values[: len(args)], **named)
 

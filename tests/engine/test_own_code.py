@@ -357,6 +357,30 @@ def test_a_head_that_two_encoders_share_is_masked_for_the_images_alone() -> None
         model.received.clear()
 
 
+def test_a_head_that_takes_two_features_sees_neither_s_equivariant_channels() -> None:
+    class Align(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return (student - teacher.detach()).square().mean()
+
+    class Aligned(BYOL):
+        def __init__(self) -> None:
+            super().__init__(encoder(), encoder())
+            self.align = Align()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y0, y1 = self.online(batch[0]), self.target(batch[1])
+            z = self.criterion(self.projector(y0), self.target_projector(y1))
+            return z + self.align(y0, teacher=y1) + self.projector(self.online(batch[1])).var()
+
+    model = Aligned()
+    heads = ["projector", "target_projector", "align"]
+    recon_aux.attach(model, backbone="online", heads=heads)
+    for noise in (model.online.get_submodule("3"), model.target.get_submodule("3")):
+        assert not sees_noise(model, noise, views())
+    model.recon_aux.weight = 1.0
+    trains(model, views(), views())
+
+
 # --- where the channels are ---
 
 
