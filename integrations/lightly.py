@@ -84,6 +84,9 @@ def _is_head(name: str, module: nn.Module) -> bool:
 def _defaults(model: nn.Module) -> dict[str, Any]:
     losses = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), "auto")
+    if "KoLeoLoss" in losses:
+        # at first all features are near each other, where KoLeo's gradient is huge
+        weight = 1.0
     # a loss on patches needs tokens, which lightly's masked transformers give through encode
     method = "encode" if _PATCH_LOSSES & losses else "forward"
     return {"weight": weight, "backbone_method": method}
