@@ -20,7 +20,13 @@ except ImportError as error:
 Model = TypeVar("Model", bound=nn.Module)
 
 # measured for each loss; the README says how
-_WEIGHTS = {"NTXentLoss": 1.0, "VICRegLoss": 0.3, "NegativeCosineSimilarity": 0.2}
+_WEIGHTS = {
+    "NTXentLoss": 1.0,
+    "VICRegLoss": 0.3,
+    "NegativeCosineSimilarity": 0.2,
+    # not measured: at first features are near each other, where its gradient makes "auto" hundreds
+    "KoLeoLoss": 1.0,
+}
 
 _PATCH_LOSSES = {"IBOTPatchLoss", "IBOTPlusPlusPatchLoss"}
 
@@ -84,9 +90,6 @@ def _is_head(name: str, module: nn.Module) -> bool:
 def _defaults(model: nn.Module) -> dict[str, Any]:
     losses = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     weight = next((weight for loss, weight in _WEIGHTS.items() if loss in losses), "auto")
-    if "KoLeoLoss" in losses:
-        # at first all features are near each other, where KoLeo's gradient is huge
-        weight = 1.0
     # a loss on patches needs tokens, which lightly's masked transformers give through encode
     method = "encode" if _PATCH_LOSSES & losses else "forward"
     return {"weight": weight, "backbone_method": method}

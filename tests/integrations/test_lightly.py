@@ -208,6 +208,7 @@ WEIGHTS = {
     "VICRegLoss": 0.3,
     "VICRegLLoss": 0.3,
     "NegativeCosineSimilarity": 0.2,
+    "KoLeoLoss": 1.0,
 }
 LOSSES = sorted(name for name in dir(lightly.loss) if name.endswith(("Loss", "Similarity")))
 
