@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Attachment:
         views: how many views are concatenated in one call.
         interleaved: whether they take turns there, image by image.
         decoder_group: the decoder's own learning rate and weight decay.
+        step_method: the model's method that returns the method's loss.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class Attachment:
         views: int | None,
         interleaved: bool,
         decoder_group: DecoderGroup,
+        step_method: str,
     ) -> None:
         self.model = model
         self.backbone_method = backbone_method
         self.views = views
         self.interleaved = interleaved
         self.decoder_group = decoder_group
+        self.step_method = step_method
         self.plan: Plan | None = None
         self.driver = recorder.driver
         self.recorder = recorder
@@ -75,11 +79,14 @@ class Attachment:
         self.auto_weight = AutoWeight()
         self.updates = DecoderUpdates()
         self.warned_of_frozen = False
+        self.has_run = True
         if not self.driver.encodes_others:
             self.hooks += [
-                MethodHook(model, "training_step", self.run_step),
+                MethodHook(model, step_method, self.run_step),
                 MethodHook(model, "configure_optimizers", self.configure_optimizers),
             ]
+        if step_method != "training_step":
+            self.hooks.append(MethodHook(model, "training_step", self.check_step))
 
     @property
     def aux(self) -> AttachedReconAux:
@@ -191,8 +198,10 @@ class Attachment:
     def run_step(self, model: nn.Module, training_step: Callable[..., Any], *given: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
         args, kwargs = given
-        if not torch.is_grad_enabled():
-            # validation by the training step
+        self.has_run = True
+        is_step = model.training or self.step_method == "training_step"
+        if not (torch.is_grad_enabled() and is_step):
+            # validation by the training step, or another method used for inference
             return training_step(*args, **kwargs)
         self.start()
         try:
@@ -201,20 +210,37 @@ class Attachment:
                 result = run_eagerly(training_step, *args, **kwargs)
             else:
                 result = training_step(*args, **kwargs)
-            refuse_manual_optimization(self.model)
+            if self.step_method == "training_step":
+                refuse_manual_optimization(self.model)
             if result is None:
                 return None
             loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(loss, Tensor):
                 raise TypeError(
-                    "expected training_step to return the loss, a dict with 'loss', or None, got "
-                    f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}. "
+                    f"expected {self.step_method} to return the loss, a dict with 'loss', or None, "
+                    f"got {sorted(result) if isinstance(result, Mapping) else type(result).__name__}. "
                     "Return the loss as a tensor."
                 )
             total = self.add_loss(loss, given)
+            if is_dataclass(result):
+                # as transformers' outputs, whose entries are attributes, too
+                return replace(result, loss=total)  # type: ignore[type-var]
             return {**result, "loss": total} if isinstance(result, Mapping) else total
         finally:
             self.stop()
+
+    @around_compiled
+    def check_step(self, model: nn.Module, training_step: Callable[..., Any], *given: Any) -> Any:
+        """Check that the training step calls the method that adds the loss."""
+        args, kwargs = given
+        self.has_run = False
+        result = training_step(*args, **kwargs)
+        if not self.has_run:
+            raise RuntimeError(
+                f"expected training_step to call the attached {self.step_method}, saw none of it. "
+                f"Replace {self.step_method} before attaching."
+            )
+        return result
 
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:

@@ -431,5 +431,6 @@ def refuse_manual_optimization(model: nn.Module) -> None:
         raise TypeError(
             f"expected automatic optimization, but {type(model).__name__} sets "
             "automatic_optimization=False, so no loss passes through what training_step returns. "
-            "Call recon_aux.ReconAux in its step instead, see the README."
+            "If another method returns the loss, pass step_method= its name. Or call "
+            "recon_aux.ReconAux in the step instead, see the README."
         )
