@@ -93,7 +93,9 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     by_layers = _names(model) & {*_BY_LAYERS, "VICRegL"}
     return {
         "weight": weight,
-        "step_method": "training_step" if getattr(model, "automatic_optimization", True) else "forward",
+        "step_method": "training_step"
+        if getattr(model, "automatic_optimization", True)
+        else "forward",
         "backbone_method": "forward_features" if by_layers else "forward",
         "features": _tokens if "PreTrainedModel" in names else None,
     }
