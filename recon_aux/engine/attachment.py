@@ -216,10 +216,10 @@ class Attachment:
                 return None
             loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(loss, Tensor):
+                got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
                 raise TypeError(
                     f"expected {self.step_method} to return the loss, a dict with 'loss', or None, "
-                    f"got {sorted(result) if isinstance(result, Mapping) else type(result).__name__}. "
-                    "Return the loss as a tensor."
+                    f"got {got}. Return the loss as a tensor."
                 )
             total = self.add_loss(loss, given)
             if is_dataclass(result):

@@ -21,10 +21,13 @@ pytest.importorskip(
 )
 import lightning
 import stable_pretraining as spt
+from omegaconf import OmegaConf
 from stable_pretraining import forward, losses, methods
 from stable_pretraining.callbacks import factories
 from stable_pretraining.callbacks.queue import OnlineQueue
+from stable_pretraining.config import recursive_instantiate
 from timm.models.vision_transformer import VisionTransformer
+from torchmetrics.classification import MulticlassAccuracy
 from transformers import ViTConfig, ViTModel
 
 from recon_aux.integrations.stable_pretraining import attach
@@ -502,6 +505,10 @@ def test_an_expression_may_name_the_decoder() -> None:
 # --- what goes with a trainer ---
 
 
+def accuracy(name: str) -> dict[str, Any]:
+    return {f"{name}_accuracy": MulticlassAccuracy(2)}
+
+
 def probes(model: Any) -> list[Any]:
     return [
         spt.callbacks.OnlineProbe(
@@ -511,8 +518,11 @@ def probes(model: Any) -> list[Any]:
             target="label",
             probe=nn.Linear(WIDTH, 2),
             loss=nn.CrossEntropyLoss(),
+            metrics=accuracy("probe"),
         ),
-        spt.callbacks.OnlineKNN("knn", "embedding", "label", 16, {}, input_dim=WIDTH, k=2),
+        spt.callbacks.OnlineKNN(
+            "knn", "embedding", "label", 16, accuracy("knn"), input_dim=WIDTH, k=2
+        ),
         spt.callbacks.RankMe("rank", "embedding", 16, WIDTH),
     ]
 
@@ -557,7 +567,8 @@ def test_what_transformers_checkpoints_hold_is_the_bare_encoder(tmp_path: Path) 
     attach(model)
     exports = spt.callbacks.HuggingFaceCheckpointCallback(str(tmp_path), raise_on_error=True)
     fit(model, "simclr", callbacks=[exports]).save_checkpoint(tmp_path / "last.ckpt")
-    loaded = ViTModel.from_pretrained(tmp_path / "last" / "backbone", add_pooling_layer=False)
+    options = {"add_pooling_layer": False, "use_mask_token": True}
+    loaded = ViTModel.from_pretrained(tmp_path / "last" / "backbone", **options)
     assert_same(loaded.state_dict(), model.backbone.state_dict())
 
 
@@ -579,3 +590,72 @@ def test_gradients_are_accumulated_and_clipped(tmp_path: Path) -> None:
     assert steps == [0, 0, 1, 1]
     moved = [(p - before[name]).square().sum() for name, p in model.recon_aux.named_parameters()]
     assert 0 < sum(moved) ** 0.5 < 2 * 0.05 * 1e-3
+
+
+class Preempted(lightning.Callback):
+    """The machine is taken away in the second epoch."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise OSError("preempted")
+
+
+def test_a_manager_resumes_after_a_preemption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stable_pretraining.manager._install_sigterm_preempt_handler", int)
+
+    def run(start: int, *callbacks: Any) -> Any:
+        torch.manual_seed(start)
+        model = attach(made("byol"))
+        manager(model, tmp_path, callbacks=[Seeded(), *callbacks])()
+        return model
+
+    whole = run(0)
+    monkeypatch.setenv("SLURM_JOB_ID", "29")
+    with pytest.raises(OSError, match="preempted"):
+        run(0, Preempted())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert_same(run(1).state_dict(), whole.state_dict())
+
+
+YAML = """
+trainer:
+  _target_: lightning.Trainer
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+module:
+  _target_: recon_aux.integrations.stable_pretraining.attach
+  weight: 2.0
+  decoder_lr: 0.01
+  model:
+    _target_: stable_pretraining.Module
+    forward:
+      _target_: hydra.utils.get_method
+      path: stable_pretraining.forward.simclr
+    backbone:
+      _target_: stable_pretraining.backbone.from_torchvision
+      model_name: resnet18
+      low_resolution: true
+    projector:
+      _target_: torch.nn.Linear
+      in_features: 512
+      out_features: 16
+    simclr_loss:
+      _target_: stable_pretraining.losses.NTXEntLoss
+    optim:
+      optimizer: {type: SGD, lr: 0.05}
+      scheduler: ConstantLR
+"""
+
+
+def test_a_module_in_yaml() -> None:
+    config = OmegaConf.create(YAML)
+    data = spt.data.DataModule(train=DataLoader(Views(False), BATCH))
+    model = recursive_instantiate(config)["module"]
+    before = decoder_of(model)
+    spt.Manager(trainer=config.trainer, module=model, data=data, seed=0)()
+    assert_trained(model, before)
+    assert model.recon_aux.weight == 2
