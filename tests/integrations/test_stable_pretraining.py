@@ -32,6 +32,8 @@ from transformers import ViTConfig, ViTModel
 
 from recon_aux.integrations.stable_pretraining import attach
 
+pytestmark = pytest.mark.filterwarnings("error:.*recon_aux")
+
 WIDTH, SIDE, BATCH, STEPS = 16, 32, 4, 2
 FAST = {"optimizer": {"type": "SGD", "lr": 0.05}, "scheduler": {"type": "ConstantLR"}}
 
