@@ -2,8 +2,8 @@
 
 `nox -s fast` is for while one edits: style, types and the tests that aren't slow.
 
-Two environments, the second on top of the first: PyPI's solo-learn, of 2021, wants another
-Lightning than everything else.
+Three environments, two on top of the first: PyPI's solo-learn, of 2021, wants another Lightning
+than everything else, and stable-pretraining changes every trainer where it is installed.
 """
 
 import shutil
@@ -79,6 +79,15 @@ def solo_learn(session: nox.Session) -> None:
     session.install("--no-deps", "solo-learn==1.0.2")
     solo_tests = "tests/integrations/test_solo_learn.py"
     session.run("python", "-m", "pytest", "-rs", solo_tests, *session.posargs)
+
+
+@nox.session
+def stable_pretraining(session: nox.Session) -> None:
+    """The stable-pretraining adapter. The package adds callbacks to every trainer around it."""
+    share_packages(session)
+    session.install("-e", ".[stable-pretraining]", "pytest")
+    spt_tests = "tests/integrations/test_stable_pretraining.py"
+    session.run("python", "-m", "pytest", "-rs", spt_tests, *session.posargs)
 
 
 def share_packages(session: nox.Session) -> None:

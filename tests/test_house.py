@@ -16,7 +16,7 @@ from helpers.running import ROOT, run_python
 TASK, ENGINE = ROOT / "recon_aux" / "task", ROOT / "recon_aux" / "engine"
 ADAPTER = "recon_aux.engine.adapter"
 FRAMEWORKS = {"lightly", "solo", "lightning", "pytorch_lightning", "lightning_fabric"}
-FRAMEWORKS |= {"timm", "torchvision", "kornia", "sklearn"}
+FRAMEWORKS |= {"stable_pretraining", "transformers", "timm", "torchvision", "kornia", "sklearn"}
 
 # --- names ---
 

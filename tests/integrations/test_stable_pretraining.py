@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from helpers.running import run_python
+import recon_aux
+from helpers.running import ROOT, run_example, run_python
 from helpers.weights import assert_same, assert_trained, decoder_of, weights_of
 
 pytest.importorskip(
@@ -621,43 +622,49 @@ def test_a_manager_resumes_after_a_preemption(
     assert_same(run(1).state_dict(), whole.state_dict())
 
 
-YAML = """
-trainer:
-  _target_: lightning.Trainer
-  accelerator: cpu
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-module:
-  _target_: recon_aux.integrations.stable_pretraining.attach
-  weight: 2.0
-  decoder_lr: 0.01
-  model:
-    _target_: stable_pretraining.Module
-    forward:
-      _target_: hydra.utils.get_method
-      path: stable_pretraining.forward.simclr
-    backbone:
-      _target_: stable_pretraining.backbone.from_torchvision
-      model_name: resnet18
-      low_resolution: true
-    projector:
-      _target_: torch.nn.Linear
-      in_features: 512
-      out_features: 16
-    simclr_loss:
-      _target_: stable_pretraining.losses.NTXEntLoss
-    optim:
-      optimizer: {type: SGD, lr: 0.05}
-      scheduler: ConstantLR
-"""
-
-
-def test_a_module_in_yaml() -> None:
-    config = OmegaConf.create(YAML)
-    data = spt.data.DataModule(train=DataLoader(Views(False), BATCH))
+def test_the_pages_module_in_yaml(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "stable_pretraining.md").read_text()
+    config = OmegaConf.create(page.split("```yaml\n")[1].split("```")[0])
     model = recursive_instantiate(config)["module"]
     before = decoder_of(model)
-    spt.Manager(trainer=config.trainer, module=model, data=data, seed=0)()
+    manager(model, tmp_path, max_epochs=1, enable_checkpointing=False)()
     assert_trained(model, before)
-    assert model.recon_aux.weight == 2
+    assert model.recon_aux.options["weight"] == 1
+
+
+def test_a_manager_takes_a_node(tmp_path: Path) -> None:
+    node = {"_target_": "recon_aux.integrations.stable_pretraining.attach", "decoder_lr": 0.01}
+    made_by = {"_target_": f"{__name__}.made", "name": "simclr"}
+    run = manager(OmegaConf.create({**node, "model": made_by}), tmp_path, max_epochs=1)
+    run()
+    (optimizer,) = run._trainer.optimizers
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.05, 0.01]
+
+
+@pytest.mark.slow
+def test_the_example_compares_bare_and_attached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path))
+    printed = run_example("spt_simclr.py", "--epochs", "1")
+    assert "bare whole" in printed
+    assert "attached equivariant" in printed
+
+
+# --- off again, and copies ---
+
+
+def test_what_was_attached_comes_off_again() -> None:
+    model = made("DINOv2")
+    before = [vars(module).keys() for module in model.modules()]
+    recon_aux.detach(attach(model))
+    assert [vars(module).keys() for module in model.modules()] == before
+
+
+def test_a_copy_is_trained() -> None:
+    model = attach(made("simclr"))
+    other = copy.deepcopy(model)
+    before = decoder_of(model)
+    fit(other, "simclr")
+    assert_trained(other, before)
+    assert_same(decoder_of(model), before)
