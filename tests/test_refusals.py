@@ -433,6 +433,23 @@ def switched_by_hand(model: Any) -> Any:
     return model
 
 
+class ByHand(Method):
+    """Its own loop gets the loss from forward."""
+
+    automatic_optimization = False
+
+    def forward(self, batch: Any) -> Any:
+        return {"loss": one_by_one(self, batch)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch)["loss"]
+
+
+def its_forward(model: Any) -> Any:
+    model.forward = lambda batch: {"loss": one_by_one(model, batch)}
+    return model
+
+
 CASES |= {
     "a class": Case(lambda: attached(Method), "Build the model first", fit),
     "a compiled model": Case(
@@ -462,6 +479,21 @@ CASES |= {
         lambda: fit(switched_by_hand(Method())),
         r"Call recon_aux\.ReconAux in its step instead",
         own_step_with_the_task,
+    ),
+    "optimization by hand, with a method that returns the loss": Case(
+        lambda: fit(ByHand()),
+        "pass step_method= its name",
+        lambda: fit(ByHand(), step_method="forward"),
+    ),
+    "a method that isn't there": Case(
+        lambda: fit(ByHand(), step_method="compute_loss"),
+        "Pass the name of the method that returns the loss",
+        lambda: fit(ByHand(), step_method="forward"),
+    ),
+    "a method that was replaced since": Case(
+        lambda: trains(its_forward(attached(ByHand(), step_method="forward"))),
+        "Replace forward before attaching",
+        lambda: fit(its_forward(ByHand()), step_method="forward"),
     ),
     "views that are no number": Case(
         lambda: fit(views=0),
