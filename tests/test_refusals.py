@@ -482,17 +482,17 @@ CASES |= {
     ),
     "optimization by hand, with a method that returns the loss": Case(
         lambda: fit(ByHand()),
-        "pass step_method= its name",
+        "pass step_method= the name of the method that returns the loss",
         lambda: fit(ByHand(), step_method="forward"),
     ),
-    "a method that isn't there": Case(
+    "a step that isn't there": Case(
         lambda: fit(ByHand(), step_method="compute_loss"),
         "Pass the name of the method that returns the loss",
         lambda: fit(ByHand(), step_method="forward"),
     ),
     "a method that was replaced since": Case(
-        lambda: trains(its_forward(attached(ByHand(), step_method="forward"))),
-        "Replace forward before attaching",
+        lambda: trains(its_forward(attached(ByHand(), step_method="forward")), count=3),
+        "Replace training_step before attaching, and what step_method= names",
         lambda: fit(its_forward(ByHand()), step_method="forward"),
     ),
     "views that are no number": Case(
@@ -1622,6 +1622,10 @@ WITHOUT_ADVICE = {
 }
 # tests of what no case here can bring about, by file and by how the message starts
 COVERED_ELSEWHERE = {
+    ("integrations/stable_pretraining.py", "recon_aux.integrations.stable_pretraining needs"): (
+        "integrations/test_stable_pretraining.py",
+        "test_where_the_package_is_missing_the_error_says_what_to_install",
+    ),
     ("integrations/solo_learn.py", "recon_aux.integrations.solo_learn needs"): (
         "integrations/test_solo_learn.py",
         "test_a_script_runs_with_every_method_attached",

@@ -33,6 +33,8 @@ from recon_aux.engine.step import Step
 from recon_aux.engine.updates import DecoderUpdates
 from recon_aux.task.splitter import as_feature
 
+_STEP = "training_step"
+
 
 class Attachment:
     """The hooks of one model.
@@ -79,14 +81,11 @@ class Attachment:
         self.auto_weight = AutoWeight()
         self.updates = DecoderUpdates()
         self.warned_of_frozen = False
-        self.has_run = True
         if not self.driver.encodes_others:
             self.hooks += [
                 MethodHook(model, step_method, self.run_step),
                 MethodHook(model, "configure_optimizers", self.configure_optimizers),
             ]
-        if step_method != "training_step":
-            self.hooks.append(MethodHook(model, "training_step", self.check_step))
 
     @property
     def aux(self) -> AttachedReconAux:
@@ -198,10 +197,8 @@ class Attachment:
     def run_step(self, model: nn.Module, training_step: Callable[..., Any], *given: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
         args, kwargs = given
-        self.has_run = True
-        is_step = model.training or self.step_method == "training_step"
-        if not (torch.is_grad_enabled() and is_step):
-            # validation by the training step, or another method used for inference
+        # validation by the training step, or another method used for inference
+        if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
             return training_step(*args, **kwargs)
         self.start()
         try:
@@ -210,7 +207,7 @@ class Attachment:
                 result = run_eagerly(training_step, *args, **kwargs)
             else:
                 result = training_step(*args, **kwargs)
-            if self.step_method == "training_step":
+            if self.step_method == _STEP:
                 refuse_manual_optimization(self.model)
             if result is None:
                 return None
@@ -222,25 +219,9 @@ class Attachment:
                     f"got {got}. Return the loss as a tensor."
                 )
             total = self.add_loss(loss, given)
-            if is_dataclass(result):
-                # as transformers' outputs, whose entries are attributes, too
-                return replace(result, loss=total)  # type: ignore[type-var]
-            return {**result, "loss": total} if isinstance(result, Mapping) else total
+            return _with_loss(result, total)
         finally:
             self.stop()
-
-    @around_compiled
-    def check_step(self, model: nn.Module, training_step: Callable[..., Any], *given: Any) -> Any:
-        """Check that the training step calls the method that adds the loss."""
-        args, kwargs = given
-        self.has_run = False
-        result = training_step(*args, **kwargs)
-        if not self.has_run:
-            raise RuntimeError(
-                f"expected training_step to call the attached {self.step_method}, saw none of it. "
-                f"Replace {self.step_method} before attaching."
-            )
-        return result
 
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:
@@ -305,3 +286,11 @@ class Attachment:
         log: Any = getattr(self.model, "log", None)
         if in_training and callable(log):
             log(name, value, batch_size=batch_size)
+
+
+def _with_loss(result: Any, loss: Tensor) -> Any:
+    """Put another loss into what a step returned."""
+    if is_dataclass(result):
+        # as transformers' outputs, whose entries are attributes, too
+        return replace(result, loss=loss)  # type: ignore[type-var]
+    return {**result, "loss": loss} if isinstance(result, Mapping) else loss
