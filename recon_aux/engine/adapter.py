@@ -46,7 +46,7 @@ class Conventions:
         Raises:
             TypeError: that names the method and the reason.
         """
-        for name in (base.__name__ for base in getattr(method, "__mro__", [method])):
+        for name in (getattr(x, "__name__", "") for x in getattr(method, "__mro__", [method])):
             if name in self.refused:
                 raise TypeError(
                     f"expected a method that encodes two views, got {method.__name__}, which "
@@ -64,7 +64,7 @@ class Conventions:
         similar = [child for child in children if any(name in child for name in self.backbones)]
         modules = dict(model.named_modules())
         for name in [*self.backbones, *similar]:
-            child = modules.get(name)
+            child: nn.Module | None = modules.get(name)
             if child is not None and any(p.requires_grad for p in child.parameters()):
                 return child
         raise ValueError(

@@ -415,7 +415,8 @@ def test_features_are_whole_in_evaluation() -> None:
     assert torch.equal(*(one(batch, stage="predict")["embedding"] for one in (bare, model)))
 
 
-ONE_VIEW = "MAE CrossMAE SimMIM MaskFeat BEiT Data2Vec IJEPA SALT iGPT NEPA".split()
+ONE_VIEW = ["MAE", "CrossMAE", "SimMIM", "MaskFeat", "BEiT", "Data2Vec"]
+ONE_VIEW += ["IJEPA", "SALT", "iGPT", "NEPA"]
 
 
 @pytest.mark.parametrize("name", ONE_VIEW)
