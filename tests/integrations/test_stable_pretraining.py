@@ -404,6 +404,22 @@ def test_a_class_is_trained_in_a_loop_of_ones_own() -> None:
     assert output["loss"] is output.loss
 
 
+def test_a_teacher_may_be_the_student_itself() -> None:
+    def both_in_one(part: nn.Module) -> nn.Module:
+        return spt.TeacherStudentWrapper(part, base_ema_coefficient=0.0, final_ema_coefficient=0.0)
+
+    model = module(
+        "byol",
+        both_in_one(conv()),
+        projector=both_in_one(mlp()),
+        predictor=nn.Linear(8, 8),
+        byol_loss=losses.BYOLLoss(),
+    )
+    before = decoder_of(attach(model))
+    fit(model, "byol")
+    assert_trained(model, before)
+
+
 def test_features_are_whole_in_evaluation() -> None:
     views = two_views()
     bare, model = made("DINOv3").eval(), attach(made("DINOv3")).eval()
