@@ -85,7 +85,7 @@ def solo_learn(session: nox.Session) -> None:
 def stable_pretraining(session: nox.Session) -> None:
     """The stable-pretraining adapter. The package adds callbacks to every trainer around it."""
     share_packages(session)
-    session.install("-e", ".[stable-pretraining]", "pytest")
+    session.install("-e", ".[stable-pretraining,probe]", "pytest")
     spt_tests = "tests/integrations/test_stable_pretraining.py"
     session.run("python", "-m", "pytest", "-rs", spt_tests, *session.posargs)
 

@@ -61,9 +61,9 @@ def attach(
         ValueError: if no encoder or no head is found; the message lists the submodules.
 
     Example:
-        >>> import stable_pretraining as spt                                # doctest: +SKIP
+        >>> from stable_pretraining.forward import simclr                   # doctest: +SKIP
         >>> module = attach(spt.Module(backbone=resnet18, projector=mlp,    # doctest: +SKIP
-        ...     forward=spt.forward.simclr, simclr_loss=spt.losses.NTXEntLoss()))
+        ...     forward=simclr, simclr_loss=spt.losses.NTXEntLoss()))
         >>> trainer.fit(module, datamodule=data)                            # doctest: +SKIP
     """
     if isinstance(model, Module):
@@ -90,12 +90,11 @@ def _is_head(name: str, module: nn.Module) -> bool:
 def _defaults(model: nn.Module) -> dict[str, Any]:
     names = _names(model).union(*map(_names, model.modules()))
     weight = next((weight for name, weight in _WEIGHTS.items() if name in names), "auto")
+    by_hand = getattr(model, "automatic_optimization", True) is False
     by_layers = _names(model) & {*_BY_LAYERS, "VICRegL"}
     return {
         "weight": weight,
-        "step_method": "training_step"
-        if getattr(model, "automatic_optimization", True)
-        else "forward",
+        "step_method": "forward" if by_hand else "training_step",
         "backbone_method": "forward_features" if by_layers else "forward",
         "features": _tokens if "PreTrainedModel" in names else None,
     }
