@@ -3,8 +3,8 @@
 `nox -s fast` is for while one edits: style, types and the tests that aren't slow. `nox -s mutation`
 asks whether the tests would notice a bug.
 
-Two environments, the second on top of the first: PyPI's solo-learn, of 2021, wants another
-Lightning than everything else.
+Three environments, two on top of the first: PyPI's solo-learn, of 2021, wants another Lightning
+than everything else, and stable-pretraining changes every trainer where it is installed.
 """
 
 import json
@@ -168,6 +168,15 @@ def lightly_train(session: nox.Session) -> None:
     session.install("-e", ".[lightly-train]", "pytest")
     its_tests = "tests/integrations/test_lightly_train.py"
     session.run("python", "-m", "pytest", "-rs", its_tests, *session.posargs)
+
+
+@nox.session
+def stable_pretraining(session: nox.Session) -> None:
+    """The stable-pretraining adapter. The package adds callbacks to every trainer around it."""
+    share_packages(session)
+    session.install("-e", ".[stable-pretraining,probe]", "pytest")
+    spt_tests = "tests/integrations/test_stable_pretraining.py"
+    session.run("python", "-m", "pytest", "-rs", spt_tests, *session.posargs)
 
 
 def share_packages(session: nox.Session) -> None:

@@ -31,7 +31,7 @@ def test_every_option_is_in_the_readme_and_nothing_else() -> None:
     taken = {*inspect.signature(ReconAux).parameters, *inspect.signature(attach).parameters}
     alone = {"model", "options", "backbone", "backbone_method", "heads", "image_size"}
     alone |= {"features", "views", "interleaved", "example_input", "momentum_encoders"}
-    alone |= {"feature_dim", "spatial"}
+    alone |= {"step_method", "feature_dim", "spatial"}
     assert listed == taken - alone
     assert all(f"`{name}`" in table for name in alone - {"model", "options"})
 

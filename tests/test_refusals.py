@@ -433,6 +433,23 @@ def switched_by_hand(model: Any) -> Any:
     return model
 
 
+class ByHand(Method):
+    """Its own loop gets the loss from forward."""
+
+    automatic_optimization = False
+
+    def forward(self, batch: Any) -> Any:
+        return {"loss": one_by_one(self, batch)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch)["loss"]
+
+
+def its_forward(model: Any) -> Any:
+    model.forward = lambda batch: {"loss": one_by_one(model, batch)}
+    return model
+
+
 CASES |= {
     "a class": Case(lambda: attached(Method), "Build the model first", fit),
     "a compiled model": Case(
@@ -462,6 +479,21 @@ CASES |= {
         lambda: fit(switched_by_hand(Method())),
         r"Call recon_aux\.ReconAux in its step instead",
         own_step_with_the_task,
+    ),
+    "optimization by hand, with a method that returns the loss": Case(
+        lambda: fit(ByHand()),
+        "pass step_method= the name of the method that returns the loss",
+        lambda: fit(ByHand(), step_method="forward"),
+    ),
+    "a step that isn't there": Case(
+        lambda: fit(ByHand(), step_method="compute_loss"),
+        "Pass the name of the method that returns the loss",
+        lambda: fit(ByHand(), step_method="forward"),
+    ),
+    "a method that was replaced since": Case(
+        lambda: trains(its_forward(attached(ByHand(), step_method="forward")), count=3),
+        "Replace training_step before attaching, and what step_method= names",
+        lambda: fit(its_forward(ByHand()), step_method="forward"),
     ),
     "views that are no number": Case(
         lambda: fit(views=0),
@@ -1654,6 +1686,10 @@ COVERED_ELSEWHERE = {
     ("integrations/lightly_train.py", "expected: python -m recon_aux"): (
         "integrations/test_lightly_train.py",
         "test_other_commands_are_refused",
+    ),
+    ("integrations/stable_pretraining.py", "recon_aux.integrations.stable_pretraining needs"): (
+        "integrations/test_stable_pretraining.py",
+        "test_where_the_package_is_missing_the_error_says_what_to_install",
     ),
     ("integrations/solo_learn.py", "recon_aux.integrations.solo_learn needs"): (
         "integrations/test_solo_learn.py",

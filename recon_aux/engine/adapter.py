@@ -23,10 +23,11 @@ class Conventions:
     """How a framework names the parts of its methods.
 
     Args:
-        backbones: names of the encoder, the likeliest first.
+        backbones: names of the encoder, the likeliest first; dotted within another submodule.
         is_head: whether a submodule, given with its dotted name, takes the encoder's features.
         defaults: options for a method, its ``weight`` first; ``"auto"`` where nothing was measured.
-        refused: class names of methods without two views, each with what the method does instead.
+        refused: names of classes or functions that are methods without two views, each with what
+            the method does instead.
 
     Example:
         >>> its = Conventions(("trunk",), lambda name, module: name == "neck", lambda m: {}, {})
@@ -39,13 +40,13 @@ class Conventions:
     defaults: Callable[[nn.Module], dict[str, Any]]
     refused: Mapping[str, str]
 
-    def refuse(self, method: type) -> None:
-        """Refuse the class of a method without two views.
+    def refuse(self, method: type | Callable[..., Any]) -> None:
+        """Refuse the class, or the function, of a method without two views.
 
         Raises:
             TypeError: that names the method and the reason.
         """
-        for name in (base.__name__ for base in method.__mro__):
+        for name in (getattr(x, "__name__", "") for x in getattr(method, "__mro__", [method])):
             if name in self.refused:
                 raise TypeError(
                     f"expected a method that encodes two views, got {method.__name__}, which "
@@ -54,15 +55,16 @@ class Conventions:
                 )
 
     def find_encoder(self, model: nn.Module) -> nn.Module:
-        """Find the encoder that is trained, among the direct submodules.
+        """Find the encoder that is trained, by its usual names.
 
         Raises:
             ValueError: that lists the submodules, if none has a name that means an encoder.
         """
         children = dict(model.named_children())
         similar = [child for child in children if any(name in child for name in self.backbones)]
+        modules = dict(model.named_modules())
         for name in [*self.backbones, *similar]:
-            child = children.get(name)
+            child: nn.Module | None = modules.get(name)
             if child is not None and any(p.requires_grad for p in child.parameters()):
                 return child
         raise ValueError(

@@ -33,6 +33,7 @@ def attach(
     backbone: str | nn.Module,
     heads: Sequence[str | nn.Module],
     backbone_method: str = "forward",
+    step_method: str = "training_step",
     image_channels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     features: Features | None = None,
@@ -60,6 +61,8 @@ def attach(
             encoder are heads, too.
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
+        step_method: the model's method that returns the method's loss, if that isn't
+            ``training_step``; with it a model may optimize by hand.
         image_channels: channels of the views; by default what the first convolution takes.
         image_size: side of the blank image that is encoded once to find the feature's width, or
             its height and width, for an encoder that accepts one size alone.
@@ -107,7 +110,7 @@ def attach(
         >>> detach(model).state_dict().keys() == Method().state_dict().keys()
         True
     """
-    _refuse_model(model)
+    _refuse_model(model, step_method)
     own = DecoderGroup(decoder_lr, decoder_weight_decay)
     _check(model, views, own, options)
     encoder = find_module(model, backbone, "backbone")
@@ -128,9 +131,11 @@ def attach(
     aux = _build(shape, options)
     like = next(encoder.parameters(), torch.empty(0))
     model.add_module("recon_aux", aux.to(like.device))
-    recorder = EncoderRecorder(features, shape, driver_for(model))
+    recorder = EncoderRecorder(features, shape, driver_for(model, step_method))
     encoders = [encoder, *momentum]
-    attached = Attachment(model, encoders, backbone_method, recorder, views, interleaved, own)
+    attached = Attachment(
+        model, encoders, backbone_method, recorder, views, interleaved, own, step_method
+    )
     if aux.splitter.equivariant_dim:
         attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
         attached.mask_heads(found)
@@ -251,14 +256,21 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _refuse_model(model: nn.Module) -> None:
+def _refuse_model(model: nn.Module, step_method: str) -> None:
     if is_attached(model):
         raise ValueError(
             f"expected a bare {type(model).__name__}, got one with a recon_aux already. Call "
             "recon_aux.detach(model) first."
         )
     refuse_wrapped(model)
-    refuse_manual_optimization(model)
+    if step_method == "training_step":
+        refuse_manual_optimization(model)
+    elif not has_training_step(model, step_method):
+        raise ValueError(
+            f"expected step_method= to name a method of {type(model).__name__} beside its "
+            f"configure_optimizers, got {step_method!r}. Pass the name of the method that returns "
+            "the loss."
+        )
     if hasattr(model, "recon_aux"):
         raise ValueError(
             f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from recon_aux.engine.step import Step
 from recon_aux.engine.updates import DecoderUpdates
 from recon_aux.task.splitter import as_feature
 
+_STEP = "training_step"
+
 
 class Attachment:
     """The hooks of one model.
@@ -44,6 +47,7 @@ class Attachment:
         views: how many views are concatenated in one call.
         interleaved: whether they take turns there, image by image.
         decoder_group: the decoder's own learning rate and weight decay.
+        step_method: the model's method that returns the method's loss.
     """
 
     def __init__(
@@ -55,12 +59,14 @@ class Attachment:
         views: int | None,
         interleaved: bool,
         decoder_group: DecoderGroup,
+        step_method: str,
     ) -> None:
         self.model = model
         self.backbone_method = backbone_method
         self.views = views
         self.interleaved = interleaved
         self.decoder_group = decoder_group
+        self.step_method = step_method
         self.plan: Plan | None = None
         self.driver = recorder.driver
         self.recorder = recorder
@@ -77,7 +83,7 @@ class Attachment:
         self.warned_of_frozen = False
         if not self.driver.encodes_others:
             self.hooks += [
-                MethodHook(model, "training_step", self.run_step),
+                MethodHook(model, step_method, self.run_step),
                 MethodHook(model, "configure_optimizers", self.configure_optimizers),
             ]
 
@@ -193,8 +199,8 @@ class Attachment:
     def run_step(self, model: nn.Module, training_step: Callable[..., Any], *given: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
         args, kwargs = given
-        if not torch.is_grad_enabled():
-            # validation by the training step
+        # validation by the training step, or another method used for inference
+        if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
             return training_step(*args, **kwargs)
         self.start()
         try:
@@ -203,18 +209,19 @@ class Attachment:
                 result = run_eagerly(training_step, *args, **kwargs)
             else:
                 result = training_step(*args, **kwargs)
-            refuse_manual_optimization(self.model)
+            if self.step_method == _STEP:
+                refuse_manual_optimization(self.model)
             if result is None:
                 return None
             loss = result.get("loss") if isinstance(result, Mapping) else result
             if not isinstance(loss, Tensor):
+                got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
                 raise TypeError(
-                    "expected training_step to return the loss, a dict with 'loss', or None, got "
-                    f"{sorted(result) if isinstance(result, Mapping) else type(result).__name__}. "
-                    "Return the loss as a tensor."
+                    f"expected {self.step_method} to return the loss, a dict with 'loss', or None, "
+                    f"got {got}. Return the loss as a tensor."
                 )
             total = self.add_loss(loss, given)
-            return {**result, "loss": total} if isinstance(result, Mapping) else total
+            return _with_loss(result, total)
         finally:
             self.stop()
 
@@ -281,3 +288,11 @@ class Attachment:
         log: Any = getattr(self.model, "log", None)
         if in_training and callable(log):
             log(name, value, batch_size=batch_size)
+
+
+def _with_loss(result: Any, loss: Tensor) -> Any:
+    """Put another loss into what a step returned."""
+    if is_dataclass(result):
+        # as transformers' outputs, whose entries are attributes, too
+        return replace(result, loss=loss)  # type: ignore[type-var]
+    return {**result, "loss": loss} if isinstance(result, Mapping) else loss

@@ -438,8 +438,8 @@ def refuse_training_outside(head: nn.Module, masked: Tensor, versions: dict[int,
     if versions.get(id(head), now) != now:
         raise RuntimeError(
             f"expected the attached training_step to train the head {type(head).__name__}, which "
-            "is masked, saw it change past it. Replace training_step before attaching. Or take "
-            "all off: recon_aux.detach(model)."
+            "is masked, saw it change past it. Replace training_step before attaching, and what "
+            "step_method= names. Or take all off: recon_aux.detach(model)."
         )
 
 
@@ -474,5 +474,6 @@ def refuse_manual_optimization(model: nn.Module) -> None:
         raise TypeError(
             f"expected automatic optimization, but {type(model).__name__} sets "
             "automatic_optimization=False, so no loss passes through what training_step returns. "
-            "Call recon_aux.ReconAux in its step instead, see the README."
+            "Call recon_aux.ReconAux in its step instead, see the README. Or pass step_method= the "
+            "name of the method that returns the loss, if there is one."
         )

@@ -231,15 +231,16 @@ def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, resu
         its.step.others.append(OtherCall(module, image, {x.shape for x in outputs}, is_alike))
 
 
-def driver_for(model: nn.Module) -> Driver:
+def driver_for(model: nn.Module, step_method: str) -> Driver:
     """Give the driver that suits a model."""
-    return TrainingStepDriver() if has_training_step(model) else LoopDriver(is_trained=True)
+    has_step = has_training_step(model, step_method)
+    return TrainingStepDriver() if has_step else LoopDriver(is_trained=True)
 
 
-def has_training_step(model: nn.Module) -> bool:
+def has_training_step(model: nn.Module, step_method: str = "training_step") -> bool:
     """Whether a model has a training step and optimizers of its own."""
     step, configure = (
-        getattr(model, method, None) for method in ("training_step", "configure_optimizers")
+        getattr(model, method, None) for method in (step_method, "configure_optimizers")
     )
     is_stub = getattr(step, "__module__", "") in _STUBS
     return callable(step) and callable(configure) and not is_stub

@@ -453,6 +453,29 @@ def test_manual_optimization() -> None:
         model.training_step(batch(), 0)
 
 
+def test_a_method_of_any_name_may_return_the_loss() -> None:
+    def losses(self: Any, batch: Any) -> Any:
+        return {"loss": PlainMethod.training_step(self, batch, 0)}
+
+    def by_hand(self: Any, batch: Any, batch_idx: int) -> Any:
+        losses = self.losses(batch)
+        losses["loss"].backward()
+        return losses
+
+    model = attach(
+        plain_method(training_step=by_hand, losses=losses, automatic_optimization=False),
+        step_method="losses",
+    )
+    outputs = rebuilt_by(model)
+    loss = model.training_step(batch(), 0)["loss"]
+    assert model.recon_aux.decoder.queries.grad.any()
+    assert len(outputs) == 1
+    assert loss > outputs[0].loss > 0
+    # used for inference, it is the method's alone
+    model.eval().losses(batch())
+    assert len(outputs) == 1
+
+
 def test_a_step_that_is_skipped_passes_through() -> None:
     model = attach(plain_method(training_step=lambda self, batch, batch_idx: None))
     assert model.training_step(batch(), 0) is None
