@@ -1636,6 +1636,11 @@ CASES |= {
         r"install it with: pip install 'recon-aux\[lightly\]'",
         lambda: imported("recon_aux.integrations.lightly"),
     ),
+    "torchgeo isn't installed": Case(
+        lambda: imported("recon_aux.integrations.torchgeo", without="torchgeo"),
+        r"install it with: pip install 'recon-aux\[torchgeo\]'",
+        lambda: imported("recon_aux.integrations.torchgeo"),
+    ),
     # these say what was done, and ask for nothing
     "a checkpoint of a bare model": Case(
         lambda: resumed(Method().state_dict()),

@@ -112,7 +112,7 @@ def attach(
     """
     _refuse_model(model, step_method)
     own = DecoderGroup(decoder_lr, decoder_weight_decay)
-    _check(model, views, own, options)
+    _check(model, step_method, views, own, options)
     encoder = find_module(model, backbone, "backbone")
     found = _find_modules(model, heads, "heads")
     _refuse_heads_within(encoder, found)
@@ -288,14 +288,16 @@ def check_options(options: Iterable[str]) -> None:
     refuse_unknown(options, known - {"model", "options", "feature_dim", "spatial"})
 
 
-def _check(model: nn.Module, views: Any, own: DecoderGroup, options: dict[str, Any]) -> None:
+def _check(
+    model: nn.Module, step_method: str, views: Any, own: DecoderGroup, options: dict[str, Any]
+) -> None:
     check_options(options)
     if views is not None and not (isinstance(views, Integral) and int(views) >= 1):
         raise ValueError(
             f"expected views= as a whole number of 1 or more, got {views!r}. Pass such a number."
         )
     own.check()
-    if own.given() and not has_training_step(model):
+    if own.given() and not has_training_step(model, step_method):
         raise ValueError(
             "expected decoder_lr= and decoder_weight_decay= for a model that configures its "
             f"optimizers, got {type(model).__name__}, which doesn't: in a loop of your own give "

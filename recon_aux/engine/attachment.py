@@ -70,7 +70,6 @@ class Attachment:
         self.plan: Plan | None = None
         self.driver = recorder.driver
         self.recorder = recorder
-        # the first is what the name shows
         self.encoders: list[nn.Module] = []
         self.heads: list[nn.Module] = []
         self.mask: HeadMask | None = None
@@ -220,8 +219,7 @@ class Attachment:
                     f"expected {self.step_method} to return the loss, a dict with 'loss', or None, "
                     f"got {got}. Return the loss as a tensor."
                 )
-            total = self.add_loss(loss, given)
-            return _with_loss(result, total)
+            return _with_loss(result, self.add_loss(loss, given))
         finally:
             self.stop()
 

@@ -237,7 +237,7 @@ def driver_for(model: nn.Module, step_method: str) -> Driver:
     return TrainingStepDriver() if has_step else LoopDriver(is_trained=True)
 
 
-def has_training_step(model: nn.Module, step_method: str = "training_step") -> bool:
+def has_training_step(model: nn.Module, step_method: str) -> bool:
     """Whether a model has a training step and optimizers of its own."""
     step, configure = (
         getattr(model, method, None) for method in (step_method, "configure_optimizers")

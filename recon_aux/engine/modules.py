@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from os.path import commonprefix
 
 import torch
@@ -78,11 +78,10 @@ def share_weights(module: nn.Module, other: nn.Module) -> bool:
 
 def share_values(module: nn.Module, other: nn.Module) -> bool:
     """Whether a weight of one module is about equal to one of another's."""
-    weights = [p for p in other.parameters() if p.ndim > 1]
-    its = (p for p in module.parameters() if p.ndim > 1)
-    return any(
-        p.shape == q.shape and torch.allclose(p, q, 1e-2, 1e-4) for p in its for q in weights
-    )
+    pairs = product(module.parameters(), other.parameters())
+    alike = ((p, q) for p, q in pairs if p.ndim > 1 and p.shape == q.shape)
+    comparable = ((p, q) for p, q in alike if (p.dtype, p.device) == (q.dtype, q.device))
+    return any(torch.allclose(p, q, 1e-2, 1e-4) for p, q in comparable)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
