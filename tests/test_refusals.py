@@ -477,12 +477,12 @@ CASES |= {
     ),
     "optimization by hand": Case(
         lambda: fit(switched_by_hand(Method())),
-        r"Call recon_aux\.ReconAux in its step instead",
+        r"Or call recon_aux\.ReconAux in the step",
         own_step_with_the_task,
     ),
     "optimization by hand, with a method that returns the loss": Case(
         lambda: fit(ByHand()),
-        "pass step_method= the name of the method that returns the loss",
+        "a method of its own, and pass step_method= its name",
         lambda: fit(ByHand(), step_method="forward"),
     ),
     "a step that isn't there": Case(
@@ -1549,7 +1549,7 @@ CASES |= {
     ),
     "optimization by hand that begins later": Case(
         lambda: switched_by_hand(attached()).training_step(views(), 0),
-        r"Call recon_aux\.ReconAux in its step instead",
+        r"Or call recon_aux\.ReconAux in the step",
         own_step_with_the_task,
     ),
     "a step past the attached one": Case(

@@ -1,4 +1,4 @@
-"""A LightningModule that optimizes by hand: attach refuses it, so call ReconAux in its step."""
+"""A LightningModule that optimizes by hand: name the method that returns its loss."""
 
 import torch
 from lightly.loss import NTXentLoss
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.models import resnet18
 
-from recon_aux import ReconAux
+from recon_aux.integrations.lightly import attach
 
 
 class SimCLR(LightningModule):
@@ -19,23 +19,24 @@ class SimCLR(LightningModule):
         self.automatic_optimization = False
         self.backbone = resnet18()
         self.backbone.fc = nn.Identity()
-        self.recon_aux = ReconAux(feature_dim=512)
-        # of half the width: it takes the invariant part alone
-        self.projection_head = SimCLRProjectionHead(256, 512, 128)
+        self.projection_head = SimCLRProjectionHead(512, 512, 128)
         self.criterion = NTXentLoss()
 
+    def loss(self, batch):
+        return self.criterion(*(self.projection_head(self.backbone(x)) for x in batch[0]))
+
     def training_step(self, batch, batch_idx):
-        (x0, x1), _ = batch
-        y0, y1 = self.backbone(x0), self.backbone(x1)
-        z0, z1 = (self.projection_head(self.recon_aux.invariant(y)) for y in (y0, y1))
-        loss = self.criterion(z0, z1) + self.recon_aux((x0, x1), (y0, y1)).loss
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        self.manual_backward(self.loss(batch))  # once attached, the sum of both losses
         optimizer.step()
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def build():
+    return attach(SimCLR(), step_method="loss")
 
 
 def train(model):
@@ -45,4 +46,4 @@ def train(model):
 
 
 if __name__ == "__main__":
-    train(SimCLR())
+    train(build())

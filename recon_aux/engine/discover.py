@@ -474,6 +474,6 @@ def refuse_manual_optimization(model: nn.Module) -> None:
         raise TypeError(
             f"expected automatic optimization, but {type(model).__name__} sets "
             "automatic_optimization=False, so no loss passes through what training_step returns. "
-            "Call recon_aux.ReconAux in its step instead, see the README. Or pass step_method= the "
-            "name of the method that returns the loss, if there is one."
+            "Put what computes the loss into a method of its own, and pass step_method= its name. "
+            "Or call recon_aux.ReconAux in the step, see the README."
         )

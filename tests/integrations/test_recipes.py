@@ -41,8 +41,7 @@ def assert_all_changed(model: Any, before: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "lightning_cli"])
 def test_a_recipe_trains_every_weight(name: str) -> None:
     recipe = importlib.import_module(f"recipes.{name}")
-    # with manual optimization the model is never attached
-    model = getattr(recipe, "build", recipe.SimCLR)()
+    model = recipe.build()
     before = weights_of(model)
     recipe.train(model)
     assert_all_changed(model, before)
