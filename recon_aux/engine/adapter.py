@@ -62,7 +62,8 @@ class Conventions:
         """
         children = dict(model.named_children())
         similar = [child for child in children if any(name in child for name in self.backbones)]
-        modules = dict(model.named_modules())
+        # a submodule of two names has the first one here
+        modules = {**dict(model.named_modules()), **children}
         for name in [*self.backbones, *similar]:
             child: nn.Module | None = modules.get(name)
             if child is not None and any(p.requires_grad for p in child.parameters()):

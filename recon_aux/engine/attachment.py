@@ -182,10 +182,10 @@ class Attachment:
         # momentum encoders may have been made since
         if self.plan is None or self.plan.other_is_momentum:
             self.record_copies()
-        if self.plan is None and self.mask:
+        is_first = self.plan is None and self.mask is not None
+        if is_first:
             self.mask_momentum_heads()
-            self.driver.watch(self.aux.image_channels)
-        self.driver.start(self.encoders)
+        self.driver.start(self.encoders, self.aux.image_channels if is_first else None)
 
     @not_compiled
     def stop(self) -> None:

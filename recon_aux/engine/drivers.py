@@ -43,6 +43,8 @@ class Driver:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.encoders: Sequence[nn.Module] = ()
+        # of images that unknown momentum encoders take; None if there is no need to watch for them
+        self.channels: int | None = None
         self.watching: RemovableHandle | None = None
         self.is_encoding = False
 
@@ -50,21 +52,21 @@ class Driver:
         """Leave the running step out of copies and pickles."""
         return type(self), ()
 
-    def start(self, encoders: Sequence[nn.Module]) -> None:
-        """Start a step, in which these encoders are recorded."""
-        self.step, self.encoders = Step(), encoders
+    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
+        """Start a step, in which these encoders are recorded, and others watched for."""
+        self.unwatch()
+        self.step, self.encoders, self.channels = Step(), encoders, channels
 
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call of an encoder."""
         step.calls.append(call)
 
-    def watch(self, image_channels: int) -> None:
-        """Note calls of any modules that may be momentum encoders."""
-        self.unwatch()
-        note = partial(_note, ref(self), image_channels)
-        self.watching = register_module_forward_hook(note)
-        # a loop may end before its first step
-        finalize(self, self.watching.remove)
+    def watch(self) -> None:
+        """From here on, note calls of any modules that may be momentum encoders."""
+        if self.channels is not None and self.watching is None:
+            self.watching = register_module_forward_hook(partial(_note, ref(self), self.channels))
+            # a loop may end within its first step
+            finalize(self, self.watching.remove)
 
     def unwatch(self) -> None:
         """Note them no longer."""
@@ -130,9 +132,10 @@ class TrainingStepDriver(Driver):
         """Copy, but let a momentum encoder that is copied within a step be recorded in it."""
         return self if self.step is not None else type(self)()
 
-    def start(self, encoders: Sequence[nn.Module]) -> None:
+    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
         """Start a step, in which these encoders are recorded."""
-        super().start(encoders)
+        super().start(encoders, channels)
+        self.watch()
         self.trained_outside = {}
 
     def record_masked(self, head: nn.Module, masked: Tensor) -> None:
@@ -171,9 +174,9 @@ class LoopDriver(Driver):
         # of each encoder's parameters, at its first call of the step
         self.versions: dict[int, int] = {}
 
-    def start(self, encoders: Sequence[nn.Module]) -> None:
+    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
         """Start a step, in which these encoders are recorded."""
-        super().start(encoders)
+        super().start(encoders, channels)
         self.versions = {}
 
     def record(self, step: Step, call: EncoderCall) -> None:
@@ -190,6 +193,8 @@ class LoopDriver(Driver):
             return
         discover.refuse_search_for_unused_parameters()
         if call.trains:
+            # not before: watching gets in the way of torch.export
+            self.watch()
             now = version_of(call.encoder.parameters())
             has_changed = self.versions.setdefault(id(call.encoder), now) != now
             discover.refuse_forgotten_loss(step, has_changed)

@@ -54,7 +54,10 @@ def printed(template: str) -> str:
 def test_there_is_a_template_for_each_framework_and_method() -> None:
     methods = ("byol", "simclr", "vicreg")
     named = [f"{framework}_{m}.py" for framework in ("lightly", "solo") for m in methods]
-    assert sorted([*named, "lightly_train_simclr.py", "pytorch_simclr.py"]) == TEMPLATES
+    assert (
+        sorted([*named, "lightly_train_simclr.py", "pytorch_simclr.py", "spt_simclr.py"])
+        == TEMPLATES
+    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -74,8 +77,9 @@ def test_a_template_is_short_and_imports_nothing_from_beside_it(template: str) -
 def test_a_template_compares_bare_and_attached(template: str) -> None:
     if template.startswith("solo") and not solo_learn_is_githubs():
         pytest.skip("solo-learn 1.0.6, from GitHub, is not installed")
-    if template.startswith("lightly_train"):
-        pytest.importorskip("lightly_train")
+    for prefix, package in {"lightly_train": "lightly_train", "spt": "stable_pretraining"}.items():
+        if template.startswith(prefix):
+            pytest.importorskip(package)
     head, *body = rows(printed(template))
     combined, alone = body[:4], body[5:]
     assert [row[0] for row in combined] == [row[0] for row in alone] == PARTS

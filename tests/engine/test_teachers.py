@@ -213,10 +213,13 @@ def test_no_hook_stays_after_the_first_step_nor_after_the_model() -> None:
     assert hooks() == before
 
     net = loop()
+    assert hooks() == before
+    net["encoder"](views()[0])
     assert hooks() == before + 1
     recon_aux.detach(net)
     assert hooks() == before
     net = loop()
+    net["encoder"](views()[0])
     gone = weakref.ref(net)
     del net
     gc.collect()
