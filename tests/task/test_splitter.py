@@ -43,3 +43,10 @@ def test_an_equivariant_dim_out_of_range_is_named(dim: int) -> None:
 def test_features_of_another_rank_or_width_are_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected features \(B, 12\).* feature_dim="):
         FeatureSplitter(12)(torch.rand(shape))
+
+
+def test_a_feature_of_one_channel_can_be_split_and_one_of_none_is_refused() -> None:
+    assert FeatureSplitter(1).equivariant_dim == 0
+    assert FeatureSplitter(1, 1).invariant_dim == 0
+    with pytest.raises(ValueError, match="feature_dim"):
+        FeatureSplitter(0)
