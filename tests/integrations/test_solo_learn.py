@@ -208,9 +208,10 @@ def fit_solo(model: Any, small_crops: int = 0, epochs: int = 1) -> Any:
 def ready(model: Any) -> Any:
     """Trained for a few steps by its trainer, then free of it."""
     # DeepCluster has its first clusters after one epoch
-    fit_solo(model, epochs=2)
+    trainer = fit_solo(model, epochs=2)
     model.train()
-    model.log = model.log_dict = lambda *args, **kwargs: None
+    # SwaV asks the trainer for its epoch, which the model itself doesn't keep alive
+    model.log = model.log_dict = lambda *args, trainer=trainer, **kwargs: None
     return model
 
 
