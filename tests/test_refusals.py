@@ -1056,6 +1056,15 @@ def frozen_beside_a_trained_one() -> Method:
 # --- the step: the heads ---
 
 
+def beside_a_table() -> Method:
+    def step(model: Any, batch: Any) -> Tensor:
+        z = model.head_table(model.table(torch.rand(4, 5)))
+        return one_by_one(model, batch) + (model.head(model.backbone(batch[0])) - z).var()
+
+    table = nn.Linear(5, WIDTH).requires_grad_(False)
+    return Method(step, table=table, head_table=nn.Linear(WIDTH, 4))
+
+
 def mixing(model: Any, batch: Any) -> Tensor:
     return apart(*(model.head(F.normalize(model.backbone(x))) for x in batch))
 
@@ -1180,8 +1189,13 @@ CASES |= {
     ),
     "a layer before the encoder": Case(
         lambda: fit(Method(into_the_encoder, head_in=nn.Conv2d(3, 3, 1)), heads=["head_in"]),
-        r"Pass heads=\[\.\.\.\]: every module that takes the encoder's features",
+        r"Pass heads=\[\.\.\.\]: the modules that take the encoder's features",
         lambda: fit(Method(into_the_encoder, head_in=nn.Conv2d(3, 3, 1)), heads=["head"]),
+    ),
+    "a head of other features": Case(
+        lambda: fit(beside_a_table(), heads=["head", "head_table"]),
+        r"pass heads=\[\.\.\.\] without \['head_table'\]",
+        lambda: fit(beside_a_table()),
     ),
     "a head of what comes before the encoder's last layer": Case(
         lambda: fit(run_by_a_hook()),

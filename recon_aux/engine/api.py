@@ -62,7 +62,8 @@ def attach(
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         step_method: the model's method that returns the method's loss, if that isn't
-            ``training_step``; with it a model may optimize by hand.
+            ``training_step``; with it a model may optimize by hand. The task is trained while the
+            model is in training mode.
         image_channels: channels of the views; by default what the first convolution takes.
         image_size: side of the blank image that is encoded once to find the feature's width, or
             its height and width, for an encoder that accepts one size alone.
@@ -269,7 +270,8 @@ def _refuse_model(model: nn.Module, step_method: str) -> None:
         raise ValueError(
             f"expected step_method= to name a method of {type(model).__name__} beside its "
             f"configure_optimizers, got {step_method!r}. Pass the name of the method that returns "
-            "the loss."
+            "the loss. If there is no configure_optimizers, leave step_method= out, and call "
+            "recon_aux.add_loss in your loop."
         )
     if hasattr(model, "recon_aux"):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
@@ -123,8 +124,8 @@ class Attachment:
 
     def record_copies(self) -> None:
         """Record momentum encoders, too: in MoCo their features are the other view's."""
-        for copy in find_copies(self.model, self.encoders[0]):
-            self.record(copy)
+        for twin in find_copies(self.model, self.encoders[0]):
+            self.record(twin)
 
     def mask_heads(self, heads: Sequence[nn.Module]) -> None:
         """Hide the equivariant channels from heads."""
@@ -293,4 +294,8 @@ def _with_loss(result: Any, loss: Tensor) -> Any:
     if is_dataclass(result):
         # as transformers' outputs, whose entries are attributes, too
         return replace(result, loss=loss)  # type: ignore[type-var]
-    return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+    if not isinstance(result, Mapping):
+        return loss
+    changed: Any = copy.copy(result)
+    changed["loss"] = loss
+    return changed

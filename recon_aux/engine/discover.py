@@ -238,6 +238,9 @@ def _warn_of_unmasked_targets(
     names_outside = any(head not in inside for head in attached.heads)
     in_loop = attached.driver.encodes_others
     unknown = _unknown_encoders(step, plan.encoder, trained | viewed if in_loop else None, batch)
+    unsure = [head for head in step.unsure if head not in step.fed]
+    if unsure and not unknown and all(call.output.requires_grad for call in step.calls):
+        _warn_of_unsure_heads(attached, unsure)
     if passes_a_mask:
         unknown = [] if names_outside else [module for module in unknown if module not in inside]
     if has_other_mask or not (unknown or (targets and not passes_a_mask)):
@@ -290,6 +293,17 @@ def _unknown_encoders(
         )
         and call.module not in copies
     ]
+
+
+def _warn_of_unsure_heads(attached: Attachment, heads: Sequence[nn.Module]) -> None:
+    names = sorted({attached.name(head) for head in heads})
+    warnings.warn(
+        f"recon_aux: expected heads that receive the encoder's features, saw {names} receive "
+        "something without gradient, and can't see what. Its last channels are zeroed. If these "
+        f"are other features, as a table's, pass heads=[...] without {names}, of these: "
+        f"{describe_children(attached.model)}.",
+        stacklevel=2,
+    )
 
 
 def _describe_unknown(attached: Attachment, unknown: Sequence[nn.Module]) -> str:

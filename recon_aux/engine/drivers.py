@@ -83,26 +83,29 @@ class Driver:
         finally:
             self.is_encoding = was
 
-    def feeds(self, head: nn.Module, received: Tensor) -> bool:
-        """Whether a head receives an encoder's feature, as far as can be seen."""
+    def feeds(self, head: nn.Module, received: Tensor, is_first: bool) -> bool:
+        """Whether a head receives an encoder's feature, as far as can be seen.
+
+        In doubt its first tensor is one, and others aren't.
+        """
         # a head may be run by a hook, before the encoder returns
         unknown = self.step is None or self.is_encoding or is_recomputing()
         if unknown or self.step is None or torch.compiler.is_compiling():
-            return True
+            return is_first
         outputs = [call.output for call in self.step.calls]
         with_gradient = [x for x in outputs if x.requires_grad]
         # between a loop's steps nothing is recorded
         if self.encodes_others and not (outputs and torch.is_grad_enabled()):
-            return True
-        if received.requires_grad:
-            fed = any(reached(received, with_gradient))
-        else:
+            return is_first
+        if not received.requires_grad:
             # what was done to it isn't in the graph
             storages = {x.untyped_storage().data_ptr() for x in with_gradient}
-            is_detached = received.untyped_storage().data_ptr() in storages
-            has_teacher = len(with_gradient) < len(outputs) or self.step.others
-            fed = self.watching is None or is_detached or bool(has_teacher)
-        (self.step.fed if fed else self.step.not_fed).append(head)
+            if is_first and received.untyped_storage().data_ptr() not in storages:
+                self.step.unsure.append(head)
+            return is_first or len(with_gradient) < len(outputs)
+        fed = any(reached(received, with_gradient))
+        if is_first:
+            (self.step.fed if fed else self.step.not_fed).append(head)
         return fed
 
     def record_masked(self, head: nn.Module, masked: Tensor) -> None:
@@ -230,7 +233,7 @@ def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, resu
     image, first = next(images, None), its.encoders[0]
     # a call of another method than forward is seen in what it calls
     part = largest_child(first)
-    is_part = are_alike(module, part) and (any(module.children()) or share_values(module, part))
+    is_part = are_alike(module, part) and share_values(module, part)
     is_alike = is_part or are_alike(module, first)
     if (image is not None or is_alike) and not set(its.encoders) & set(module.modules()):
         its.step.others.append(OtherCall(module, image, {x.shape for x in outputs}, is_alike))

@@ -218,7 +218,7 @@ class HeadMask:
             )
         for i, value in enumerate(values):
             is_feature = isinstance(value, Tensor) and value.shape == first.shape
-            if is_feature and self.driver.feeds(head, value):
+            if is_feature and self.driver.feeds(head, value, value is first):
                 values[i] = self.mask(value, head)
                 self.driver.record_masked(head, values[i])
         named = dict(zip(kwargs, values[len(args) :], strict=True))

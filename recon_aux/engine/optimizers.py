@@ -197,8 +197,10 @@ def _ratio(lr: float, base: float) -> float:
 def _with_hooks(optimizer: Any) -> Any:
     """Find torch's optimizer in a wrapper that some frameworks put around it, if there is one."""
     # wrappers may pass for an Optimizer, or be one whose own __init__ was never called
+    seen = []
     while optimizer is not None and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        inside = getattr(optimizer, "__dict__", {}).values()
+        seen.append(id(optimizer))
+        inside = [x for x in getattr(optimizer, "__dict__", {}).values() if id(x) not in seen]
         optimizer = next((x for x in inside if hasattr(x, "param_groups")), None)
     return optimizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +49,9 @@ class Step:
         calls: of the encoders.
         masked: what masked heads received, with gradient.
         masked_without_gradient: whether a masked head received anything without.
-        fed: heads that received an encoder's feature.
-        not_fed: heads that received something else.
+        fed: heads that received an encoder's feature, with gradient.
+        not_fed: heads that received something else, with gradient.
+        unsure: heads that received something without gradient, from where can't be seen.
         others: what other modules gave without gradient, as unknown momentum encoders do.
     """
 
@@ -60,6 +61,7 @@ class Step:
         self.masked_without_gradient = False
         self.fed: list[nn.Module] = []
         self.not_fed: list[nn.Module] = []
+        self.unsure: list[nn.Module] = []
         self.others: list[OtherCall] = []
 
 
@@ -70,7 +72,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield value
         return
     if is_dataclass(value) and not isinstance(value, (type, Mapping)):
-        value = vars(value)
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, (list, tuple, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)

@@ -307,38 +307,104 @@ def test_a_head_that_gets_another_encoders_feature_is_not_masked() -> None:
     assert not sees_noise(model, model.backbone[3], batch)
 
 
+class Ordered(WithTable):
+    """Calls the table's head before the images' encoder, or after it."""
+
+    first, how = True, "trained"
+
+    def z(self, rows: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.how != "without gradient"):
+            y = torch.cat([rows] * 7, 1)[:, :WIDTH] if self.how == "raw" else self.table(rows)
+            return self.projection_head_table(y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x0, x1), rows = batch
+        z = self.z(rows) if self.first else None
+        z0, z1 = (self.projection_head(self.backbone(x)) for x in (x0, x1))
+        z = self.z(rows) if z is None else z
+        return self.criterion(z0, z1) + self.criterion(z0, z)
+
+
+def table_s_last_channels(model: Any, batch: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(batch, 0)
+    return model.received.pop()[:, 16:]
+
+
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("how", ["trained", "frozen", "without gradient", "as they are"])
-def test_so_it_is_whether_that_encoder_trains_and_whichever_is_called_first(
+@pytest.mark.parametrize("how", ["trained", "frozen", "without gradient", "raw"])
+def test_a_table_s_head_is_left_alone_or_warned_of_and_the_advice_helps(
     how: str, first: bool
 ) -> None:
-    class Ordered(WithTable):
-        def z(self, rows: Tensor) -> Tensor:
-            with torch.set_grad_enabled(how != "without gradient"):
-                y = (
-                    torch.cat([rows] * 7, 1)[:, :WIDTH]
-                    if how == "as they are"
-                    else self.table(rows)
-                )
-                return self.projection_head_table(y)
+    def model() -> Ordered:
+        made = Ordered()
+        made.how, made.first = how, first
+        made.table.requires_grad_(how == "trained")
+        made.projection_head_table.requires_grad_(how != "without gradient")
+        return made
+
+    attached = lightly.attach(model())
+    batch = (views(), torch.rand(4, 5) + 0.1)
+    if how != "trained":
+        # from where it comes can't be seen
+        with pytest.warns(UserWarning, match=r"without \['projection_head_table'\], of these"):
+            attached.training_step(batch, 0)
+        attached = lightly.attach(model(), heads=["projection_head"])
+    for _ in range(3):
+        assert (table_s_last_channels(attached, batch) > 0).float().mean() > 0.3
+    assert not sees_noise(attached, attached.backbone[3], batch)
+
+
+def test_a_target_s_head_is_masked_whatever_was_done_to_the_feature() -> None:
+    class Joined(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = encoder(), nn.Linear(WIDTH, 8)
+            self.head_average = frozen(self.head)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            (x0, x1), rows = batch
-            z = self.z(rows) if first else None
-            z0, z1 = (self.projection_head(self.backbone(x)) for x in (x0, x1))
-            z = self.z(rows) if z is None else z
-            return self.criterion(z0, z1) + self.criterion(z0, z)
+            y = [self.backbone(x) for x in batch]
+            target = self.head_average(torch.cat(y[::-1]).detach())
+            return (self.head(torch.cat(y)) - target).square().mean()
 
-    model = Ordered()
-    model.table.requires_grad_(how == "trained")
-    model.projection_head_table.requires_grad_(how != "without gradient")
-    lightly.attach(model)
-    batch = (views(), torch.rand(4, 5) + 0.1)
+    model = Joined()
+    heads = ["head", "head_average"]
+    recon_aux.attach(model, backbone="backbone", heads=heads)
+    with pytest.warns(UserWarning, match=r"saw \['head_average'\] receive something without"):
+        model.training_step(views(), 0)
+    assert not sees_noise(model, model.backbone[3], views())
+
+
+def test_what_a_head_takes_beside_a_feature_stays_as_it_is() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2 * WIDTH, 8)
+            self.received: list[Tensor] = []
+
+        def forward(self, y: Tensor, other: Tensor) -> Tensor:
+            self.received.append(other)
+            return self.layer(torch.cat([y, other], 1))
+
+    class Noisy(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = encoder(), Beside()
+            self.code = nn.Parameter(torch.ones(WIDTH))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y0, y1 = (self.backbone(x) for x in batch)
+            z0, z1 = self.head(y0, torch.ones_like(y0)), self.head(y1, self.code.expand_as(y1))
+            return (z0 - z1).square().mean()
+
+    model = recon_aux.attach(Noisy(), backbone="backbone", heads=["head"])
     for _ in range(3):
-        model.training_step(batch, 0)
-        table = model.received.pop()
-        assert (table[:, 16:] > 0).float().mean() > 0.3
-    assert not sees_noise(model, model.backbone[3], batch)
+        model.training_step(views(), 0)
+    with torch.no_grad():
+        model.eval().head(torch.rand(4, WIDTH), torch.ones(4, WIDTH))
+    assert len(model.head.received) == 7
+    assert all((other == 1).all() for other in model.head.received)
 
 
 def test_a_head_that_two_encoders_share_is_masked_for_the_images_alone() -> None:

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -150,6 +151,7 @@ def compiled(model: Taught) -> Any:
 
 def by_forward_of_parts(model: Taught) -> Any:
     teacher, head = nn.Sequential(encoder()), nn.Linear(WIDTH, 8)
+    teacher[0].load_state_dict(model.encoder.state_dict())
     return lambda x: head(teacher.forward(x))
 
 
@@ -187,6 +189,23 @@ def test_other_models_that_see_the_views_are_no_reason_to_warn(width: int) -> No
     model = recon_aux.attach(Taught(), backbone="encoder", heads=["head"])
     other = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(512, width))
     model.teach = lambda x: other(x)[:, :8]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(views(), 0)
+
+
+def test_modules_may_return_anything_while_they_are_watched() -> None:
+    @dataclass(slots=True)
+    class Output:
+        logits: Tensor
+
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Output:
+            return Output(x.mean((1, 2, 3)))
+
+    model = recon_aux.attach(Taught(), backbone="encoder", heads=["head"])
+    other = Other()
+    model.teach = lambda x: other(x).logits[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.training_step(views(), 0)
