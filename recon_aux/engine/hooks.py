@@ -242,7 +242,8 @@ class HeadMask:
         # where both dimensions may be the channels, they are where the encoder has them
         places = [1, feature.ndim - 1] if self.shape.channels == 1 else [feature.ndim - 1, 1]
         dim = next((d for d in places if feature.shape[d] == width), feature.ndim - 1)
-        positions, rest = divmod(feature.shape[dim], width)
+        # a compiled head may have sizes that divmod doesn't take
+        positions, rest = feature.shape[dim] // width, feature.shape[dim] % width
         flattened = positions > 1 and feature.ndim == 2 and rank != 2
         # a layer before the encoder may receive images
         is_image = feature.ndim == 4 and dim == 3 and rank == 2 and feature.shape[2] > 1
