@@ -214,14 +214,14 @@ def test_in_a_loop_a_teacher_whose_head_is_not_masked_gives_a_warning(shown: str
 def test_encoder_and_head_may_be_compiled_whole_after_attaching() -> None:
     torch._dynamo.reset()
     backbone = tiny_encoder().append(nn.Flatten())
-    net = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(16, 4)})
+    net: Any = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(16, 4)})
     recon_aux.attach(net, backbone="backbone", heads=["head"], weight=1.0)
     for module in (net["head"], net["backbone"]):
         module.compile(fullgraph=True, backend="eager")
     for _ in range(2):
         z0, z1 = (net["head"](net["backbone"](view)) for view in VIEWS)
         recon_aux.add_loss(net, siamese_loss(z0, z1)).backward()
-    assert net.get_submodule("recon_aux.decoder").queries.grad.any()
+    assert net.recon_aux.decoder.queries.grad.any()
 
 
 def test_in_a_loop_a_view_is_the_latest_of_many_that_are_encoded_without_gradient() -> None:
