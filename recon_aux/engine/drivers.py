@@ -98,10 +98,11 @@ class Driver:
         if self.encodes_others and not (outputs and torch.is_grad_enabled()):
             return is_first
         if not received.requires_grad:
-            # what was done to it isn't in the graph
-            storages = {x.untyped_storage().data_ptr() for x in with_gradient}
-            if is_first and received.untyped_storage().data_ptr() not in storages:
-                self.step.unsure.append(head)
+            # what was done to it isn't in the graph; only the first step asks
+            if is_first and self.watching is not None:
+                storages = {x.untyped_storage().data_ptr() for x in with_gradient}
+                if received.untyped_storage().data_ptr() not in storages:
+                    self.step.unsure.append(head)
             return is_first or len(with_gradient) < len(outputs)
         fed = any(reached(received, with_gradient))
         if is_first:
