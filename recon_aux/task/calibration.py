@@ -28,12 +28,18 @@ class Calibrated(nn.Module):
         self.calibrated = False
         self._agreed = False
 
+    @property
+    def awaits_batch(self) -> bool:
+        """Whether a batch is to set the buffers, or processes have to agree on them."""
+        return not self.calibrated or (are_many() and not self._agreed)
+
     @abstractmethod
     def _measure(self, images: Tensor) -> bool:
         """Set the buffers; return False, and set none, if images don't vary or aren't finite."""
 
     @torch.no_grad()
-    def _calibrate(self, images: Tensor) -> None:
+    def calibrate(self, images: Tensor) -> None:
+        """Set the buffers by a batch, ``(B, C, H, W)`` in float32, unless they are set."""
         if are_many() and not self._agreed:
             # once: one process alone may have loaded the buffers
             self._agreed = True
@@ -71,6 +77,7 @@ class ChannelWhitening(Calibrated):
     Example:
         >>> whitening = ChannelWhitening(3)
         >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
+        >>> whitening.calibrate(views)
         >>> white = whitening.whiten(views)
         >>> torch.allclose(whitening.restore(white), views, atol=1e-3)
         True
@@ -88,13 +95,12 @@ class ChannelWhitening(Calibrated):
         self.register_buffer("from_white", torch.eye(channels, dtype=torch.float32))
 
     def whiten(self, images: Tensor) -> Tensor:
-        """Whiten ``(B, C, H, W)`` in float32. The first call sets the units."""
-        self._calibrate(images)
-        return torch.einsum("ij,bjhw->bihw", self.to_white, images - self.mean)
+        """Whiten ``(B, C, H, W)`` in float32."""
+        return _recolored(self.to_white, images - self.mean)
 
     def restore(self, white: Tensor) -> Tensor:
         """Turn whitened images ``(B, C, H, W)`` back into the views' units, in float32."""
-        return torch.einsum("ij,bjhw->bihw", self.from_white, white) + self.mean
+        return _recolored(self.from_white, white) + self.mean
 
     def _measure(self, images: Tensor) -> bool:
         colors = color_axes(images)
@@ -106,6 +112,11 @@ class ChannelWhitening(Calibrated):
         self.to_white.copy_(axes @ torch.diag(1 / deviation) @ axes.T)
         self.from_white.copy_(axes @ torch.diag(deviation) @ axes.T)
         return True
+
+
+def _recolored(matrix: Tensor, images: Tensor) -> Tensor:
+    pixels = matrix.expand(len(images), -1, -1).bmm(images.flatten(2))
+    return pixels.view_as(images)
 
 
 def color_axes(images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from recon_aux.task.checks import check_divides, check_whole
+from recon_aux.task.terms.reconstruction import to_images
 
 
 class Tokenizer(nn.Module):
@@ -132,9 +133,9 @@ class CrossAttentionDecoder(nn.Module):
         check_divides("patch_size", patch_size, "target_size", target_size)
         check_divides("heads", heads, "dim", dim)
         self.spatial = spatial
-        self.side = target_size // patch_size
         self.patch_size = patch_size
-        self.queries = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)
+        self.image_channels = image_channels
+        self.queries = nn.Parameter(torch.randn((target_size // patch_size) ** 2, dim) * 0.02)
         self.equivariant_tokens = Tokenizer(equivariant_dim, dim, tokens, spatial=spatial)
         self.context_tokens = (
             Tokenizer(context_dim, dim, tokens, spatial=spatial) if context_dim else None
@@ -149,29 +150,39 @@ class CrossAttentionDecoder(nn.Module):
     def forward(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
         """Rebuild images.
 
+        Args and raised errors are those of :meth:`patches`.
+
+        Returns:
+            ``(B, C, target_size, target_size)``.
+        """
+        return to_images(self.patches(equivariant, context), self.patch_size, self.image_channels)
+
+    def patches(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
+        """Rebuild images, patch by patch.
+
         Args:
             equivariant: of the views to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
             context: of the other views, likewise; ignored if ``context_dim`` is 0.
 
         Returns:
-            ``(B, C, target_size, target_size)``.
+            ``(B, patches, image_channels * patch_size**2)``.
 
         Raises:
             ValueError: if a feature's rank doesn't fit ``spatial``, or context is missing.
         """
-        tokens = self.equivariant_tokens(equivariant) + self.source[0]
+        own_source, other_source = self.source.unbind()
+        tokens = self.equivariant_tokens(equivariant) + own_source
         if self.context_tokens is not None:
             if context is None:
                 raise ValueError(
                     "expected context from the other view, since context_dim isn't 0. Pass "
                     "context=, or build with context_dim=0."
                 )
-            other = self.context_tokens(context) + self.source[1]
+            other = self.context_tokens(context) + other_source
             tokens = torch.cat([tokens, other], dim=1)
         # one set for all images: the first block projects it once
         queries = self.queries[None]
         for block in self.blocks:
             queries = block(queries, tokens)
         patches: Tensor = self.to_patch(queries)
-        p = self.patch_size
-        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
+        return patches

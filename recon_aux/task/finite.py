@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ class FiniteCheck:
     def __init__(self) -> None:
         self.overflows = 0
         self.far = 0
-        # step, whether a loss scaler may skip it, normal loss, numbers, event of their arrival
-        self.under_way: deque[tuple[int, bool, float, Tensor, Any]] = deque()
+        # step, whether a loss scaler may skip it, normal loss, inputs, loss, event of its arrival
+        self.under_way: deque[tuple[int, bool, float, Sequence[Tensor], Tensor, Any]] = deque()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the steps under way out of copies."""
@@ -51,9 +52,8 @@ class FiniteCheck:
         scaled = any(x.dtype == torch.float16 for x in inputs) or (
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         )
-        ranges = [bound for x in inputs for bound in x.detach().aminmax()]
-        numbers = torch.stack([x.float() for x in (loss.detach(), *ranges)])
-        self.under_way.append((step, scaled, normal, *_send(numbers)))
+        inputs = tuple(x.detach() for x in inputs)
+        self.under_way.append((step, scaled, normal, inputs, *_send(loss.detach().view(1))))
         self._judge_arrived(wait=False)
 
     def flush(self) -> None:
@@ -62,16 +62,18 @@ class FiniteCheck:
 
     def _judge_arrived(self, *, wait: bool) -> None:
         while self.under_way:
-            step, scaled, normal, numbers, event = self.under_way[0]
+            step, scaled, normal, inputs, loss, event = self.under_way[0]
             if event is not None:
                 if wait:
                     event.synchronize()
                 elif not event.query():
                     return
             self.under_way.popleft()
-            self._judge(step, scaled, normal, *numbers.tolist())
+            self._judge(step, scaled, normal, *loss.tolist(), inputs)
 
-    def _judge(self, step: int, scaled: bool, normal: float, loss: float, *bounds: float) -> None:
+    def _judge(
+        self, step: int, scaled: bool, normal: float, loss: float, inputs: Sequence[Tensor]
+    ) -> None:
         if math.isfinite(loss):
             self.overflows = 0
             # counts on after the warning, which comes once
@@ -87,11 +89,12 @@ class FiniteCheck:
                 )
             return
         self.overflows += 1
-        views_are_finite = all(map(math.isfinite, bounds[:2]))
+        ranges = [[bound.item() for bound in x.aminmax()] for x in inputs]
+        views_are_finite = all(map(math.isfinite, ranges[0]))
         if scaled and self.overflows <= _MANY_OVERFLOWS and views_are_finite:
             return
         self.under_way.clear()
-        spans = [f"{bounds[i]:.3g} to {bounds[i + 1]:.3g}" for i in (0, 2, 4)]
+        spans = [f"{least:.3g} to {most:.3g}" for least, most in ranges]
         place = "the encoder and its weights" if views_are_finite else "the data"
         raise FloatingPointError(
             f"expected a finite reconstruction loss, got {loss} in step {step}; the views' "
@@ -100,10 +103,10 @@ class FiniteCheck:
         )
 
 
-def _send(numbers: Tensor) -> tuple[Tensor, Any]:
-    """Start to copy numbers from a GPU; return the copy, and the event of its arrival, or None."""
-    if numbers.device.type != "cuda":
-        return numbers, None
-    copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-    copy.copy_(numbers, non_blocking=True)
-    return copy, torch.cuda.current_stream(numbers.device).record_event()
+def _send(loss: Tensor) -> tuple[Tensor, Any]:
+    """Start to copy a loss from a GPU; return the copy, and the event of its arrival, or None."""
+    if loss.device.type != "cuda":
+        return loss, None
+    copy = torch.empty(loss.shape, dtype=loss.dtype, device="cpu", pin_memory=True)
+    copy.copy_(loss, non_blocking=True)
+    return copy, torch.cuda.current_stream(loss.device).record_event()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from random import Random
 from typing import Any
@@ -17,12 +18,13 @@ from recon_aux.task.checks import finite_number
 from recon_aux.task.contexts import seeded
 from recon_aux.task.decoder import CrossAttentionDecoder
 from recon_aux.task.finite import FiniteCheck
+from recon_aux.task.gradients import trained_tensors, with_gradients
 from recon_aux.task.inputs import check_views
 from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pack, takes, unpack
 from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
 from recon_aux.task.terms.edges import Edges
-from recon_aux.task.terms.prediction import PredictionTerm
-from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
+from recon_aux.task.terms.prediction import PredictionTerm, read
+from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view, to_images, to_patches
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
 from recon_aux.task.turns import forget_turns, takes_turn
@@ -30,7 +32,7 @@ from recon_aux.task.turns import forget_turns, takes_turn
 
 @dataclass
 class ReconAuxOutput:
-    """What one call of :class:`ReconAux` returns. All but ``loss`` is detached.
+    """What one call of :class:`ReconAux` returns. Only ``loss`` has a gradient.
 
     Attributes:
         loss: what to add to the method's loss: ``weight`` times ``unweighted_loss``.
@@ -39,9 +41,8 @@ class ReconAuxOutput:
         registration_loss: 0 where ``registration=0``.
         statistics_loss: 0 where ``statistics=0``.
         edges_loss: 0 where ``edges=0``.
-        reconstruction: ``(V*B, C, target_size, target_size)`` in the views' own units, V the number
-            of views that were rebuilt. With ``normalize_patches=True`` its patches are normalised.
-        target: the views that were rebuilt, resized, in the same shape and order.
+        target: the views that were rebuilt, resized, ``(V*B, C, target_size, target_size)``, V the
+            number of views that were rebuilt.
         rebuilt: which of the two views were rebuilt, ``(0,)``, ``(1,)`` or ``(0, 1)``.
     """
 
@@ -51,9 +52,17 @@ class ReconAuxOutput:
     registration_loss: Tensor
     statistics_loss: Tensor
     edges_loss: Tensor
-    reconstruction: Tensor
     target: Tensor
     rebuilt: tuple[int, ...]
+    draw: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """What was rebuilt, in the shape and the units of ``target``.
+
+        With ``normalize_patches=True`` its patches are normalised.
+        """
+        return self.draw()
 
 
 class ReconAux(nn.Module):
@@ -119,6 +128,12 @@ class ReconAux(nn.Module):
             self.statistics = predict(Statistics(channels)) if options.statistics else None
             self.edges = predict(Edges()) if options.edges else None
         self.requires_grad_(options.weight != 0)
+
+    @property
+    def _terms(self) -> dict[str, Registration | PredictionTerm]:
+        """The terms next to the reconstruction that have a weight."""
+        found = {name: getattr(self, name) for name in TERMS}
+        return {name: term for name, term in found.items() if term is not None}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -203,36 +218,66 @@ class ReconAux(nn.Module):
         # an evaluation takes no turn
         self._calls += torch.is_grad_enabled() and takes_turn(self)
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
-        parts = [options.part("equivariant", feature) for feature in features]
-        own = torch.cat([parts[i] for i in chosen])
-        context = torch.cat([options.part(options.context, features[1 - i]) for i in chosen])
-        resized = [resize_view(view, self.target_size) for view in views]
-        both = torch.cat(resized)
+        resized = torch.cat([resize_view(view, self.target_size) for view in views])
+        dtype = self.decoder.queries.dtype
+        inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
-        with torch.autocast(both.device.type, enabled=False):
-            decoded = self.decoder(own, context)
-            white = self.pixel_scale.whiten(both)
-            white_target = torch.cat([white.chunk(2)[i] for i in chosen])
-            rebuilding = self.reconstruction_loss(decoded, white_target)
-            equivariant = torch.cat([pooled(part) for part in parts])
-            modules = {name: getattr(self, name) for name in TERMS}
-            terms: dict[str, Tensor] = {
-                name: rebuilding.new_zeros(()) if module is None else module(equivariant, white)
-                for name, module in modules.items()
-            }
-            loss = rebuilding + sum(getattr(options, name) * terms[name] for name in TERMS)
-            reconstruction = self.pixel_scale.restore(decoded.detach().float())
+        with torch.autocast(resized.device.type, enabled=False):
+            self._calibrate(resized)
+            losses, patches = self._losses(inner, resized, chosen)
+            loss = losses["reconstruction"]
+            for name in self._terms:
+                loss = torch.add(loss, losses[name], alpha=getattr(options, name))
+            inputs = {p: p for p in trained_tensors(self)}
+            inputs |= {y: x for y, x in zip(features, inner, strict=True) if y.requires_grad}
+            paces = [term.readout.paces() for term in self._terms.values()]
+            weighted = with_gradients(loss, weight, inputs, dict(ChainMap(*paces)))
         normal = 2 + options.structure + sum(getattr(options, name) for name in TERMS)
-        self.finite_check(self._calls, loss, normal, both, *features)
+        self.finite_check(self._calls, loss.detach(), normal, resized, *features)
         return ReconAuxOutput(
-            loss=weight * loss,
+            loss=weighted,
             unweighted_loss=loss.detach(),
-            reconstruction_loss=rebuilding.detach(),
-            **{f"{name}_loss": term.detach() for name, term in terms.items()},
-            reconstruction=reconstruction,
-            target=torch.cat([resized[i] for i in chosen]),
+            **{f"{name}_loss": losses[name].detach() for name in ("reconstruction", *TERMS)},
+            target=_pick(resized.chunk(2), chosen),
             rebuilt=chosen,
+            draw=partial(self._draw, patches.detach()),
         )
+
+    def _losses(
+        self, features: Sequence[Tensor], resized: Tensor, chosen: tuple[int, ...]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute each loss, and the patches that were rebuilt, of tensors alone.
+
+        No value is read and no state is changed, so it can be compiled.
+        """
+        options, terms = self._options, self._terms
+        white = self.pixel_scale.whiten(resized)
+        parts = [options.part("equivariant", feature) for feature in features]
+        others = [options.part(options.context, feature) for feature in reversed(features)]
+        patches = self.decoder.patches(_pick(parts, chosen), _pick(others, chosen)).float()
+        target = to_patches(_pick(white.chunk(2), chosen), options.patch_size)
+        losses = {name: patches.new_zeros(()) for name in TERMS if name not in terms}
+        losses["reconstruction"] = self.reconstruction_loss.of_patches(patches, target)
+        if terms:
+            equivariant = torch.cat([pooled(part) for part in parts])
+            numbers = read([term.readout for term in terms.values()], equivariant)
+            for (name, term), its in zip(terms.items(), numbers, strict=True):
+                losses[name] = term(its, white)
+        return losses, patches
+
+    def _calibrate(self, resized: Tensor) -> None:
+        """Let the first batch set the units of pixels, then those of what is predicted."""
+        self.pixel_scale.calibrate(resized)
+        targets = [term.told for term in self._terms.values() if isinstance(term, PredictionTerm)]
+        if any(target.awaits_batch for target in targets):
+            white = self.pixel_scale.whiten(resized)
+            for target in targets:
+                target.calibrate(white)
+
+    def _draw(self, patches: Tensor) -> Tensor:
+        """Turn patches into images in the views' own units."""
+        images = to_images(patches.float(), self._options.patch_size, self.image_channels)
+        return self.pixel_scale.restore(images)
 
     @torch.no_grad()
     def rebuild(self, feature: Tensor, other: Tensor) -> Tensor:
@@ -262,7 +307,7 @@ class ReconAux(nn.Module):
         feature, other = (as_feature(x, spatial=options.spatial) for x in (feature, other))
         own, context = options.part("equivariant", feature), options.part(options.context, other)
         with torch.autocast(own.device.type, enabled=False):
-            return self.pixel_scale.restore(self.decoder(own, context).float())
+            return self._draw(self.decoder.patches(own, context))
 
     def saved_state(self) -> dict[str, Any]:
         """Return what is saved next to the weights; a subclass may add plain values to it.
@@ -305,6 +350,11 @@ class ReconAux(nn.Module):
         """Show the options in the module's printout, and the weight as it is now."""
         shown = self.options | {"weight": self.weight}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _pick(pair: Sequence[Tensor], chosen: tuple[int, ...]) -> Tensor:
+    """Return one of two tensors, or both in one."""
+    return pair[chosen[0]] if len(chosen) == 1 else torch.cat(list(pair))
 
 
 def _choose(

@@ -45,14 +45,16 @@ class Edges(PredictionTarget):
         x = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
         y = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
         # at each pixel the channel counts that is steepest there
-        steepness, channel = torch.hypot(x, y).max(dim=1, keepdim=True)
-        turn = torch.atan2(y.gather(1, channel), x.gather(1, channel))
-        # NaN as an index would abort the process on a GPU
-        turn = (turn * (_DIRECTIONS / (2 * math.pi))).nan_to_num()
+        squares = torch.addcmul(x.square(), y, y)
+        steepest = squares.amax(dim=1, keepdim=True)
+        counts = squares == steepest
+        turn = torch.atan2((y * counts).sum(dim=1), (x * counts).sum(dim=1))
+        turn = turn * (_DIRECTIONS / (2 * math.pi))
         # the two nearest directions share the steepness
-        share = turn - turn.floor()
-        near = turn.floor().long() % _DIRECTIONS
+        before = turn.floor()
+        near = torch.stack([before, before + 1], dim=1).long() % _DIRECTIONS
+        steepness = steepest.sqrt()
+        after = (turn - before)[:, None] * steepness
         steep = images.new_zeros(len(images), _DIRECTIONS, *images.shape[2:])
-        steep.scatter_(1, near, (1 - share) * steepness)
-        steep.scatter_(1, (near + 1) % _DIRECTIONS, share * steepness)
+        steep.scatter_(1, near, torch.cat([steepness - after, after], dim=1))
         return (F.adaptive_avg_pool2d(steep, _CELLS) + _FLOOR).log().flatten(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,37 +17,8 @@ from recon_aux.task.distributed import mean_over_processes
 _OF_WEIGHTS, _OF_VECTORS = 0.1, 0.03
 
 
-class _SlowNorm(nn.LayerNorm):
-    """Layer norm whose parameters get a scaled-down gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (_scale_gradient(p, _OF_VECTORS) for p in (self.weight, self.bias))
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class _SlowLinear(nn.Linear):
-    """A linear layer whose parameters get a scaled-down gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # the loss is a mean: the more numbers are predicted, the smaller each one's gradient
-        factor = min(_OF_WEIGHTS, self.out_features / (8 * self.in_features))
-        weight = _scale_gradient(self.weight, factor)
-        return F.linear(x, weight, _scale_gradient(self.bias, _OF_VECTORS))
-
-
-def _scale_gradient(parameter: Tensor, factor: float) -> Tensor:
-    """Return a parameter as it is, with its gradient multiplied by a factor."""
-    return torch.lerp(parameter.detach(), parameter, factor)
-
-
 class LinearReadout(nn.Module):
     """A linear map of an equivariant part, which is normalised first.
-
-    The gradients of its parameters are scaled down. A normalised feature has the length
-    sqrt(E), and the longer it is, the smaller the steps must be under which a linear map stays
-    stable. With scaled gradients the map is stable at the encoder's learning rate under SGD, and
-    under LARS, which trains biases and norms by SGD. Steps of AdamW, and of Adam without weight
-    decay, stay the same: they don't depend on the gradient's scale.
 
     Args:
         equivariant_dim: E, channels of the equivariant part.
@@ -60,14 +32,53 @@ class LinearReadout(nn.Module):
     def __init__(self, equivariant_dim: int, count: int) -> None:
         super().__init__()
         # with a large epsilon, features that are all zero get hardly a gradient
-        self.norm = _SlowNorm(equivariant_dim, eps=1e-3)
-        self.linear = _SlowLinear(equivariant_dim, count)
+        self.norm = nn.LayerNorm(equivariant_dim, eps=1e-3)
+        self.linear = nn.Linear(equivariant_dim, count)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, equivariant: Tensor) -> Tensor:
         """Map ``(B, E)``, any float type, to ``(B, N)`` in float32."""
-        read: Tensor = self.linear(self.norm(equivariant.to(self.linear.weight.dtype)))
-        return read.float()
+        return read([self], equivariant)[0]
+
+    def paces(self) -> dict[Tensor, float]:
+        """Give the factors of its parameters' gradients.
+
+        A normalised feature has the length sqrt(E), and the longer it is, the smaller the steps
+        must be under which a linear map stays stable. With scaled gradients the map is stable at
+        the encoder's learning rate under SGD, and under LARS, which trains biases and norms by SGD.
+        Steps of AdamW, and of Adam without weight decay, stay the same: they don't depend on the
+        gradient's scale.
+        """
+        linear = self.linear
+        # the loss is a mean: the more numbers are predicted, the smaller each one's gradient
+        of_weight = min(_OF_WEIGHTS, linear.out_features / (8 * linear.in_features))
+        vectors = linear.bias, self.norm.weight, self.norm.bias
+        return {linear.weight: of_weight, **dict.fromkeys(vectors, _OF_VECTORS)}
+
+
+def read(readouts: Sequence[LinearReadout], equivariant: Tensor) -> list[Tensor]:
+    """Map an equivariant part by several readouts, by one normalisation and one matrix product.
+
+    Args:
+        readouts: of equivariant parts of one size.
+        equivariant: ``(B, E)``, any float type.
+
+    Returns:
+        What each readout reads, ``(B, N)`` in float32.
+    """
+    linears, norms = [x.linear for x in readouts], [x.norm for x in readouts]
+    normalized = F.layer_norm(
+        equivariant.to(linears[0].weight.dtype), norms[0].normalized_shape, eps=norms[0].eps
+    )
+    # the norms' own weights and biases become a part of the maps
+    counts = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    scale, shift = (
+        torch.cat([p.expand(count, -1) for p, count in zip(some, counts, strict=True)])
+        for some in ([norm.weight for norm in norms], [norm.bias for norm in norms])
+    )
+    bias = torch.cat([linear.bias for linear in linears]) + (weight * shift).sum(dim=1)
+    return list(F.linear(normalized, weight * scale, bias).float().split(counts, dim=1))
 
 
 class PredictionTarget(Calibrated):
@@ -93,16 +104,15 @@ class PredictionTarget(Calibrated):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Describe images by standardised numbers. The first call sets the units.
+        """Describe images by standardised numbers.
 
         Args:
             images: ``(B, C, H, W)`` in float32.
 
         Returns:
-            ``(B, N)`` in float32, clipped to four standard deviations; zeros until a batch has
-            images that differ.
+            ``(B, N)`` in float32, clipped to four standard deviations; zeros until
+            :meth:`calibrate` got images that differ.
         """
-        self._calibrate(images)
         if not self.calibrated:
             return images.new_zeros(len(images), self.count)
         return ((self._by_unit(images) - self.middle) / self.spread).clamp(-4, 4).flatten(1)
@@ -132,8 +142,8 @@ class PredictionTerm(nn.Module):
 
     Example:
         >>> from recon_aux.task.terms.edges import Edges
-        >>> features, images = torch.rand(4, 128), torch.rand(4, 3, 32, 32)
-        >>> PredictionTerm(128, Edges())(features, images).shape
+        >>> term, features = PredictionTerm(128, Edges()), torch.rand(4, 128)
+        >>> term(term.readout(features), torch.rand(4, 3, 32, 32)).shape
         torch.Size([])
     """
 
@@ -143,15 +153,15 @@ class PredictionTerm(nn.Module):
         self.told = target
         self.readout = LinearReadout(equivariant_dim, target.count)
 
-    def forward(self, equivariant: Tensor, images: Tensor) -> Tensor:
+    def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
         """Compare the prediction with the views' own numbers.
 
         Args:
-            equivariant: of the views, ``(B, E)``.
+            predicted: what ``readout`` read from the views' equivariant parts, ``(B, N)``.
             images: the views, ``(B, C, H, W)`` in float32.
 
         Returns:
             The mean squared error, a float32 scalar. Predicting the mean gives about 1, if the
             first batch was like the later ones.
         """
-        return F.mse_loss(self.readout(equivariant), self.told(images))
+        return F.mse_loss(predicted, self.told(images))

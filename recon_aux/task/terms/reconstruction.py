@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -33,13 +35,21 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
     view = view.detach().float()
     if view.shape[-2:] == (target_size, target_size):
         return view
-    height, width = view.shape[2:]
-    rows = _resizing(height, target_size, view.device)
-    columns = rows if width == height else _resizing(width, target_size, view.device)
+    batch, channels, height, width = view.shape
+    rows, columns = (_resizing(side, target_size, view.device) for side in (height, width))
+    # the channels of channels_last stand beside the columns: nothing of full size is copied
+    is_last = view.is_contiguous(memory_format=torch.channels_last) and not view.is_contiguous()
+    flat = view.movedim(1, 3).flatten(2) if is_last else view.flatten(0, 1)
     with torch.autocast(view.device.type, enabled=False):
-        return rows @ (view @ columns.mT)
+        lines = rows.expand(len(flat), -1, -1).bmm(flat)
+        if is_last:
+            lines = lines.unflatten(2, (width, channels)).movedim(3, 1)
+        lines = lines.reshape(-1, width).mm(columns.mT)
+    return lines.view(batch, channels, target_size, target_size)
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _resizing(side: int, target_size: int, device: torch.device) -> Tensor:
     """Make the matrix ``(target_size, side)`` that resizes a line of pixels, antialiased."""
     lines = torch.eye(side, dtype=torch.float32, device=device)[None, None]
@@ -102,20 +112,19 @@ class ReconstructionLoss(nn.Module):
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
                 f"got {tuple(reconstruction.shape)}. Pass two of one shape."
             )
+        return self.of_patches(*(to_patches(x.float(), self.patch_size) for x in (reconstruction, target)))
+
+    def of_patches(self, got: Tensor, expected: Tensor) -> Tensor:
+        """Compare patches, ``(B, P, N)`` in float32; see :func:`to_patches`."""
         error = getattr(F, f"{self.kind}_loss")
-        got, expected = self._patches(reconstruction.float()), self._patches(target.float())
         loss: Tensor = error(
             got, _normalized(expected, 1e-6) if self.normalize_patches else expected
         )
         if self.structure:
             # a flat patch has only noise, which a smaller floor would amplify
             normalized = [_normalized(patches, 0.01) for patches in (got, expected)]
-            loss = loss + self.structure * error(*normalized)
+            loss = torch.add(loss, error(*normalized), alpha=self.structure)
         return loss
-
-    def _patches(self, image: Tensor) -> Tensor:
-        p = self.patch_size
-        return rearrange(image, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
 
     def extra_repr(self) -> str:
         """Show the options in the module's printout."""
@@ -123,6 +132,27 @@ class ReconstructionLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
+def to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut ``(B, C, H, W)`` into square patches, ``(B, P, N)``."""
+    p = patch_size
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+
+def to_images(patches: Tensor, patch_size: int, channels: int) -> Tensor:
+    """Put the patches of square images together: undo :func:`to_patches`.
+
+    Example:
+        >>> images = torch.rand(2, 3, 16, 16)
+        >>> torch.equal(to_images(to_patches(images, 8), 8, 3), images)
+        True
+    """
+    p, side = patch_size, math.isqrt(patches.shape[1])
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=p, q=p, c=channels)
+
+
 def _normalized(patches: Tensor, floor: float) -> Tensor:
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + floor).sqrt()
+    count = patches.shape[-1]
+    # layer_norm divides by the variance of a population, this by that of a sample
+    ratio = (count - 1) / count
+    weight = patches.new_full((count,), ratio**0.5)
+    return F.layer_norm(patches, (count,), weight, eps=floor * ratio)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +18,8 @@ _SIDES = (16, 8)
 _GAIN = 0.3
 # added to the variance of a standardised image
 _FLOOR = 1e-3
-
-Affine = tuple[Tensor, Tensor]
+# lines of zeros around an image; places farther away are moved there
+_MARGIN = 2
 
 
 class Registration(nn.Module):
@@ -35,131 +39,238 @@ class Registration(nn.Module):
         equivariant_dim: E, channels of the equivariant part.
 
     Example:
-        >>> features, images = torch.rand(8, 128), torch.rand(8, 3, 32, 32)
-        >>> Registration(128)(features, images).shape
+        >>> registration, features = Registration(128), torch.rand(8, 128)
+        >>> poses = registration.readout(features)
+        >>> registration(poses, torch.rand(8, 3, 32, 32)).shape
         torch.Size([])
     """
 
     def __init__(self, equivariant_dim: int) -> None:
         super().__init__()
+        # the attribute's name is a key of checkpoints
         self.pose = LinearReadout(equivariant_dim, 6)
 
-    def forward(self, equivariant: Tensor, images: Tensor) -> Tensor:
+    @property
+    def readout(self) -> LinearReadout:
+        """What reads a pose from an equivariant part."""
+        return self.pose
+
+    def forward(self, poses: Tensor, images: Tensor) -> Tensor:
         """Compare each view with the other one, moved.
 
         Args:
-            equivariant: of the first views, then of the others, ``(2*B, E)``.
-            images: the views in the same order, ``(2*B, C, H, W)`` in float32, outside of autocast;
-                they get no gradient.
+            poses: of the first views, then of the others, ``(2*B, 6)``.
+            images: the views in the same order, ``(2*B, C, H, W)`` in float32; they get no
+                gradient.
 
         Returns:
             Mean squared difference of the images, each standardised to zero mean and unit variance,
             as a float32 scalar. It is 0 where one is the other one moved, 2 where they have nothing
             in common. Its gradient can't be differentiated again.
         """
-        pose = self.pose(equivariant)
-        # First dimension: views as they are, and mirrored. Second: first views, and others. All are
-        # computed at once, because on a GPU each launch of an operation costs time.
-        matrix, shift = _affine(torch.cat([pose, _mirror(pose)]))
-        matrix, shift = matrix.view(2, 2, -1, 2, 2), shift.view(2, 2, -1, 2)
-        # maps each target's pixels to places in the other view
-        matrix, shift = _compose((matrix.flip(1), shift.flip(1)), _inverse((matrix[0], shift[0])))
-        motion = torch.cat([matrix, shift[..., None]], dim=-1).flatten(1, 2)
-        found = []
-        for side in _SIDES:
-            targets = _standardized(F.adaptive_avg_pool2d(images, side))
-            others = targets.roll(len(targets) // 2, dims=0)
-            both = torch.stack([others, others.flip(-1)])
-            found.append(_likeness(both, targets, motion))
-        likeness, gradient = (torch.stack(x).mean(dim=0) for x in zip(*found, strict=True))
-        # adds 0, and attaches the gradient
-        likeness = likeness + ((motion - motion.detach()) * gradient).sum(dim=(-2, -1))
-        return 2 - 2 * likeness.amax(dim=0).mean()
+        difference: Tensor = _Difference.apply(motions(poses), images)
+        return difference
 
 
-def _affine(pose: Tensor) -> Affine:
-    """``(B, 6)`` -> matrix ``(B, 2, 2)`` with a positive determinant, and shift ``(B, 2)``."""
+def motions(poses: Tensor) -> Tensor:
+    """Give the maps from each view's pixels to places in the other view.
+
+    A pose is a map, too: a place in the picture is stretched and sheared, scaled, turned, moved.
+    The map from one view to the other undoes one pose and applies the other.
+
+    Args:
+        poses: of the first views, then of the others, ``(2*B, 6)``.
+
+    Returns:
+        Matrix and shift side by side, ``(2*B, 2, 2, 3)``: for the other view as it is, and
+        mirrored.
+    """
+    constants, half = _constants(poses.device), len(poses) // 2
     # Bounded by a factor of e, a radian, and half the width: a view that left the picture would get
     # no gradient that leads back.
-    log_scale, angle, log_stretch, shear, *shift = torch.tanh(_GAIN * pose).unbind(1)
-    scale, stretch = log_scale.exp(), log_stretch.exp()
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
-    upper = torch.stack([scale * stretch, scale * shear, zero, scale / stretch], dim=1)
-    return rotation @ upper.view(-1, 2, 2), torch.stack(shift, dim=1)
+    numbers = torch.addmm(constants.offsets, torch.tanh(_GAIN * poses), constants.factors)
+    logarithms, shears, angles, shift, back = numbers.split([12, 12, 12, 4, 2], dim=1)
+    turn, upper = angles.sin().view(-1, 2, 2), (logarithms.exp() * shears).view(-1, 2, 2)
+    matrices = turn.bmm(upper).view(-1, 3, 2, 2)
+    matrix, inverse = matrices.split([2, 1], dim=1)
+    other = matrix.roll(half, dims=0).flatten(1, 2).bmm(inverse[:, 0].mT)
+    moved = torch.baddbmm(shift.roll(half, dims=0)[:, :, None], other, back[:, :, None])
+    return torch.cat([other, moved], dim=2).view(-1, 2, 2, 3)
 
 
-def _mirror(pose: Tensor) -> Tensor:
-    """Return the pose of the view's mirror image."""
-    scale, angle, stretch, shear, x, y = pose.unbind(1)
-    return torch.stack([scale, -angle, stretch, -shear, -x, y], dim=1)
+class _Difference(torch.autograd.Function):
+    """The mean squared difference, of which the forward pass computes the gradient.
 
+    Autograd would begin twice as many operations, and beginning them is what costs time on a GPU.
+    ``grid_sample`` has no deterministic gradient there.
+    """
 
-def _inverse(affine: Affine) -> Affine:
-    matrix, shift = affine
-    (a, b), (c, d) = (row.unbind(-1) for row in matrix.unbind(-2))
-    # torch.linalg.inv would wait for the GPU, to see whether the matrix is singular
-    inverse = torch.stack([d, -b, -c, a], dim=-1) / (a * d - b * c)[..., None]
-    inverse = inverse.view(matrix.shape)
-    return inverse, -_times(inverse, shift)
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, images: Tensor) -> Tensor:
+        alike, gradient = likeness(maps, images)
+        best, index = alike.max(dim=1, keepdim=True)
+        factors = (index == _constants(images.device).views) * (-2 / len(maps))
+        ctx.save_for_backward(factors[:, :, None, None] * gradient)
+        return torch.rsub(best.mean(), 2, alpha=2)
 
-
-def _compose(outer: Affine, inner: Affine) -> Affine:
-    return outer[0] @ inner[0], _times(outer[0], inner[1]) + outer[1]
-
-
-def _times(matrix: Tensor, shift: Tensor) -> Tensor:
-    moved: Tensor = (matrix @ shift[..., None])[..., 0]
-    return moved
-
-
-def _standardized(images: Tensor) -> Tensor:
-    images = images - images.mean(dim=(2, 3), keepdim=True)
-    return images * (images.square().mean(dim=(1, 2, 3), keepdim=True) + _FLOOR).rsqrt()
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, by_difference: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return by_difference * gradient, None
 
 
 @torch.no_grad()
-def _likeness(images: Tensor, targets: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Move square images bilinearly, with zeros around, and compare them with their targets.
+def likeness(maps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the other view bilinearly, with zeros around, and compare it with each view.
 
-    The gradient is computed by hand. Autograd would launch twice as many operations, and launching
-    them is what costs time on a GPU. ``grid_sample`` has no deterministic gradient there.
+    Images are compared at all of ``_SIDES`` at once: their pixels stand in one line, P together.
 
     Args:
-        images: ``(K, B, C, side, side)``.
-        targets: standardised, ``(B, C, side, side)``.
-        motion: affine maps, matrix and shift side by side, ``(K, B, 2, 3)``.
+        maps: as of :func:`motions`, ``(2*B, 2, 2, 3)``.
+        images: ``(2*B, C, H, W)``.
 
     Returns:
-        The mean product of standardised images and targets, ``(K, B)``, and its gradient with
-        respect to the maps, ``(K, B, 2, 3)``.
+        The mean product of standardised images, ``(2*B, 2)``, and its gradient with respect to the
+        maps, ``(2*B, 2, 2, 3)``.
     """
-    channels, side, _ = images.shape[2:]
-    line = (2 * torch.arange(side, device=images.device, dtype=images.dtype) + 1) / side - 1
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    grid = torch.stack([x.flatten(), y.flatten(), torch.ones_like(x).flatten()])
-    places = ((motion @ grid + 1) * side - 1) / 2
-    # NaN as an index would abort the process on a GPU
-    first = places.nan_to_num().floor()
-    x, y = (places - first)[:, :, None].unbind(3)
-    # along each axis the two nearest lines of pixels, in images padded by a line of zeros
-    step = torch.arange(2, device=images.device)[:, None]
-    lines = (first[:, :, :, None] + step).clamp(-1, side).long() + 1
-    columns, rows = lines.unbind(2)
-    index = (rows[:, :, :, None] * (side + 2) + columns[:, :, None]).flatten(2)[:, :, None]
-    flat = F.pad(images, (1, 1, 1, 1)).flatten(3)
-    corners = flat.gather(3, index.expand(-1, -1, channels, -1))
-    upper, upper_right, lower, lower_right = corners.chunk(4, dim=3)
+    constants, (count, channels) = _constants(images.device), images.shape[:2]
+    targets = torch.cat([F.adaptive_avg_pool2d(images, x).flatten(2) for x in _SIDES], dim=2)
+    targets = _centered(targets, constants)
+    power = torch.addmm(constants.floor, targets.square().mean(dim=1), constants.mean)
+    targets = targets * power.rsqrt().mm(constants.spread)[:, None]
+    # pixels that are outside read the zero at the end
+    others = F.pad(targets.roll(count // 2, dims=0), (0, 1))
+    grid = constants.grid.expand(2 * count, -1, -1)
+    places = torch.baddbmm(constants.center, maps.flatten(0, 1), grid)
+    first = places.floor()
+    x, y = (places - first).view(count, 2, 2, 1, -1).unbind(2)
+    # NaN becomes a large number, which is clamped
+    columns, rows = first.long().clamp(constants.least, constants.most).unbind(1)
+    begin = torch.addcmul(columns, rows, constants.width).view(count, 2, 1, -1)
+    index = constants.pixel.take(begin + constants.corners).flatten(2)
+    index = index[:, :, None].expand(-1, -1, channels, -1)
+    corners = others[:, None].expand(-1, 2, -1, -1).gather(3, index)
+    left, right = corners.unflatten(3, (2, 2, -1)).unbind(4)
     # derivatives of a moved pixel by its place
-    upper_by_x, lower_by_x = upper_right - upper, lower_right - lower
-    upper, lower = upper + upper_by_x * x, lower + lower_by_x * x
-    by_x, by_y = torch.lerp(upper_by_x, lower_by_x, y), lower - upper
-    moved = upper + by_y * y
-    moved = moved - moved.mean(dim=3, keepdim=True)
-    scale = (moved.square().mean(dim=(2, 3), keepdim=True) + _FLOOR).rsqrt()
-    targets = targets.flatten(2)
-    likeness = scale * (moved * targets).mean(dim=(2, 3), keepdim=True)
+    by_x = right - left
+    upper, lower = torch.addcmul(left, by_x, x[:, :, :, None]).unbind(3)
+    by_x, by_y = torch.lerp(*by_x.unbind(3), y), lower - upper
+    moved = _centered(torch.addcmul(upper, by_y, y).flatten(0, 1), constants)
+    moved, targets = moved.view(count, 2, channels, -1), targets[:, None]
+    products = (moved[:, :, None] * torch.stack([moved, targets.expand_as(moved)], dim=2)).mean(3)
+    power, product = products.flatten(0, 2).mm(constants.mean).view(count, 2, 2, -1).unbind(2)
+    scale = (power + _FLOOR).rsqrt()
+    alike = scale * product
     # both have zero mean, so the mean's own derivative vanishes
-    by_pixel = (targets - likeness * scale * moved) * (scale / targets[0].numel())
-    by_place = torch.stack([(by_pixel * by_x).sum(dim=2), (by_pixel * by_y).sum(dim=2)], dim=2)
-    return likeness[:, :, 0, 0], (by_place * (side / 2)) @ grid.mT
+    factors = torch.stack([scale, alike * scale * scale], dim=2).flatten(0, 2)
+    by_target, by_moved = factors.mm(constants.share).view(count, 2, 2, 1, -1).unbind(2)
+    by_pixel = torch.addcmul(by_target * targets, by_moved, moved, value=-1)
+    by_place = (by_pixel[:, :, None] * torch.stack([by_x, by_y], dim=2)).mean(dim=3)
+    return alike.mean(dim=2), by_place.flatten(0, 2).mm(constants.grid.mT).view(count, 2, 2, 3)
+
+
+def _centered(pixels: Tensor, constants: _Constants) -> Tensor:
+    """Take from ``(B, C, P)`` the mean over the pixels of each side."""
+    lines = pixels.flatten(0, 1)
+    means = lines.mm(constants.mean)
+    return torch.addmm(lines, means, constants.spread, alpha=-1).view(pixels.shape)
+
+
+class _Constants(NamedTuple):
+    """Numbers that are the same in every step.
+
+    Attributes:
+        factors: what makes numbers of a pose, ``(6, 42)``; see :func:`_numbers_of_a_pose`.
+        offsets: what is added to them, ``(42,)``.
+        views: the numbers of the two views that are tried, ``(2,)``.
+        grid: places x, y, 1 in the picture, times half the side, ``(3, P)``.
+        center: of the picture, in pixels, ``(P,)``.
+        least: line of pixels where a place outside is read, ``()``.
+        most: and at the other end, ``(P,)``.
+        width: of an image with its margin, ``(P,)``.
+        corners: added to a place to find its four neighbours in ``pixel``, ``(2, 4, P)``.
+        pixel: which pixel stands at a place of an image with its margin.
+        floor: added to the power of an image, ``()``.
+        mean: averages over each side's pixels, ``(P, sides)``.
+        spread: gives each side's number to its pixels, ``(sides, P)``.
+        share: likewise, times a pixel's share in the likeness, ``(sides, P)``.
+    """
+
+    factors: Tensor
+    offsets: Tensor
+    views: Tensor
+    grid: Tensor
+    center: Tensor
+    least: Tensor
+    most: Tensor
+    width: Tensor
+    corners: Tensor
+    pixel: Tensor
+    floor: Tensor
+    mean: Tensor
+    spread: Tensor
+    share: Tensor
+
+
+@cache
+@torch.inference_mode(False)
+def _constants(device: torch.device) -> _Constants:
+    outside = sum(side**2 for side in _SIDES)
+    grids, mirrored, corners, begin = [], [], [], 0
+    for side in _SIDES:
+        y, x = torch.meshgrid(*[(2 * torch.arange(side) + 1) / side - 1] * 2, indexing="ij")
+        pixels = torch.arange(side**2).view(side, side) + sum(len(grid[0]) for grid in grids)
+        grids.append(torch.stack([x.flatten(), y.flatten(), torch.ones(side**2)]) * side / 2)
+        padded = [F.pad(p, [_MARGIN] * 4, value=outside) for p in (pixels, pixels.flip(1))]
+        mirrored.append(torch.stack([p.flatten() for p in padded]))
+        width = side + 2 * _MARGIN
+        first = begin + _MARGIN * (width + 1)
+        corner = torch.tensor([first, first + 1, first + width, first + width + 1])
+        corners.append(corner[:, None].expand(-1, side**2))
+        begin += width**2
+    sides = torch.cat([torch.full((side**2,), side) for side in _SIDES])
+    spread = torch.stack([(sides == side).float() for side in _SIDES])
+    mean = spread / spread.sum(dim=1, keepdim=True)
+    factors, offsets = _numbers_of_a_pose()
+    found = _Constants(
+        factors=factors,
+        offsets=offsets,
+        views=torch.arange(2),
+        grid=torch.cat(grids, dim=1),
+        center=(sides - 1) / 2,
+        least=torch.tensor(-_MARGIN),
+        most=sides,
+        width=sides + 2 * _MARGIN,
+        corners=torch.cat(corners, dim=1) + begin * torch.arange(2)[:, None, None],
+        pixel=torch.cat(mirrored, dim=1).flatten(),
+        floor=torch.tensor(_FLOOR),
+        mean=mean.T.contiguous(),
+        spread=spread,
+        share=mean / len(_SIDES),
+    )
+    return _Constants(*(x.to(device) for x in found))
+
+
+def _numbers_of_a_pose() -> tuple[Tensor, Tensor]:
+    """Give the factors ``(6, 42)`` and offsets ``(42,)`` that make of a pose what its map needs.
+
+    A pose is scale, angle, stretch, shear, x and y. Its matrix is a rotation times an upper
+    triangle ``[[e^(scale + stretch), e^scale * shear], [0, e^(scale - stretch)]]``. Three matrices
+    are made: of the pose, of the mirrored pose, and the transposed inverse of the first.
+    """
+    scale, angle, stretch, shear, x, y = torch.eye(6)
+    none, one = torch.zeros(6), (torch.zeros(6), 1.0)
+    # e to this is 0
+    zero = (none, -1e3)
+    triangle = [scale + stretch, scale, zero, scale - stretch]
+    inverse = [-scale - stretch, zero, -scale, stretch - scale]
+    logarithms = [*triangle, *triangle, *inverse]
+    shears = [one, shear, one, one, one, -shear, one, one, one, one, -shear, one]
+    # cos, -sin, sin and cos, as sines
+    quarters = [1, 2, 0, 1]
+    angles = [(a, q * math.pi / 2) for a in (angle, -angle, angle) for q in quarters]
+    shift, back = [x, y, -x, y], [-x, -y]
+    numbers = [*logarithms, *shears, *angles, *shift, *back]
+    pairs = [number if isinstance(number, tuple) else (number, 0.0) for number in numbers]
+    return torch.stack([factors for factors, _ in pairs], dim=1), torch.tensor([o for _, o in pairs])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,25 +48,24 @@ class Statistics(PredictionTarget):
 
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, N)``: means, correlations, energies."""
-        images = torch.einsum("cd,bchw->bdhw", self.axes, images)
-        numbers = [images.mean(dim=(2, 3)), _correlations(images), _log_energies(images)]
+        colors = self.axes.mT.expand(len(images), -1, -1).bmm(images.flatten(2))
+        squares = torch.baddbmm(colors.new_zeros(()), colors, colors.mT, alpha=1 / colors.shape[2])
+        whole = squares.diagonal(dim1=1, dim2=2)
+        by_norm = (whole + _FLOOR).rsqrt()
+        one, other = _pairs(images.shape[1], images.device)
+        correlations = (squares * by_norm[:, None] * by_norm[:, :, None])[:, one, other]
+        images, energies = colors.view_as(images), [whole]
         for _ in range(_OCTAVES):
             coarse = F.adaptive_avg_pool2d(images, max(1, images.shape[-1] // 2))
             fine = images - F.interpolate(coarse, images.shape[-2:], mode="nearest")
-            numbers.append(_log_energies(fine))
+            energies.append(fine.square().mean(dim=(2, 3)))
             images = coarse
-        numbers.append(_log_energies(images - images.mean(dim=(2, 3), keepdim=True)))
-        return torch.cat(numbers, dim=1)
+        energies.append(images.var(dim=(2, 3), correction=0))
+        logarithms = (torch.cat(energies, dim=1) + _FLOOR).log()
+        return torch.cat([colors.mean(dim=2), correlations, logarithms], dim=1)
 
 
-def _log_energies(images: Tensor) -> Tensor:
-    return (images.square().mean(dim=(2, 3)) + _FLOOR).log()
-
-
-def _correlations(images: Tensor) -> Tensor:
-    """Return the cosine similarity of each pair of channels, ``(B, C * (C - 1) / 2)``."""
-    flat = images.flatten(2)
-    flat = flat * (flat.square().sum(dim=2, keepdim=True) + _FLOOR * flat.shape[2]).rsqrt()
-    channels = images.shape[1]
-    one, other = torch.triu_indices(channels, channels, offset=1, device=images.device)
-    return (flat @ flat.mT)[:, one, other]
+@cache
+@torch.inference_mode(False)
+def _pairs(channels: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(channels, channels, offset=1, device=device)

@@ -1,0 +1,87 @@
+"""Gradients that the forward pass computes, so that the backward pass only hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def trained_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters of a module that are trained, each once.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> layer.bias.requires_grad_(False)  # doctest: +ELLIPSIS
+        Parameter containing: ...
+        >>> [tuple(p.shape) for p in trained_tensors(layer)]
+        [(2, 4)]
+    """
+    # FSDP's first version keeps parameters as plain attributes while a module runs
+    found = (x for m in module.modules() for x in (*m._parameters.values(), *vars(m).values()))
+    return list(dict.fromkeys(x for x in found if isinstance(x, Tensor) and x.requires_grad))
+
+
+def with_gradients(
+    loss: Tensor, weight: float, inputs: Mapping[Tensor, Tensor], paces: Mapping[Tensor, float]
+) -> Tensor:
+    """Return ``weight * loss``, whose gradients are computed here and now.
+
+    On a GPU the CPU has time for that: the GPU still works on the encoder. The backward pass of the
+    whole model then begins next to nothing of the task. Activations are freed here. A loss scale
+    multiplies gradients in float32.
+
+    Args:
+        loss: a scalar.
+        weight: factor of the loss.
+        inputs: the tensors that get gradients, and what stood for each of them in the computation
+            of the loss.
+        paces: factors of some of their gradients.
+
+    Returns:
+        A scalar without the loss's graph. It can be differentiated once.
+
+    Raises:
+        RuntimeError: in a backward pass with ``create_graph=True``.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> inner = x.detach().requires_grad_()
+        >>> with_gradients(inner**2, 10.0, {x: inner}, {x: 0.5}).backward()
+        >>> x.grad
+        tensor(30.)
+    """
+    if not loss.requires_grad:
+        return weight * loss
+    gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+    found = {x: g for x, g in zip(inputs, gradients, strict=True) if g is not None}
+    if slowed := [x for x in paces if x in found]:
+        slow = torch._foreach_mul([found[x] for x in slowed], [paces[x] for x in slowed])
+        found.update(zip(slowed, slow, strict=True))
+    handed: Tensor = _HandOut.apply(weight * loss.detach(), weight, list(found.values()), *found)
+    return handed
+
+
+class _HandOut(torch.autograd.Function):
+    """Gives a loss the gradients that are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, weight: float, gradients: Sequence[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.weight, ctx.dtypes = weight, [x.dtype for x in inputs]
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "recon_aux: expected a backward pass that is differentiated no more, got "
+                "create_graph=True. Pass create_graph=False, or differentiate the method's loss "
+                "alone, before recon_aux's is added."
+            )
+        scaled = torch._foreach_mul(ctx.saved_tensors, by_loss * ctx.weight)
+        return None, None, None, *(g.to(t) for g, t in zip(scaled, ctx.dtypes, strict=True))
