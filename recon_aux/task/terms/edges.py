@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recon_aux.task.terms.prediction import PredictionTarget
 
-# cells along each side of the image, and directions in each cell
+# cells along each side of the image, and directions in each cell, a power of 2
 _CELLS, _DIRECTIONS = 8, 8
 # side to which larger images are reduced, in pixels
 _SIDE = 32
@@ -47,12 +47,13 @@ class Edges(PredictionTarget):
         # at each pixel the channel counts that is steepest there
         squares = torch.addcmul(x.square(), y, y)
         steepest = squares.amax(dim=1, keepdim=True)
-        counts = squares == steepest
-        turn = torch.atan2((y * counts).sum(dim=1), (x * counts).sum(dim=1))
+        other = squares != steepest
+        x, y = (steps.masked_fill(other, 0).sum(dim=1) for steps in (x, y))
+        turn = torch.atan2(y, x)
         turn = turn * (_DIRECTIONS / (2 * math.pi))
         # the two nearest directions share the steepness
         before = turn.floor()
-        near = torch.stack([before, before + 1], dim=1).long() % _DIRECTIONS
+        near = torch.stack([before, before + 1], dim=1).long() & (_DIRECTIONS - 1)
         steepness = steepest.sqrt()
         after = (turn - before)[:, None] * steepness
         steep = images.new_zeros(len(images), _DIRECTIONS, *images.shape[2:])
