@@ -283,6 +283,32 @@ def test_a_cut_resnets_feature_is_taken_as_it_is() -> None:
     assert torch.equal(twin(views, maps).loss, aux(views, features).loss)
 
 
+def test_a_map_of_one_position_may_be_kept_as_one_and_a_line_is_no_pooled_feature() -> None:
+    views, (first, second) = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 8)
+    aux = ReconAux(8, spatial=True)
+    maps, tokens = (
+        [y[..., None, None] for y in (first, second)],
+        [y[:, None] for y in (first, second)],
+    )
+    twin = copy.deepcopy(aux)
+    assert torch.equal(aux(views, maps).loss, twin(views, tokens).loss)
+    with pytest.raises(ValueError, match=r"pooled, \(B, D\), got \(4, 4, 1, 3\)"):
+        ReconAux(8)(views, torch.rand(2, 4, 8, 1, 3))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 3, 2), (4, 6, 8)])
+def test_of_features_with_positions_the_terms_see_the_average(shape: tuple[int, ...]) -> None:
+    views = smooth_pictures(8).view(2, 4, 3, 32, 32)
+    features = torch.randn(2, *shape)
+    average = features.mean(dim=2 if len(shape) == 3 else (3, 4))
+    aux, pooled = ReconAux(8, spatial=True, seed=0), ReconAux(8, seed=0)
+    for term in ("registration", "statistics", "edges"):
+        getattr(pooled, term).load_state_dict(getattr(aux, term).state_dict())
+    found, expected = aux(views, features), pooled(views, average)
+    for term in ("registration_loss", "statistics_loss", "edges_loss"):
+        torch.testing.assert_close(getattr(found, term), getattr(expected, term))
+
+
 @pytest.mark.parametrize("gone", ["registration", "statistics", "edges"])
 def test_a_term_without_weight_is_not_there(gone: str) -> None:
     options: dict[str, Any] = {gone: 0}
