@@ -569,8 +569,12 @@ def test_a_batch_whose_views_take_turns_is_taken_apart_where_options_say_so(labe
 def test_images_that_are_equal_are_in_the_batchs_order(images: Tensor) -> None:
     views = [images.expand(4, 3, 32, 32) + 0.1 * torch.rand(4, 1, 1, 1) for _ in range(2)]
     views[0][:] = images
-    built(Method).training_step((views, torch.arange(4)), 0)
-    built(Method).training_step(([views[0], views[1].flip(0)], torch.arange(4)), 0)
+    for second in (views[1], views[1].flip(0)):
+        model = built(Method)
+        seen = rebuilt_from(model)
+        model.training_step(([views[0], second], torch.arange(4)), 0)
+        assert torch.equal(seen[0][0][0], views[0])
+        assert torch.equal(seen[0][0][1], second)
 
 
 def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> None:

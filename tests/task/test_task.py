@@ -98,6 +98,14 @@ def test_the_loss_does_not_depend_on_the_views_units(scale: float) -> None:
     assert scaled.reconstruction.mean().item() == pytest.approx(scale / 2 + 3, rel=0.2)
 
 
+def test_a_channel_that_is_blank_keeps_no_units_from_the_others() -> None:
+    views = smooth_pictures(8).view(2, 4, 3, 32, 32)
+    views[:, :, 1] = 0.5
+    aux = ReconAux(8)
+    aux(views, torch.rand(2, 4, 8))
+    assert inside.units_are_set(aux) == [True] * 3
+
+
 def test_blank_views_are_no_division_by_zero_and_do_not_set_the_scale() -> None:
     aux = ReconAux(8)
     output = aux(torch.ones(2, 4, 3, 32, 32), torch.rand(2, 4, 8))
