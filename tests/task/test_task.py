@@ -24,7 +24,11 @@ def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
     assert min(losses) > 0
     assert output.unweighted_loss.item() == pytest.approx(expected.item())
     assert output.loss.item() == pytest.approx(7 * output.unweighted_loss.item())
-    assert torch.equal(output.target, views[output.rebuilt[0]])
+    assert not output.unweighted_loss.requires_grad
+    assert torch.equal(output.target, views[0])
+    assert torch.equal(aux(views, features).target, views[1])
+    both = ReconAux(8, reconstruct="both")(views, features)
+    assert torch.equal(both.target, views.flatten(0, 1))
 
 
 @pytest.mark.parametrize("term", ["statistics", "edges"])
@@ -333,13 +337,22 @@ def test_the_weight_of_a_term_may_change() -> None:
         ReconAux(8, registration=2.0).load_state_dict(saved)
 
 
-def test_a_momentum_encoders_feature_is_read_without_gradient() -> None:
-    aux = ReconAux(8)
+@pytest.mark.parametrize("reconstruct", ["alternate", "random", "both"])
+@pytest.mark.parametrize("trained", [0, 1])
+def test_next_to_a_momentum_encoders_feature_the_other_is_trained(
+    trained: int, reconstruct: Any
+) -> None:
+    aux = ReconAux(8, reconstruct=reconstruct)
     own = torch.rand(4, 8, requires_grad=True)
-    views = torch.rand(2, 4, 3, 8, 8)
-    aux(views, (own, torch.rand(4, 8))).loss.backward()
-    assert own.grad is not None
-    assert own.grad[:, 4:].any()
+    features = [torch.rand(4, 8), torch.rand(4, 8)]
+    features[trained] = own
+    for _ in range(3):
+        output = aux(torch.rand(2, 4, 3, 8, 8), features)
+        assert output.rebuilt == (trained,)
+        output.loss.backward()
+        assert own.grad is not None
+        assert own.grad[:, 4:].any()
+        own.grad = None
 
 
 def test_dead_features_get_no_burst_of_gradient() -> None:
