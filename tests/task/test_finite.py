@@ -208,9 +208,11 @@ def magnified(aux: ReconAux) -> ReconAux:
     return other
 
 
-def test_a_spike_is_no_reason_to_warn_but_two_high_losses_in_a_row_are() -> None:
+@pytest.mark.parametrize("weight", [1e-9, 1.0, 1e9])
+def test_a_spike_is_no_reason_to_warn_but_two_high_losses_in_a_row_are(weight: float) -> None:
     views, features = views_and_features()
-    aux = ReconAux(8)
+    # what is far doesn't depend on the weight
+    aux = ReconAux(8, weight=weight)
     aux(views, features)
     normal, far = copy.deepcopy(aux.state_dict()), magnified(aux).state_dict()
     # loaded in place, which forgets no earlier loss

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import inside
 from helpers.features import smooth_pictures, views_and_features
-from recon_aux import ReconAux
+from recon_aux import ReconAux, ReconstructionLoss
 
 
 def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
@@ -29,6 +29,27 @@ def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
     assert torch.equal(aux(views, features).target, views[1])
     both = ReconAux(8, reconstruct="both")(views, features)
     assert torch.equal(both.target, views.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": 0.0},
+        {"structure": 2.0, "patch_size": 4},
+        {"loss": "l1", "structure": 0.5},
+        {"loss": "smooth_l1", "structure": 0.0, "normalize_patches": True},
+    ],
+)
+def test_a_reconstruction_is_compared_as_the_options_say(options: dict[str, Any]) -> None:
+    views, features = views_and_features()
+    aux = ReconAux(8, **options)
+    output = aux(views, features)
+    white = inside.whitening_of(aux).whiten
+    kind, patch_size = options.get("loss", "mse"), options.get("patch_size", 8)
+    rest = {x: options[x] for x in ("structure", "normalize_patches") if x in options}
+    compare = ReconstructionLoss(kind, patch_size=patch_size, **rest)
+    expected = compare(white(output.reconstruction), white(output.target))
+    torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("term", ["statistics", "edges"])
@@ -165,6 +186,18 @@ def test_the_choice_of_view_goes_on_from_a_checkpoint(reconstruct: Any) -> None:
     resumed = ReconAux(8, reconstruct=reconstruct, seed=4)
     resumed.load_state_dict(copy.deepcopy(aux.state_dict()))
     assert rebuilt_in(resumed, 12) == rebuilt_in(aux, 12)
+
+
+def test_loading_starts_a_step_anew() -> None:
+    aux = ReconAux(8)
+    optimizer = torch.optim.SGD(aux.parameters(), lr=0.1)
+    saved = copy.deepcopy(aux.state_dict())
+    # all of the first step
+    assert rebuilt_in(aux, 3) == [(0,)] * 3
+    aux.load_state_dict(saved)
+    assert rebuilt_in(aux, 3) == [(0,)] * 3
+    optimizer.step()
+    assert rebuilt_in(aux, 3) == [(1,)] * 3
 
 
 def test_a_frozen_decoder_is_not_given_a_weight() -> None:
