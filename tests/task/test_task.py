@@ -209,6 +209,14 @@ def test_a_frozen_decoder_is_not_given_a_weight() -> None:
         aux(views, features)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, 1j])
+def test_a_weight_is_set_to_a_finite_number(weight: Any) -> None:
+    aux = ReconAux(8)
+    with pytest.raises(TypeError, match="weight as a finite number, got .*; pass a float"):
+        aux.weight = weight
+    assert aux.weight == 1
+
+
 def test_an_evaluation_takes_no_turn() -> None:
     views, features = views_and_features()
     aux = ReconAux(8)
@@ -415,6 +423,7 @@ def test_nothing_is_read_from_the_device() -> None:
         ([(4, 3, 32, 32), (3, 3, 32, 32)], [(4, 8), (3, 8)], r"batches of 4 and 3 views"),
         ([(4, 3, 32, 32)] * 2, [(4, 8), (2, 8)], r"4 and 2 features"),
         ([(4, 1, 32, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\).* image_channels="),
+        ([(4, 3, 32, 32), (4, 1, 32, 32)], [(4, 8)] * 2, r"got .* and \(4, 1, 32, 32\)"),
         ([(4, 3, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\), got \(4, 3, 32\)"),
         ([(4, 3, 32, 32)], [(4, 8)], r"two views and their two features, got 1 and 1"),
         ([(4, 3, 32, 32)] * 2, [(4, 9)] * 2, r"features \(B, 8\).* got \(4, 9\); feature_dim="),
@@ -445,12 +454,15 @@ def test_both_rebuilt_need_features_of_one_shape() -> None:
 @pytest.mark.parametrize(
     ("view", "feature"), [(torch.complex64, torch.float32), (torch.uint8, torch.int64)]
 )
+@pytest.mark.parametrize("both", [True, False])
 def test_types_that_are_no_image_or_no_feature_are_named(
-    view: torch.dtype, feature: torch.dtype
+    view: torch.dtype, feature: torch.dtype, both: bool
 ) -> None:
-    views = [torch.ones(4, 3, 8, 8, dtype=view)] * 2
+    views, features = torch.ones(4, 3, 8, 8), torch.ones(4, 8)
+    first = (views.to(view), features.to(feature)) if both else (views, features)
+    given = [list(pair) for pair in zip(first, (views.to(view), features.to(feature)), strict=True)]
     with pytest.raises(TypeError, match=r"floating-point type, got \['torch"):
-        ReconAux(8)(views, [torch.ones(4, 8, dtype=feature)] * 2)
+        ReconAux(8)(*given)
 
 
 def test_one_equivariant_channel_is_refused() -> None:
@@ -463,6 +475,7 @@ def test_one_equivariant_channel_is_refused() -> None:
     [
         ({"weight": -1.0}, r"weight= as a finite number of 0 or more, got -1"),
         ({"weight": float("nan")}, r"weight= as a finite"),
+        ({"edges": float("inf")}, r"edges= as a finite"),
         ({"context": "all"}, r"context= to be one of .*invariant.* got 'all'"),
         ({"reconstruct": "none"}, r"reconstruct= to be one of"),
         ({"equivariant_dim": 8}, r"context= .*'invariant', which has none .*equivariant_dim=8"),
