@@ -446,6 +446,14 @@ def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> 
     assert torch.equal(weight, recon_aux.export_backbone(model)["0.weight"])
 
 
+def test_an_encoder_that_was_wrapped_since_is_exported_under_its_own_names() -> None:
+    model = attach(Siamese(), weight=1.0)
+    expected = recon_aux.export_backbone(model)
+    model.training_step(batch(side=16), 0)
+    model.backbone = nn.DataParallel(model.backbone)
+    assert_same(recon_aux.export_backbone(model), expected)
+
+
 def test_an_encoder_of_which_parts_are_compiled_is_exported_under_its_own_names() -> None:
     encoder: Any = plain_encoder()
     weights = copy.deepcopy(encoder.state_dict())
