@@ -32,14 +32,24 @@ SOLO_LEARN_NEEDS = [
 
 # the tests in tests/engine that answer for a module; for others of the task it's all of tests/task
 MUTATED = {
-    "turns": ["closures"],
-    "pairing": ["pairing"],
-    "views": ["methods", "own_code", "loops"],
-    "optimizers": ["optimizers", "loops"],
+    "adapter": ["adapter", "attach"],
+    "api": ["attach", "loops", "own_code"],
+    "attachment": ["attach", "loops", "methods", "plain", "training"],
     "auto_weight": ["auto_weight"],
+    "autograd": ["methods", "attach"],
     "checkpoint": ["checkpoints"],
+    "compiling": ["training"],
+    "discover": ["methods", "attach", "own_code", "teachers"],
+    "drivers": ["loops", "methods", "memory", "teachers", "own_code"],
     "encoder": ["inputs", "own_code", "attach"],
+    "hooks": ["attach", "own_code", "plain", "methods"],
     "modules": ["momentum", "teachers", "own_code", "attach"],
+    "optimizers": ["optimizers", "loops"],
+    "pairing": ["pairing"],
+    "step": ["inputs", "methods"],
+    "turns": ["closures"],
+    "updates": ["loops", "optimizers"],
+    "views": ["methods", "own_code", "loops", "attach"],
 }
 
 MUTATION = """

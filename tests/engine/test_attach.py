@@ -483,12 +483,15 @@ def test_a_step_that_is_skipped_passes_through() -> None:
 
 def test_what_else_a_step_returns_stays_in_it() -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Any:
-        return {"loss": PlainMethod.training_step(self, batch, 0), "size": len(batch[1])}
+        self.own = {"loss": PlainMethod.training_step(self, batch, 0), "size": len(batch[1])}
+        return self.own
 
     model = attach(plain_method(training_step=step))
     result = model.training_step(batch(), 0)
     assert result.keys() == {"loss", "size"}
     assert result["size"] == 8
+    # the model's own dict keeps the method's own loss
+    assert result["loss"] > model.own["loss"] + 1
     result["loss"].backward()
     assert model.recon_aux.decoder.queries.grad.any()
 
@@ -655,7 +658,8 @@ def test_a_missing_framework_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
 def test_the_blank_image_leaves_no_trace() -> None:
     model = plain_method()
     model.backbone = nn.Sequential(tiny_encoder(channels=13, dropout=0.5), nn.Dropout())
-    model.backbone[0][1].eval()
+    # but for the convolution that is, all are in training: the batch norm, too
+    model.backbone[0][4].eval()
     modes = [module.training for module in model.modules()]
     before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
@@ -800,6 +804,26 @@ def test_a_feature_may_be_made_of_the_output() -> None:
     model.training_step(([*torch.rand(2, 4, 3, 32, 32)], torch.arange(4)), 0).backward()
     assert [feature.shape for feature in seen[0][1]] == [(4, 16)] * 2
     assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+def test_a_feature_is_told_from_what_else_an_encoder_returns_with_gradient() -> None:
+    class Classifying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.classifier = tiny_encoder(), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"classes": self.classifier(x.mean((2, 3))), "pooled": self.net(x)}
+
+    class OfADict(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.projection_head(self.backbone(x)["pooled"].flatten(1))
+            return z
+
+    model = attach(OfADict(Classifying()), features=lambda output: output["pooled"].flatten(1))
+    for step in range(2):
+        model.training_step(batch(), step).backward()
+        assert model.backbone.net[0].weight.grad.any()
 
 
 def test_channels_past_the_heads_are_seen_through_features_too() -> None:

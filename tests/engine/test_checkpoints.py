@@ -264,12 +264,13 @@ def test_checkpoints_may_be_averaged_by_hand() -> None:
         model.training_step(batch(), step)
         states.append(copy.deepcopy(model.state_dict()))
     # of calls 9 and 10, whose digits have another number
-    average = {key: (states[9][key].float() + states[10][key]) / 2 for key in states[9]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attach(Siamese()).load_state_dict(average)
-        with pytest.raises(RuntimeError, match="saved with: context='invariant', not 'both'"):
-            attach(Siamese(), context="both").load_state_dict(average)
+    for share in (0.5, 0.9):
+        average = {key: share * states[9][key] + (1 - share) * states[10][key] for key in states[9]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attach(Siamese()).load_state_dict(average)
+            with pytest.raises(RuntimeError, match="saved with: context='invariant', not 'both'"):
+                attach(Siamese(), context="both").load_state_dict(average)
     # before the first step it isn't known which encoder is trained
     moving = states[0]
     for state in states[1:]:
@@ -443,6 +444,14 @@ def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> 
     again.load_state_dict({k.replace("_orig_mod.", ""): x for k, x in model.state_dict().items()})
     weight = recon_aux.export_backbone(again)["0.weight"]
     assert torch.equal(weight, recon_aux.export_backbone(model)["0.weight"])
+
+
+def test_an_encoder_that_was_wrapped_since_is_exported_under_its_own_names() -> None:
+    model = attach(Siamese(), weight=1.0)
+    expected = recon_aux.export_backbone(model)
+    model.training_step(batch(side=16), 0)
+    model.backbone = nn.DataParallel(model.backbone)
+    assert_same(recon_aux.export_backbone(model), expected)
 
 
 def test_an_encoder_of_which_parts_are_compiled_is_exported_under_its_own_names() -> None:

@@ -122,6 +122,14 @@ class Idle(Custom):
         self.idle = SGD(self.params, lr=0.1)
 
 
+class Exchanged(Idle):
+    """Updates weights in place of one of torch's optimizers, which has taken a step before."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.idle.step()
+
+
 Loss = Callable[[], Tensor]
 
 
@@ -273,7 +281,7 @@ def test_where_the_decoder_has_an_optimizer_of_its_own_that_ones_steps_count() -
     assert rebuilt == in_turn(4, 1, first=1)
 
 
-@pytest.mark.parametrize("make", [WithoutHooks, Idle])
+@pytest.mark.parametrize("make", [WithoutHooks, Idle, Exchanged])
 def test_where_another_than_torchs_updates_the_weights_each_call_takes_a_turn(make: Any) -> None:
     model = attach(InALoop(), weight=1.0)
     trained = Trained("plain", (model, make(model.parameters())))

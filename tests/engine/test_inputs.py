@@ -82,7 +82,9 @@ def test_a_dict_that_is_one_argument_may_be_the_example() -> None:
 
     model = Siamese(OfBatch(lambda x: x), lambda net, x: net({"x": x}), nn.Linear(WIDTH, 8))
     recon_aux.attach(model, **GIVEN, example_input={"x": IMAGES})
-    trains(model, views(), views())
+    seen, batch = rebuilt_from(model), views()
+    trains(model, batch, batch)
+    assert [torch.equal(a, b) for a, b in zip(seen[-1][0], batch, strict=True)] == [True, True]
 
 
 def test_of_several_images_those_are_rebuilt_whose_channels_are_given() -> None:

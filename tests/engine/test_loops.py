@@ -287,6 +287,18 @@ def test_a_copy_of_a_model_in_a_loop_is_attached_to_itself(copied: Any) -> None:
         recon_aux.add_loss(model, loss)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_that_trains_rebuilds_from_its_momentum_encoder_s_view(copied: Any) -> None:
+    twin = copied(attach(MomentumInALoop()))
+    seen = rebuilt_from(twin)
+    for _ in range(2):
+        query = twin(VIEWS[0])
+        with torch.no_grad():
+            key = twin.projection_head(twin.backbone_momentum(VIEWS[1]).flatten(1))
+        recon_aux.add_loss(twin, (query - key).square().mean(), VIEWS).backward()
+        assert torch.equal(torch.stack(seen.pop()[0]), torch.stack(list(VIEWS)))
+
+
 def test_a_copy_of_the_encoder_alone_remembers_nothing() -> None:
     model = attach(in_a_loop())
     encoder = copy.deepcopy(model.backbone)

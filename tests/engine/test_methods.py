@@ -569,8 +569,27 @@ def test_a_batch_whose_views_take_turns_is_taken_apart_where_options_say_so(labe
 def test_images_that_are_equal_are_in_the_batchs_order(images: Tensor) -> None:
     views = [images.expand(4, 3, 32, 32) + 0.1 * torch.rand(4, 1, 1, 1) for _ in range(2)]
     views[0][:] = images
-    built(Method).training_step((views, torch.arange(4)), 0)
-    built(Method).training_step(([views[0], views[1].flip(0)], torch.arange(4)), 0)
+    for second in (views[1], views[1].flip(0)):
+        model = built(Method)
+        seen = rebuilt_from(model)
+        model.training_step(([views[0], second], torch.arange(4)), 0)
+        assert torch.equal(seen[0][0][0], views[0])
+        assert torch.equal(seen[0][0][1], second)
+
+
+def test_a_momentum_encoders_look_at_the_same_view_is_not_the_other() -> None:
+    class Both(Momentum):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            x0, x1 = batch[0]
+            query = self.embed(x0.clone())
+            own, key = self.key(x0), self.key(x1)
+            return self.criterion(query, key) + self.criterion(query, own)
+
+    model = built(Both)
+    seen = rebuilt_from(model)
+    for _ in range(2):
+        model.training_step(model.batch(), 0)
+        assert torch.equal(torch.stack(seen.pop()[0]), torch.stack(model.batch()[0]))
 
 
 def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> None:

@@ -21,6 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import recon_aux
 from helpers.own_code import BYOL, WIDTH, Noise, Trained, encoder, frozen, sees_noise, views
+from helpers.watching import rebuilt_from
 
 HEADS = ["projector", "target_projector"]
 
@@ -184,14 +185,22 @@ def test_a_copy_of_an_attached_model_is_masked_and_no_reason_to_warn(copied: Any
     assert not sees_noise(model, getattr(teacher, "module", teacher)[3], views())
 
 
+def trains_on_its_views(model: Any) -> None:
+    """Without a warning, a step rebuilds the batch's views."""
+    seen, batch = rebuilt_from(model), views()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(batch, 0)
+    ((images, _),) = seen
+    assert torch.equal(torch.stack(images), batch)
+
+
 @pytest.mark.parametrize("width", [WIDTH, WIDTH + 1])
 def test_other_models_that_see_the_views_are_no_reason_to_warn(width: int) -> None:
     model = recon_aux.attach(Taught(), backbone="encoder", heads=["head"])
     other = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(512, width))
     model.teach = lambda x: other(x)[:, :8]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.training_step(views(), 0)
+    trains_on_its_views(model)
 
 
 def test_modules_may_return_anything_while_they_are_watched() -> None:
@@ -206,9 +215,7 @@ def test_modules_may_return_anything_while_they_are_watched() -> None:
     model = recon_aux.attach(Taught(), backbone="encoder", heads=["head"])
     other = Other()
     model.teach = lambda x: other(x).logits[:, None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.training_step(views(), 0)
+    trains_on_its_views(model)
 
 
 def test_no_hook_stays_after_the_first_step_nor_after_the_model() -> None:
@@ -252,7 +259,9 @@ def test_between_a_loops_steps_an_average_may_be_evaluated() -> None:
     recon_aux.attach(net, backbone="encoder", heads=["head"])
     with torch.no_grad():
         average(torch.rand(4, 3, 32, 32))
-    z0, z1 = (net["head"](net["encoder"](x)) for x in views())
+    seen, batch = rebuilt_from(net), views()
+    z0, z1 = (net["head"](net["encoder"](x)) for x in batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         recon_aux.add_loss(net, (z0 - z1).square().mean())
+    assert torch.equal(torch.stack(seen[0][0]), batch)

@@ -108,6 +108,26 @@ def test_reentrant_checkpointing_of_a_head_is_refused() -> None:
         attach(Reentrant()).training_step(BATCH, 0)
 
 
+def test_another_error_of_a_head_s_backward_pass_is_its_own() -> None:
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    class Failed(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            feature = Failing.apply(self.backbone(x).flatten(1))
+            z: Tensor = self.projection_head(feature)
+            return z
+
+    with pytest.raises(RuntimeError, match="^out of memory"):
+        attach(Failed()).training_step(BATCH, 0)
+
+
 def test_a_checkpointed_loop_captures_nothing_in_the_backward_pass() -> None:
     model = attach(InALoop())
     (x0, x1), _ = BATCH

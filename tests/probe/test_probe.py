@@ -86,7 +86,8 @@ def test_pixels_know_colour_changes_and_noise_knows_nothing() -> None:
     noise = torch.Generator().manual_seed(0)
     ignorant = probe(lambda x: torch.randn(len(x), 20, generator=noise), train, test)
     assert knows.alone["brightness"] > 0.9
-    assert knows.combined["brightness"] > 0.5
+    # other changes cover it
+    assert 0.5 < knows.combined["brightness"] < knows.alone["brightness"] - 0.02
     assert abs(ignorant.parts["whole"].mean_combined) < 0.1
     assert ignorant.parts["whole"].linear < 45
 

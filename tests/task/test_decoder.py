@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from helpers.features import SHAPES, few
 from recon_aux import CrossAttentionDecoder, ReconAux
@@ -33,6 +35,55 @@ def test_the_decoder_gives_an_image_of_any_size(
     own = torch.rand(batch, *SHAPES[kind][1:])
     other = own.narrow(2 if kind == "tokens" else 1, 0, 6)
     assert decoder(own, other).shape == (batch, channels, patch * patches, patch * patches)
+
+
+def drawn_by_torchs_layers(
+    decoder: CrossAttentionDecoder, features: list[Tensor], depth: int, heads: int, patch: int
+) -> Tensor:
+    """The image that a decoder's weights draw of pooled features, by torch's own layers."""
+    w = decoder.state_dict()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    dim, tokens = w["queries"].shape[1], []
+    for feature, name, source in zip(
+        features, ("equivariant_tokens", "context_tokens"), w["source"], strict=True
+    ):
+        made = linear(norm(feature, f"{name}.norm"), f"{name}.project")
+        tokens += [part + source for part in made.split(dim, dim=1)]
+    queries = w["queries"].expand(len(features[0]), -1, -1)
+    for block in (f"blocks.{i}" for i in range(depth)):
+        attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        given = {f"in_proj_{x}": torch.cat([w[f"{block}.query.{x}"], w[f"{block}.key_value.{x}"]])
+                 for x in ("weight", "bias")}  # fmt: skip
+        out = {f"out_proj.{x}": w[f"{block}.out.{x}"] for x in ("weight", "bias")}
+        attention.load_state_dict({**given, **out})
+        keys = torch.stack(tokens, dim=1)
+        queries = queries + attention(norm(queries, f"{block}.norm"), keys, keys)[0]
+        hidden = F.gelu(linear(norm(queries, f"{block}.mlp.0"), f"{block}.mlp.1"))
+        queries = queries + linear(hidden, f"{block}.mlp.3")
+    patches = linear(norm(queries, "to_patch.0"), "to_patch.1")
+    side = patch * math.isqrt(patches.shape[1])
+    return F.fold(patches.mT, (side, side), patch, stride=patch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_decoder_draws_what_torchs_own_layers_do(depth: int) -> None:
+    """So a checkpoint goes on drawing what it drew."""
+    torch.manual_seed(0)
+    decoder = CrossAttentionDecoder(
+        12, 6, target_size=6, patch_size=2, image_channels=3, dim=16, depth=depth, heads=4, tokens=3
+    )
+    for parameter in decoder.parameters():
+        parameter.normal_(std=0.5)
+    features = [torch.randn(4, 12), torch.randn(4, 6)]
+    expected = drawn_by_torchs_layers(decoder, features, depth, heads=4, patch=2)
+    torch.testing.assert_close(decoder(*features), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_both_features_reach_every_patch() -> None:

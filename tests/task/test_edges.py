@@ -25,22 +25,26 @@ def test_edges_are_told_by_direction_and_place() -> None:
         along = steep[2 * turn].sum(dim=turn % 2)
         assert (along > 0).sum() == 1
     # half-way between two directions, both have half
-    ramp = (torch.arange(32.0)[:, None] * math.tan(math.pi / 8) + torch.arange(32.0)) / 32
-    steep = Edges().plain(ramp.expand(1, 3, 32, 32)).exp().view(8, 8, 8)[:, 4, 4] - 0.01
-    torch.testing.assert_close(steep[0], steep[1])
-    assert steep[2:].max() < 1e-6
+    for turn in range(8):
+        angle = (turn + 0.5) * math.pi / 4
+        ramp = torch.arange(32.0)[:, None] * math.sin(angle) + torch.arange(32.0) * math.cos(angle)
+        steep = Edges().plain(ramp.expand(1, 3, 32, 32) / 32).exp().view(8, 8, 8)[:, 4, 4] - 0.01
+        both = [turn, (turn + 1) % 8]
+        torch.testing.assert_close(steep[both], torch.full((2,), 1 / 32), atol=1e-4, rtol=0)
+        steep[both] = 0
+        assert steep.max() < 1e-5
 
 
 def test_edges_are_those_of_the_steepest_channel() -> None:
     image = torch.zeros(1, 3, 32, 32)
-    image[:, 2, :, 18:] = 1.0
+    image[:, 2, :, :18] = 1.0
     image[:, 0, 18:] = 0.5
     # they would cancel each other in an average
-    image[:, 1] = -image[:, 2]
-    image[:, 1, :, 18:] *= 0.9
+    image[:, 1] = -0.9 * image[:, 2]
     steep = Edges().plain(image).exp().view(8, 8, 8) - 0.01
-    assert (steep > 1e-6).nonzero()[:, 0].unique().tolist() == [0, 2]
-    assert steep[0, 0, 4] == pytest.approx(0.5)
+    # to the left, and down
+    assert (steep > 1e-6).nonzero()[:, 0].unique().tolist() == [2, 4]
+    assert steep[4, 0, 4] == pytest.approx(0.5)
 
 
 def test_edges_are_in_units_of_their_spread_and_plain_images_set_none() -> None:
@@ -57,6 +61,15 @@ def test_edges_are_in_units_of_their_spread_and_plain_images_set_none() -> None:
     again = Edges()
     assert again(stripes).view(64, 8, 64).std(dim=(0, 2))[[0, 4]] == pytest.approx(1, abs=0.1)
     assert torch.equal(Edges()(stripes), again(stripes))
+
+
+def test_a_direction_has_one_unit_for_all_places() -> None:
+    # steeper on the right
+    images = smooth_pictures(16) * torch.linspace(0.1, 9, 32)
+    plain = Edges().plain(images).view(16, 8, 64)
+    deviation, mean = torch.std_mean(plain, dim=(0, 2), correction=0, keepdim=True)
+    expected = ((plain - mean) / deviation.clamp(min=0.3)).clamp(-4, 4)
+    torch.testing.assert_close(Edges()(images).view(16, 8, 64), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_large_views_are_seen_small() -> None:

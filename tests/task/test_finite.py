@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_is_told_when_a_gpu_has_sent_it(sent: list[Sen
     aux(views, [features[0], features[1] * float("nan")])
     sent[0].arrived = True
     copied = copy.deepcopy(aux)
-    aux(views, features)
+    aux(views, features * float("nan"))
     sent[1].arrived = True
     with pytest.raises(FloatingPointError, match=r"got nan in step 2; .* and nan to nan\. Look"):
         aux(views, features)
@@ -98,6 +98,17 @@ def test_it_is_told_before_weights_are_saved(sent: list[Sent]) -> None:
     aux(views, features)
     aux.state_dict()
     assert all(step.arrived for step in sent[-1:])
+
+
+def test_overflows_that_a_scaler_skips_are_counted_in_a_row() -> None:
+    aux = ReconAux(8, target_size=8, registration=0, statistics=0, edges=0)
+    views, features = torch.rand(2, 2, 3, 8, 8), torch.rand(2, 2, 8).half()
+    for _ in range(2):
+        aux(views, features)
+        for _ in range(200):
+            aux(views, features * float("inf"))
+    with pytest.raises(FloatingPointError, match="got nan in step 403"):
+        aux(views, features * float("inf"))
 
 
 # --- a loss that runs away ---
@@ -171,12 +182,13 @@ def test_no_images_are_a_reason_to_warn(images: str, count: int) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         aux = ReconAux(8, seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             for step in range(10):
                 pictures = IMAGES[images](smooth_pictures(2 * count, seed=10 * seed + step))
                 views = pictures.view(2, count, *pictures.shape[1:])
                 aux(views, 100 * torch.randn(2, count, 8))
+        assert caught == []
 
 
 def test_a_first_batch_that_is_darker_than_the_others_is_warned_of() -> None:
@@ -196,9 +208,11 @@ def magnified(aux: ReconAux) -> ReconAux:
     return other
 
 
-def test_a_spike_is_no_reason_to_warn_but_two_high_losses_in_a_row_are() -> None:
+@pytest.mark.parametrize("weight", [1e-9, 1.0, 1e9])
+def test_a_spike_is_no_reason_to_warn_but_two_high_losses_in_a_row_are(weight: float) -> None:
     views, features = views_and_features()
-    aux = ReconAux(8)
+    # what is far doesn't depend on the weight
+    aux = ReconAux(8, weight=weight)
     aux(views, features)
     normal, far = copy.deepcopy(aux.state_dict()), magnified(aux).state_dict()
     # loaded in place, which forgets no earlier loss

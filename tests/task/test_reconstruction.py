@@ -76,9 +76,13 @@ def test_pixels_are_whitened_over_channels_by_the_first_batch() -> None:
     white = scale.whiten(views).transpose(0, 1).flatten(1)
     assert torch.allclose(torch.cov(white), torch.eye(3), atol=1e-2)
     assert white.mean().abs() < 1e-3
+    torch.testing.assert_close(scale.restore(scale.whiten(views)), views, atol=1e-2, rtol=1e-4)
     before = {name: value.clone() for name, value in scale.state_dict().items()}
-    scale.whiten(views * 3)
-    assert_same(scale.state_dict(), before)
+    loaded = ChannelWhitening(3)
+    loaded.load_state_dict(before)
+    for later in (scale, loaded):
+        later.whiten(views * 3)
+        assert_same(later.state_dict(), before)
     floored = ChannelWhitening(3, floor=0.5)
     quiet = floored.whiten(views).transpose(0, 1).flatten(1)
     assert torch.linalg.eigvalsh(torch.cov(quiet)).min() < 0.2

@@ -100,6 +100,22 @@ def test_a_mirrored_view_is_known() -> None:
     assert registration(none, torch.cat([view, smooth_pictures(1, seed=1)])) > 0.5
 
 
+def test_views_are_compared_at_sixteen_and_at_eight_pixels() -> None:
+    torch.manual_seed(0)
+    # grain of two pixels is gone in the coarser one
+    grain = torch.randn(2, 3, 16, 16).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    views, registration = smooth_pictures(1) + 0.3 * grain, Registration(6)
+    none = feature_of_poses(registration, [0.0] * 6, [0.0] * 6)
+    alike = []
+    for side in (16, 8):
+        small = torch.nn.functional.adaptive_avg_pool2d(views, side).flatten(2)
+        small = (small - small.mean(2, keepdim=True)).flatten(1)
+        alike.append(torch.cosine_similarity(small[0], small[1], dim=0))
+    assert alike[1] > alike[0] + 0.1
+    expected = 2 - (alike[0] + alike[1])
+    torch.testing.assert_close(registration(none, views), expected, atol=0.02, rtol=0)
+
+
 def test_views_with_nothing_in_common_err_by_two_whatever_their_colours() -> None:
     views = torch.randn(128, 3, 32, 32)
     registration = Registration(8)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.features import SHAPES, few
-from recon_aux import FeatureSplitter
+from recon_aux import FeatureSplitter, ReconAux
 
 
 @few
@@ -26,6 +26,17 @@ def test_the_parts_are_the_feature_cut_in_two(
     assert equivariant.shape[dim] == equivariant_dim
     assert torch.equal(torch.cat([invariant, equivariant], dim), feature)
     assert invariant.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_each_part_gives_its_channels_their_gradient(kind: str) -> None:
+    feature, aux = torch.rand(SHAPES[kind], requires_grad=True), ReconAux(12, equivariant_dim=5)
+    parts = aux.invariant(feature), aux.equivariant(feature)
+    (2 * parts[0].sum() + 3 * parts[1].sum()).backward()
+    assert feature.grad is not None
+    expected = torch.tensor([2.0] * 7 + [3.0] * 5)
+    channels = feature.grad.movedim(2 if kind == "tokens" else 1, -1)
+    assert torch.equal(channels, expected.expand_as(channels))
 
 
 def test_half_is_the_default_and_odd_widths_favour_the_invariant_part() -> None:

@@ -103,6 +103,8 @@ def test_octaves_tell_sharp_from_blurred() -> None:
     assert energies.shape == (2, 4)
     assert energies[0].argmax() == 0
     assert energies[1].argmax() == 2
+    # nor does the rest depend on brightness
+    torch.testing.assert_close(statistics.plain(boards + 5)[:, 2:], energies, atol=1e-3, rtol=0)
 
 
 def test_a_linear_feature_tells_all_statistics() -> None:

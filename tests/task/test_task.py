@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import inside
 from helpers.features import smooth_pictures, views_and_features
-from recon_aux import ReconAux
+from recon_aux import ReconAux, ReconstructionLoss
 
 
 def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
@@ -24,7 +24,32 @@ def test_the_weight_is_applied_and_the_target_is_the_view() -> None:
     assert min(losses) > 0
     assert output.unweighted_loss.item() == pytest.approx(expected.item())
     assert output.loss.item() == pytest.approx(7 * output.unweighted_loss.item())
-    assert torch.equal(output.target, views[output.rebuilt[0]])
+    assert not output.unweighted_loss.requires_grad
+    assert torch.equal(output.target, views[0])
+    assert torch.equal(aux(views, features).target, views[1])
+    both = ReconAux(8, reconstruct="both")(views, features)
+    assert torch.equal(both.target, views.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": 0.0},
+        {"structure": 2.0, "patch_size": 4},
+        {"loss": "l1", "structure": 0.5},
+        {"loss": "smooth_l1", "structure": 0.0, "normalize_patches": True},
+    ],
+)
+def test_a_reconstruction_is_compared_as_the_options_say(options: dict[str, Any]) -> None:
+    views, features = views_and_features()
+    aux = ReconAux(8, **options)
+    output = aux(views, features)
+    white = inside.whitening_of(aux).whiten
+    kind, patch_size = options.get("loss", "mse"), options.get("patch_size", 8)
+    rest = {x: options[x] for x in ("structure", "normalize_patches") if x in options}
+    compare = ReconstructionLoss(kind, patch_size=patch_size, **rest)
+    expected = compare(white(output.reconstruction), white(output.target))
+    torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("term", ["statistics", "edges"])
@@ -98,6 +123,14 @@ def test_the_loss_does_not_depend_on_the_views_units(scale: float) -> None:
     assert scaled.reconstruction.mean().item() == pytest.approx(scale / 2 + 3, rel=0.2)
 
 
+def test_a_channel_that_is_blank_keeps_no_units_from_the_others() -> None:
+    views = smooth_pictures(8).view(2, 4, 3, 32, 32)
+    views[:, :, 1] = 0.5
+    aux = ReconAux(8)
+    aux(views, torch.rand(2, 4, 8))
+    assert inside.units_are_set(aux) == [True] * 3
+
+
 def test_blank_views_are_no_division_by_zero_and_do_not_set_the_scale() -> None:
     aux = ReconAux(8)
     output = aux(torch.ones(2, 4, 3, 32, 32), torch.rand(2, 4, 8))
@@ -155,6 +188,18 @@ def test_the_choice_of_view_goes_on_from_a_checkpoint(reconstruct: Any) -> None:
     assert rebuilt_in(resumed, 12) == rebuilt_in(aux, 12)
 
 
+def test_loading_starts_a_step_anew() -> None:
+    aux = ReconAux(8)
+    optimizer = torch.optim.SGD(aux.parameters(), lr=0.1)
+    saved = copy.deepcopy(aux.state_dict())
+    # all of the first step
+    assert rebuilt_in(aux, 3) == [(0,)] * 3
+    aux.load_state_dict(saved)
+    assert rebuilt_in(aux, 3) == [(0,)] * 3
+    optimizer.step()
+    assert rebuilt_in(aux, 3) == [(1,)] * 3
+
+
 def test_a_frozen_decoder_is_not_given_a_weight() -> None:
     views, features = views_and_features()
     aux = ReconAux(8, weight=0)
@@ -162,6 +207,14 @@ def test_a_frozen_decoder_is_not_given_a_weight() -> None:
     aux.weight = 1.0
     with pytest.raises(ValueError, match="expected the weight to stay 0"):
         aux(views, features)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, 1j])
+def test_a_weight_is_set_to_a_finite_number(weight: Any) -> None:
+    aux = ReconAux(8)
+    with pytest.raises(TypeError, match="weight as a finite number, got .*; pass a float"):
+        aux.weight = weight
+    assert aux.weight == 1
 
 
 def test_an_evaluation_takes_no_turn() -> None:
@@ -283,6 +336,32 @@ def test_a_cut_resnets_feature_is_taken_as_it_is() -> None:
     assert torch.equal(twin(views, maps).loss, aux(views, features).loss)
 
 
+def test_a_map_of_one_position_may_be_kept_as_one_and_a_line_is_no_pooled_feature() -> None:
+    views, (first, second) = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 8)
+    aux = ReconAux(8, spatial=True)
+    maps, tokens = (
+        [y[..., None, None] for y in (first, second)],
+        [y[:, None] for y in (first, second)],
+    )
+    twin = copy.deepcopy(aux)
+    assert torch.equal(aux(views, maps).loss, twin(views, tokens).loss)
+    with pytest.raises(ValueError, match=r"pooled, \(B, D\), got \(4, 4, 1, 3\)"):
+        ReconAux(8)(views, torch.rand(2, 4, 8, 1, 3))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 3, 2), (4, 6, 8)])
+def test_of_features_with_positions_the_terms_see_the_average(shape: tuple[int, ...]) -> None:
+    views = smooth_pictures(8).view(2, 4, 3, 32, 32)
+    features = torch.randn(2, *shape)
+    average = features.mean(dim=2 if len(shape) == 3 else (3, 4))
+    aux, pooled = ReconAux(8, spatial=True, seed=0), ReconAux(8, seed=0)
+    for term in ("registration", "statistics", "edges"):
+        getattr(pooled, term).load_state_dict(getattr(aux, term).state_dict())
+    found, expected = aux(views, features), pooled(views, average)
+    for term in ("registration_loss", "statistics_loss", "edges_loss"):
+        torch.testing.assert_close(getattr(found, term), getattr(expected, term))
+
+
 @pytest.mark.parametrize("gone", ["registration", "statistics", "edges"])
 def test_a_term_without_weight_is_not_there(gone: str) -> None:
     options: dict[str, Any] = {gone: 0}
@@ -299,13 +378,22 @@ def test_the_weight_of_a_term_may_change() -> None:
         ReconAux(8, registration=2.0).load_state_dict(saved)
 
 
-def test_a_momentum_encoders_feature_is_read_without_gradient() -> None:
-    aux = ReconAux(8)
+@pytest.mark.parametrize("reconstruct", ["alternate", "random", "both"])
+@pytest.mark.parametrize("trained", [0, 1])
+def test_next_to_a_momentum_encoders_feature_the_other_is_trained(
+    trained: int, reconstruct: Any
+) -> None:
+    aux = ReconAux(8, reconstruct=reconstruct)
     own = torch.rand(4, 8, requires_grad=True)
-    views = torch.rand(2, 4, 3, 8, 8)
-    aux(views, (own, torch.rand(4, 8))).loss.backward()
-    assert own.grad is not None
-    assert own.grad[:, 4:].any()
+    features = [torch.rand(4, 8), torch.rand(4, 8)]
+    features[trained] = own
+    for _ in range(3):
+        output = aux(torch.rand(2, 4, 3, 8, 8), features)
+        assert output.rebuilt == (trained,)
+        output.loss.backward()
+        assert own.grad is not None
+        assert own.grad[:, 4:].any()
+        own.grad = None
 
 
 def test_dead_features_get_no_burst_of_gradient() -> None:
@@ -335,6 +423,7 @@ def test_nothing_is_read_from_the_device() -> None:
         ([(4, 3, 32, 32), (3, 3, 32, 32)], [(4, 8), (3, 8)], r"batches of 4 and 3 views"),
         ([(4, 3, 32, 32)] * 2, [(4, 8), (2, 8)], r"4 and 2 features"),
         ([(4, 1, 32, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\).* image_channels="),
+        ([(4, 3, 32, 32), (4, 1, 32, 32)], [(4, 8)] * 2, r"got .* and \(4, 1, 32, 32\)"),
         ([(4, 3, 32)] * 2, [(4, 8)] * 2, r"views \(B, 3, H, W\), got \(4, 3, 32\)"),
         ([(4, 3, 32, 32)], [(4, 8)], r"two views and their two features, got 1 and 1"),
         ([(4, 3, 32, 32)] * 2, [(4, 9)] * 2, r"features \(B, 8\).* got \(4, 9\); feature_dim="),
@@ -365,12 +454,15 @@ def test_both_rebuilt_need_features_of_one_shape() -> None:
 @pytest.mark.parametrize(
     ("view", "feature"), [(torch.complex64, torch.float32), (torch.uint8, torch.int64)]
 )
+@pytest.mark.parametrize("both", [True, False])
 def test_types_that_are_no_image_or_no_feature_are_named(
-    view: torch.dtype, feature: torch.dtype
+    view: torch.dtype, feature: torch.dtype, both: bool
 ) -> None:
-    views = [torch.ones(4, 3, 8, 8, dtype=view)] * 2
+    views, features = torch.ones(4, 3, 8, 8), torch.ones(4, 8)
+    first = (views.to(view), features.to(feature)) if both else (views, features)
+    given = [list(pair) for pair in zip(first, (views.to(view), features.to(feature)), strict=True)]
     with pytest.raises(TypeError, match=r"floating-point type, got \['torch"):
-        ReconAux(8)(views, [torch.ones(4, 8, dtype=feature)] * 2)
+        ReconAux(8)(*given)
 
 
 def test_one_equivariant_channel_is_refused() -> None:
@@ -383,6 +475,7 @@ def test_one_equivariant_channel_is_refused() -> None:
     [
         ({"weight": -1.0}, r"weight= as a finite number of 0 or more, got -1"),
         ({"weight": float("nan")}, r"weight= as a finite"),
+        ({"edges": float("inf")}, r"edges= as a finite"),
         ({"context": "all"}, r"context= to be one of .*invariant.* got 'all'"),
         ({"reconstruct": "none"}, r"reconstruct= to be one of"),
         ({"equivariant_dim": 8}, r"context= .*'invariant', which has none .*equivariant_dim=8"),
