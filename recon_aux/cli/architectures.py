@@ -25,6 +25,8 @@ EXAMPLES = (
 
 # the padding of a ResNet's 3x3 stem for small images, which its weights don't show
 _STEMS = {"-small": 1, "-solo": 2}
+SMALL_STEMS = tuple(_STEMS)
+"""The ends of names of ResNets for small images."""
 
 _RESNETS = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
 _RESNETS += [f"wide_resnet{depth}_2" for depth in (50, 101)]

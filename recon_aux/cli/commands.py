@@ -11,20 +11,19 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from torch import Tensor
 from typer.core import TyperGroup
 
 import recon_aux
 from recon_aux.cli.demo import NORMALIZE, SimCLR, train
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved, find_encoder, find_saved
-from recon_aux.cli.images import Normalization, digits, load_images
+from recon_aux.cli.images import Normalization, load_images
 from recon_aux.cli.opening import open_checkpoint, tensors_in
+from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Trust
 from recon_aux.cli.picture import Rebuilder, check_picture, save_picture
-from recon_aux.cli.report import as_json, in_megabytes, side_by_side
-from recon_aux.probe import compare, probe
-from recon_aux.probe.results import ProbeResult
+from recon_aux.cli.probing import probe_all, short_names
+from recon_aux.cli.report import in_megabytes, parts_table, saved_table, side_by_side
+from recon_aux.probe import compare
 
 
 class Commands(TyperGroup):
@@ -42,39 +41,11 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Checkpoint = Annotated[Path, typer.Argument(help="A file that torch.save or a trainer wrote.")]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        help="The encoder's architecture, if it isn't found: timm:NAME, torchvision:NAME, or "
-        "package.module:function of your own.",
-        show_default=False,
-    ),
-]
-Prefix = Annotated[
-    str | None,
-    typer.Option(
-        help="What the encoder's names begin with, if the file has several.", show_default=False
-    ),
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-checkpoint",
-        help="Open a file that holds code, and run that code.",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu or cuda; by default cuda where there is one.", show_default=False),
-]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 
 
 @app.callback()
@@ -153,35 +124,18 @@ def probe_command(
     where = _device(device)
     console = _console()
     # all are opened first: a mistake in the last one shall not cost the others' time
-    found = {name: _find(path, arch, prefix, trust) for name, path in _names(checkpoints).items()}
-    results: dict[str, ProbeResult] = {}
-    rebuilders: dict[str, Rebuilder] = {}
-    numbers: dict[str, Any] = {}
-    for name, (encoder, saved) in found.items():
-        module = encoder.build().to(where)
-        loaded = load_images(data, size or encoder.input_size(module), images)
-        console.print(f"[bold]{name}[/bold]: {encoder}. {_said(encoder)}", highlight=False)
-        split = saved.equivariant_dim if saved is not None else 0
-        results[name] = _probe(module, loaded.train, loaded.test, name, split, normalization, where)
-        aux = saved.build() if saved is not None else None
-        if aux is not None:
-            rebuilders[name] = Rebuilder(module, aux, normalization)
-        numbers[name] = {
-            "arch": encoder.arch,
-            "prefix": encoder.prefix,
-            "image_size": loaded.size,
-            "parts": as_json(results[name]),
-        }
-    console.print(
-        f"{loaded.said}. {len(loaded.train[0])} images to train on, {len(loaded.test[0])} to test "
-        f"on, of {loaded.size}x{loaded.size} pixels, normalised as --normalize {normalize}.",
-        highlight=False,
+    found = {
+        name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
+    }
+    probed = probe_all(
+        found, lambda own: load_images(data, size or own, images), normalization, where, console
     )
-    console.print(side_by_side(results))
+    console.print(f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False)
+    console.print(side_by_side(probed.results))
     if json_file is not None:
-        json_file.write_text(json.dumps({"data": loaded.said, "checkpoints": numbers}, indent=2))
+        json_file.write_text(json.dumps(probed.to_dict(), indent=2))
     if picture is not None:
-        save_picture(picture, results, rebuilders, loaded.test[0])
+        save_picture(picture, probed.results, probed.rebuilders, probed.images.test[0])
         console.print(f"The picture is {picture}.", highlight=False)
 
 
@@ -216,10 +170,10 @@ def export(
     state = encoder.build().state_dict()
     torch.save(state, output)
     console = _console()
-    console.print(f"{encoder}. {_said(encoder)}", highlight=False)
+    console.print(f"{encoder}", highlight=False)
     console.print(
-        f"{output} has {len(state)} tensors, {_size(state)}. "
-        f"Load it as: {_how_to_load(encoder, output)}",
+        f"{output} has {len(state)} tensors, {in_megabytes(state)}. "
+        f"Load it as: {encoder.how_to_load(output)}",
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -270,7 +224,7 @@ def show(
     console = _console()
     opened = open_checkpoint(checkpoint, trust=trust)
     tensors = tensors_in(opened)
-    console.print(_parts(tensors))
+    console.print(parts_table(tensors))
     if isinstance(opened, Mapping):
         plain = {key: x for key, x in opened.items() if isinstance(x, (int, float, str))}
         for key, value in plain.items():
@@ -289,13 +243,17 @@ def show(
     elif not saved.values:
         console.print("recon_aux: attached; its options can't be read, as in an average of weights")
     else:
-        _show_saved(console, saved)
+        console.print(f"recon_aux: attached to {saved.values.get('encoder') or 'an encoder'}")
+        console.print(saved_table(saved))
 
 
 @app.command()
 def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 30,
     seed: Annotated[int, typer.Option(help="Of weights, batches and views.")] = 0,
+    images: Annotated[
+        int, typer.Option(min=128, max=1400, help="Train on so many, and test on 397 at most.")
+    ] = 1400,
     picture: Annotated[Path, typer.Option(help="Where to draw the result.")] = Path(
         "recon_aux_demo.png"
     ),
@@ -309,11 +267,12 @@ def demo(
 
       recon-aux demo
 
-      recon-aux demo --epochs 3 --picture quick.png
+      recon-aux demo --epochs 5 --images 500 --picture quick.png
     """
     _check_output(picture)
     check_picture(picture)
     where = _device(device)
+    data = load_images("digits", 16, images)
     models = {}
     with Progress() as bar:
         for name in ("bare", "attached"):
@@ -323,14 +282,15 @@ def demo(
                 model = recon_aux.attach(
                     model, backbone="backbone", heads=["projection_head"], weight=1.0
                 )
-            models[name] = train(model, epochs, bar, name)
-    data, held_out = digits(16)
-    results = compare(models, data, held_out, normalize=NORMALIZE, device=where, progress=True)
+            models[name] = train(model, data.train[0], epochs, bar, name)
+    results = compare(
+        models, data.train, data.test, normalize=NORMALIZE, device=where, progress=True
+    )
     console = _console()
     console.print(side_by_side(results))
     attached: Any = models["attached"]
     rebuilder = Rebuilder(attached.backbone, attached.recon_aux, NORMALIZE)
-    save_picture(picture, results, {"attached": rebuilder}, held_out[0])
+    save_picture(picture, results, {"attached": rebuilder}, data.test[0])
     console.print(
         f"Whole, invariant and equivariant are parts of the feature. Use the whole. The picture is "
         f"{picture}.",
@@ -349,53 +309,6 @@ def _find(
 ) -> tuple[Encoder, Saved | None]:
     tensors = tensors_in(open_checkpoint(path, trust=trust))
     return find_encoder(tensors, path, arch=arch, prefix=prefix), find_saved(tensors)
-
-
-def _probe(
-    module: torch.nn.Module,
-    train_split: tuple[Tensor, Tensor | None],
-    test_split: tuple[Tensor, Tensor | None],
-    name: str,
-    equivariant_dim: int,
-    normalization: Normalization,
-    where: torch.device,
-) -> ProbeResult:
-    try:
-        return probe(
-            module,
-            train_split,
-            test_split,
-            equivariant_dim=equivariant_dim,
-            normalize=normalization,
-            device=where,
-            progress=True,
-        )
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise UserError(
-            f"expected {name}'s encoder to take these images and give features, got: {reason}. "
-            "Pass --size, or --arch with a function of your own that builds the encoder."
-        ) from error
-
-
-def _names(paths: list[Path]) -> dict[str, Path]:
-    """Name checkpoints by the last parts of their paths, as few as tell them apart."""
-    unique = list(dict.fromkeys(paths))
-    for depth in range(1, max(len(path.parts) for path in unique) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in unique]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(names, unique, strict=True))
-
-
-def _said(encoder: Encoder) -> str:
-    """Say what the weights don't show, and what was left alone."""
-    said = []
-    if encoder.arch.endswith(("-small", "-solo")):
-        said.append("Its 3x3 stem is taken to have stride 1, and no pooling after it.")
-    if encoder.others:
-        said.append(f"Left alone: {', '.join(encoder.others)}.")
-    return " ".join(said)
 
 
 def _check_output(path: Path | None, source: Path | None = None) -> None:
@@ -418,49 +331,3 @@ def _device(name: str | None) -> torch.device:
             f"expected --device as one that this machine has, got {name!r}. Pass cpu."
         ) from error
     return device
-
-
-def _size(tensors: Mapping[str, Tensor]) -> str:
-    return in_megabytes(sum(x.numel() * x.element_size() for x in tensors.values()))
-
-
-def _parts(tensors: Mapping[str, Tensor]) -> Table:
-    """List a checkpoint's modules with their sizes."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        parts = key.split(".")
-        # state_dict.backbone; of a plain state_dict: layer1
-        depth = 2 if parts[0] in ("state_dict", "model", "module") else 1
-        groups.setdefault(".".join(parts[:depth]), {})[key] = value
-    grid = Table("part", "tensors", "numbers", "size")
-    for name, group in groups.items():
-        count = sum(x.numel() for x in group.values())
-        grid.add_row(name, str(len(group)), f"{count:,}", _size(group))
-    return grid
-
-
-def _show_saved(console: Console, saved: Saved) -> None:
-    console.print(f"recon_aux: attached to {saved.values.get('encoder') or 'an encoder'}")
-    grid = Table("option", "value")
-    for name, value in saved.values["options"].items():
-        grid.add_row(name, saved.weight if name == "weight" else str(value))
-    grid.add_section()
-    grid.add_row("seed", str(saved.values["seed"]))
-    grid.add_row("calls so far", str(int(saved.values["calls"])))
-    grid.add_row("decoder", _size(saved.state))
-    console.print(grid)
-
-
-def _how_to_load(encoder: Encoder, output: Path) -> str:
-    library, _, name = encoder.arch.partition(":")
-    load = f'.load_state_dict(torch.load("{output}"))'
-    sizes = "".join(f", {key}={value}" for key, value in encoder.options.items())
-    if library == "timm":
-        return f'timm.create_model("{name}", num_classes=0{sizes}){load}'
-    if library == "torchvision" and "-" not in name:
-        unfilled = load[:-1] + ", strict=False)"
-        return f'torchvision.models.get_model("{name}"{sizes}){unfilled}'
-    if library == "torchvision":
-        base = name.rpartition("-")[0]
-        return f"{base} with a 3x3 stem, {load[1:]}"
-    return f"{library}.{name}(){load}"

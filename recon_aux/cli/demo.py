@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import recon_aux
-from recon_aux.cli.images import Normalization, digits
+from recon_aux.cli.images import Normalization
 from recon_aux.probe import draw_parameters, transform
 
 NORMALIZE = Normalization.parse("0.5,0.25")
@@ -51,9 +51,8 @@ class SimCLR(nn.Module):
         return projected
 
 
-def train(model: SimCLR, epochs: int, bar: Progress, name: str) -> SimCLR:
+def train(model: SimCLR, images: Tensor, epochs: int, bar: Progress, name: str) -> SimCLR:
     """Train a model, bare or attached, on two views of each image."""
-    (images, _), _ = digits(16)
     steps = epochs * (len(images) // _BATCH)
     task = bar.add_task(name, total=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)

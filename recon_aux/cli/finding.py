@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon_aux.cli.architectures import EXAMPLES, build, input_size, likely, on_meta
+from recon_aux.cli.architectures import EXAMPLES, SMALL_STEMS, build, input_size, likely, on_meta
 from recon_aux.cli.errors import UserError
 from recon_aux.engine.auto_weight import AttachedReconAux
 from recon_aux.engine.checkpoint import pair_names
@@ -41,7 +41,12 @@ class Encoder:
 
     def __str__(self) -> str:
         sizes = "".join(f", {name} {value}" for name, value in self.options.items())
-        return f"{self.arch}{sizes}, at {self.prefix or 'the top'}"
+        said = f"{self.arch}{sizes}, its names begin with {self.prefix or 'nothing more'}"
+        if self.arch.endswith(SMALL_STEMS):
+            said += "; its 3x3 stem is taken to have stride 1, and no pooling after it"
+        if self.others:
+            said += f"; left alone: {', '.join(self.others)}"
+        return said
 
     def build(self) -> nn.Module:
         """Build it with its weights, in eval mode."""
@@ -50,6 +55,19 @@ class Encoder:
         lacking = module.load_state_dict(self.state, strict=False).missing_keys
         assert all(_is_counter(name) for name in lacking), lacking
         return module.eval()
+
+    def how_to_load(self, path: Path) -> str:
+        """Give the line of Python that loads what ``export`` wrote."""
+        library, _, name = self.arch.partition(":")
+        load = f'load_state_dict(torch.load("{path}")'
+        sizes = "".join(f", {key}={value}" for key, value in self.options.items())
+        if library == "timm":
+            return f'timm.create_model("{name}", num_classes=0{sizes}).{load})'
+        if self.arch.endswith(SMALL_STEMS):
+            return f"encoder.{load}, strict=False), where encoder is {name}, with its own stem"
+        if library == "torchvision":
+            return f'torchvision.models.get_model("{name}"{sizes}).{load}, strict=False)'
+        return f"{library}.{name}().{load})"
 
     def input_size(self, module: nn.Module) -> int | None:
         """Give the side of its images, if it accepts one size alone."""

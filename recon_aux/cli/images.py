@@ -90,6 +90,10 @@ class Images:
         """Give the side of the images."""
         return self.train[0].shape[-1]
 
+    def __str__(self) -> str:
+        counts = f"{len(self.train[0])} images to train on, {len(self.test[0])} to test on"
+        return f"{self.said}. {counts}, of {self.size}x{self.size} pixels"
+
 
 def load_images(data: str, size: int | None, limit: int) -> Images:
     """Load images that are held in memory.

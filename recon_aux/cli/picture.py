@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from recon_aux import ReconAux
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.images import Normalization
-from recon_aux.probe import TRANSFORMATIONS, ProbeResult, draw_parameters, transform
+from recon_aux.probe import COMBINED, ProbeResult, draw_parameters, transform
 from recon_aux.task.contexts import evaluating
 
 _IMAGES = 8
@@ -91,21 +92,18 @@ def save_picture(
 
 
 def _draw_bars(axis: Axes, results: Mapping[str, ProbeResult]) -> None:
-    names = [*TRANSFORMATIONS, "mean"]
+    names = [*COMBINED, "mean"]
     width = 0.8 / len(results)
     for i, (label, result) in enumerate(results.items()):
         whole = result.parts["whole"]
-        heights = [*whole.alone.values(), sum(whole.alone.values()) / len(whole.alone)]
-        if whole.linear == whole.linear:
-            label = f"{label} (linear accuracy {whole.linear:.1f} %)"
+        heights = [*(whole.combined[name] for name in COMBINED), whole.mean_combined]
+        accuracy = "" if math.isnan(whole.linear) else f" (linear accuracy {whole.linear:.1f} %)"
         places = [x + (i - (len(results) - 1) / 2) * width for x in range(len(names))]
-        axis.bar(places, [max(height, 0) for height in heights], width, label=label)
-    axis.set(ylabel="R², each transformation alone", ylim=(0, 1))
+        axis.bar(places, [max(height, 0) for height in heights], width, label=label + accuracy)
+    axis.set(ylabel="R², all transformations at once", ylim=(0, 1))
     axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(
-        loc="upper left", bbox_to_anchor=(0, 1.0 + 0.09 * (len(results) + 1)), frameon=False
-    )
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
 def _rebuilt_rows(rebuilders: Mapping[str, Rebuilder], images: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Tables for the terminal, with a column for each checkpoint."""
+"""Tables for the terminal: results side by side, and what is in a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
+from recon_aux.cli.finding import Saved
 from recon_aux.probe import COMBINED, TRANSFORMATIONS, PartResult, ProbeResult
 
 
@@ -58,6 +60,38 @@ def as_json(result: ProbeResult) -> dict[str, Any]:
     return parts
 
 
-def in_megabytes(size: int) -> str:
-    """Say how many bytes in megabytes."""
-    return f"{size / 1e6:.1f} MB"
+def parts_table(tensors: Mapping[str, Tensor]) -> Table:
+    """List a checkpoint's modules with their sizes."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parts = key.split(".")
+        # state_dict.backbone; of a plain state_dict: layer1
+        depth = 2 if parts[0] in ("state_dict", "model", "module") else 1
+        groups.setdefault(".".join(parts[:depth]), {})[key] = value
+    grid = Table("part", "tensors", "numbers", "size", box=box.SIMPLE_HEAD)
+    for name, group in groups.items():
+        count = sum(x.numel() for x in group.values())
+        grid.add_row(name, str(len(group)), f"{count:,}", in_megabytes(group))
+    return grid
+
+
+def saved_table(saved: Saved) -> Table:
+    """List what recon_aux saved: its options, and what the weight came to."""
+    grid = Table("option", "value", box=box.SIMPLE_HEAD)
+    for name, value in saved.values["options"].items():
+        grid.add_row(name, saved.weight if name == "weight" else str(value))
+    grid.add_section()
+    grid.add_row("seed", str(saved.values["seed"]))
+    grid.add_row("calls so far", str(int(saved.values["calls"])))
+    grid.add_row("decoder", in_megabytes(saved.state))
+    return grid
+
+
+def in_megabytes(tensors: Mapping[str, Tensor]) -> str:
+    """Say how large tensors are together.
+
+    Example:
+        >>> in_megabytes({"weight": Tensor(500, 500)})
+        '1.0 MB'
+    """
+    return f"{sum(x.numel() * x.element_size() for x in tensors.values()) / 1e6:.1f} MB"
