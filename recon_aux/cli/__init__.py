@@ -16,5 +16,6 @@ def main() -> None:
         missing = error.name or getattr(error.__cause__, "name", None) or str(error)
         if missing.startswith("recon_aux"):
             raise
+        missing = missing.split(".")[0]
         sys.exit(f"recon-aux needs {missing}; install it with: pip install 'recon-aux[cli]'")
     commands.app()

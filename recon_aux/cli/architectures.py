@@ -23,8 +23,9 @@ EXAMPLES = (
 )
 """What the value of ``--arch`` may look like."""
 
-# the padding of a ResNet's 3x3 stem for small images, which its weights don't show
-_STEMS = {"-small": 1, "-solo": 2}
+# ResNets' 3x3 stems for small images: the padding, and what follows the norm, which weights don't
+# show. lightly's ResNet, cut as in its examples, loses the activation there.
+_STEMS = {"-small": (1, nn.ReLU), "-solo": (2, nn.ReLU), "-lightly": (1, nn.Identity)}
 SMALL_STEMS = tuple(_STEMS)
 """The ends of names of ResNets for small images."""
 
@@ -100,7 +101,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> nn.Module:
 def likely(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give names of architectures that a checkpoint may hold, and options to build them with."""
     small_stem = any(x.ndim == 4 and x.shape[1:] == (3, 3, 3) for x in tensors.values())
-    solo = _is_of_solo_learn(tensors)
+    stem = _stem(tensors)
     for hint, names in _LIKELY.items():
         if not any(hint in f".{name}" for name in tensors):
             continue
@@ -109,16 +110,18 @@ def likely(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]
             if library == "timm" and not _has_timm():
                 continue
             if small_stem and name.removeprefix("torchvision:") in _RESNETS:
-                yield f"{name}{'-solo' if solo else '-small'}", {}
+                yield f"{name}{stem}", {}
             is_vit = model.startswith(("vit", "deit"))
             yield name, _sizes(tensors, library) if is_vit else {}
 
 
-def _is_of_solo_learn(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a classifier and a projector stand next to the encoder, as in solo-learn's models."""
+def _stem(tensors: Mapping[str, Tensor]) -> str:
+    """Say whose 3x3 stem it is, by the names of layers and of what is next to the encoder."""
     names = [f".{name}" for name in tensors]
+    if any(".shortcut." in name for name in names) and not any(".layer1." in x for x in names):
+        return "-lightly"
     has_classifier = any(name.endswith(".classifier.weight") for name in names)
-    return has_classifier and any(".projector." in name for name in names)
+    return "-solo" if has_classifier and any(".projector." in x for x in names) else "-small"
 
 
 def input_size(encoder: nn.Module) -> int | None:
@@ -168,8 +171,9 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
         if hasattr(model, last):
             setattr(model, last, nn.Identity())
     if stem:
-        model.conv1 = nn.Conv2d(3, 64, 3, 1, _STEMS[stem], bias=False)
-        model.maxpool = nn.Identity()
+        padding, activation = _STEMS[stem]
+        model.conv1 = nn.Conv2d(3, 64, 3, 1, padding, bias=False)
+        model.relu, model.maxpool = activation(), nn.Identity()
     return model
 
 

@@ -223,7 +223,7 @@ def _choose(
     for other in among[1:]:
         same = (tensors[key] for key in found[other].values())
         if not all(torch.equal(x, y) for x, y in zip(first, same, strict=True)):
-            ask = " or ".join(f"--prefix {prefix}" for prefix in sorted(among))
+            ask = " or ".join(f"--prefix {prefix.rstrip('.')}" for prefix in sorted(among))
             raise UserError(
                 f"expected one encoder in {path}, found {len(among)} of one architecture. "
                 f"Pass {ask}."

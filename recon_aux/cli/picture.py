@@ -87,7 +87,7 @@ def save_picture(
         for column, picture in enumerate(pictures, start=2):
             axis = figure.add_subplot(grid[row, column])
             axis.axis("off")
-            axis.imshow(picture.permute(1, 2, 0))
+            axis.imshow(picture.permute(1, 2, 0).numpy())
     figure.savefig(path, dpi=110)
 
 
