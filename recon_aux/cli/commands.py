@@ -130,7 +130,9 @@ def probe_command(
     probed = probe_all(
         found, lambda own: load_images(data, size or own, images), normalization, where, console
     )
-    console.print(f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False)
+    console.print(
+        f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False
+    )
     console.print(side_by_side(probed.results))
     if json_file is not None:
         json_file.write_text(json.dumps(probed.to_dict(), indent=2))
@@ -170,7 +172,7 @@ def export(
     state = encoder.build().state_dict()
     torch.save(state, output)
     console = _console()
-    console.print(f"{encoder}", highlight=False)
+    console.print(f"{encoder}", highlight=False, markup=False)
     console.print(
         f"{output} has {len(state)} tensors, {in_megabytes(state)}. "
         f"Load it as: {encoder.how_to_load(output)}",

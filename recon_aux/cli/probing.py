@@ -77,7 +77,7 @@ def probe_all(
         images = loaded[size]
         probed = probed or Probed(images)
         probed.images = images
-        console.print(f"[bold]{name}[/bold]: {encoder}", highlight=False)
+        console.print(f"{name}: {encoder}", highlight=False, markup=False)
         split = saved.equivariant_dim if saved is not None else 0
         probed.encoders[name] = encoder
         probed.results[name] = _probe(module, images, name, split, normalization, device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def side_by_side(results: Mapping[str, ProbeResult]) -> Table:
         ['', 'a\\nwhole', 'b\\nwhole']
     """
     columns = [
-        (f"{name}\n{part_name}", part)
+        (escape(f"{name}\n{part_name}"), part)
         for name, result in results.items()
         for part_name, part in result.parts.items()
     ]
@@ -71,7 +72,7 @@ def parts_table(tensors: Mapping[str, Tensor]) -> Table:
     grid = Table("part", "tensors", "numbers", "size", box=box.SIMPLE_HEAD)
     for name, group in groups.items():
         count = sum(x.numel() for x in group.values())
-        grid.add_row(name, str(len(group)), f"{count:,}", in_megabytes(group))
+        grid.add_row(escape(name), str(len(group)), f"{count:,}", in_megabytes(group))
     return grid
 
 

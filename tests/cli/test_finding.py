@@ -141,8 +141,10 @@ def test_several_encoders_are_asked_for_by_prefix_unless_they_are_equal() -> Non
 def test_the_first_layers_of_an_encoder_are_not_it() -> None:
     state = build("torchvision:resnet18").state_dict()
     cut = {key: x for key, x in state.items() if not key.startswith("layer4")}
-    with pytest.raises(UserError, match="Pass --arch"):
-        find_encoder(cut, HERE)
+    heads = {f"head.{i}.weight": torch.rand(4, 4) for i in range(60)}
+    for state in (cut, {**{f"backbone.{key}": x for key, x in cut.items()}, **heads}):
+        with pytest.raises(UserError, match="Pass --arch"):
+            find_encoder(state, HERE)
     # nor those of a deeper one
     with pytest.raises(UserError, match="none of it fits"):
         find_encoder(build("torchvision:resnet34").state_dict(), HERE, arch="torchvision:resnet18")
