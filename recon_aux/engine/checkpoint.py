@@ -121,6 +121,18 @@ def _whole(value: Tensor) -> Tensor:
 
 def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name one model's tensors as another's, which is in it, or from which it was cut."""
+    found = pair_names(state, names)
+    if found is None:
+        raise ValueError(
+            f"expected like= of the encoder's architecture, whose {len(state)} tensors are "
+            f"{_extent(state)}, got {len(names)}, {_extent(names)}. Pass like= a model that has "
+            "the encoder's layers."
+        )
+    return {name: state[found[name]] if name in found else x for name, x in names.items()}
+
+
+def pair_names(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """Find one model's tensors among another's: the keys there, by the names here."""
     first = next(iter(names), "")
     # either all names have one prefix more, or they differ and the order is the same
     prefixes = [key[: -len(first)] for key in state if f".{key}".endswith(f".{first}")]
@@ -137,12 +149,8 @@ def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Te
         lacking = [key for key in names if key not in found]
         lacking += [key for key in state if key not in found.values()]
         if found and fits and not known & {_first(key) for key in lacking}:
-            return {name: state[found[name]] if name in found else x for name, x in names.items()}
-    raise ValueError(
-        f"expected like= of the encoder's architecture, whose {len(state)} tensors are "
-        f"{_extent(state)}, got {len(names)}, {_extent(names)}. Pass like= a model that has the "
-        "encoder's layers."
-    )
+            return found
+    return None
 
 
 def _first(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from recon_aux.task.splitter import FeatureSplitter, channel_dim
 
 # features ``(N, D)`` of each part
 Parts = dict[str, np.ndarray]
-Labelled = tuple[Tensor, Tensor]
+Labelled = tuple[Tensor, Tensor | None]
 
 
 def probe(
@@ -47,7 +48,8 @@ def probe(
     Args:
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
             A module is in eval mode meanwhile.
-        train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)``.
+        train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)``, or
+            None if there are none. Accuracies are then ``nan``.
         test: the same, of the test split.
         equivariant_dim: if the features are split, how many of their last channels are
             equivariant. The parts are then measured, too.
@@ -116,15 +118,15 @@ def probe(
             r2[task] = _ridge_r2(pairs_x, parameters[task])
         combined = r2.pop("combined")
         alone = {name: scores[name] for name, scores in r2.items()}
-        labels = [labels.numpy() for _, labels in (train, test)]
-        parts[part] = PartResult(*_accuracies(x, labels), alone=alone, combined=combined)
+        accuracies = _accuracies(x, [labels for _, labels in (train, test)])
+        parts[part] = PartResult(*accuracies, alone=alone, combined=combined)
     return ProbeResult(parts)
 
 
 def compare(
     models: Mapping[str, Any],
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: Labelled,
+    test: Labelled,
     **options: Any,
 ) -> dict[str, ProbeResult]:
     """Probe the encoders of several models, to be printed side by side by :func:`render`.
@@ -173,11 +175,14 @@ def _ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> d
     return dict(zip(parameters[0], scores.tolist(), strict=True))
 
 
-def _accuracies(x: Sequence[Any], labels: Sequence[Any]) -> tuple[float, float]:
+def _accuracies(x: Sequence[Any], labels: Sequence[Tensor | None]) -> tuple[float, float]:
     """Return the test accuracies of logistic regression and of nearest neighbours, in percent."""
+    y = [known.numpy() for known in labels if known is not None]
+    if len(y) < len(labels):
+        return math.nan, math.nan
     linear = linear_classifier()
     knn = KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
-    scores = [100 * model.fit(x[0], labels[0]).score(x[1], labels[1]) for model in (linear, knn)]
+    scores = [100 * model.fit(x[0], y[0]).score(x[1], y[1]) for model in (linear, knn)]
     return scores[0], scores[1]
 
 

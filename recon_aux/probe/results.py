@@ -18,7 +18,7 @@ class PartResult:
     """What one part of the feature knows.
 
     Attributes:
-        linear: test accuracy of logistic regression on the labels, in percent.
+        linear: test accuracy of logistic regression on the labels, in percent; ``nan`` without.
         knn: test accuracy of a 20-nearest-neighbour vote by cosine similarity, in percent.
         alone: test R² of ridge regression for each parameter, with its transformation alone.
         combined: the same with all transformations of :data:`COMBINED` at once.

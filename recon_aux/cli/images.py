@@ -1,0 +1,234 @@
+"""Read the images that the probe looks at: digits, CIFAR-10, or a folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from rich.progress import track
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from recon_aux.cli.errors import UserError
+
+# an image is a file or a picture; its class is a number, or None if there are no classes
+Sample = tuple[Path | Image.Image, int | None]
+
+_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+_HELD_OUT = ("test", "val", "valid", "validation")
+_FORMS = "a folder of images, of class folders, or of train/ and test/ (or val/) with class folders"
+
+
+@dataclass
+class Normalization:
+    """Map pixels from 0..1 to what an encoder sees: subtract the mean, divide by the deviation.
+
+    Example:
+        >>> half = Normalization.parse("0.5,0.25")
+        >>> half(torch.ones(1, 3, 1, 1)).flatten()
+        tensor([2., 2., 2.])
+    """
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def parse(cls, text: str) -> Normalization:
+        """Read ``imagenet``, ``none``, or two numbers with a comma between them.
+
+        Raises:
+            UserError: if it is something else.
+        """
+        if text == "imagenet":
+            return cls((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        if text == "none":
+            return cls()
+        try:
+            mean, std = map(float, text.split(","))
+        except ValueError:
+            mean, std = math.nan, 0.0
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise UserError(
+                f"expected --normalize as imagenet, none or MEAN,STD, got {text!r}. Pass one of "
+                "these, as --normalize 0.5,0.25."
+            )
+        return cls((mean,) * 3, (std,) * 3)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise ``(B, 3, H, W)``."""
+        mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
+        return (images - mean) / std
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Map back to 0..1."""
+        mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
+        return images * std + mean
+
+
+@dataclass
+class Images:
+    """Images and labels for the probe, and in words where they come from.
+
+    Attributes:
+        train: uint8 ``(N, 3, H, W)``, and labels ``(N,)`` or None.
+        test: the same, of held-out images.
+        said: what was held out.
+    """
+
+    train: tuple[Tensor, Tensor | None]
+    test: tuple[Tensor, Tensor | None]
+    said: str
+
+    @property
+    def size(self) -> int:
+        """Give the side of the images."""
+        return self.train[0].shape[-1]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.train[0])} images to train on, {len(self.test[0])} to test on"
+        return f"{self.said}. {counts}, of {self.size}x{self.size} pixels"
+
+
+def load_images(data: str, size: int | None, limit: int) -> Images:
+    """Load images that are held in memory.
+
+    Args:
+        data: ``digits``, ``cifar10``, or a folder.
+        size: side of the images; by default 32, and for a folder the short side of its first image,
+            but 224 at most.
+        limit: how many images to train on, at most, and twice as many as to test on. They are drawn
+            at random, but always the same.
+
+    Raises:
+        UserError: if there are no such images.
+    """
+    if data == "digits":
+        train, test = digits(size or 32)
+        said = "scikit-learn's digits in colour; 397 of the 1797 are held out"
+        return Images(_first(train, limit), _first(test, limit // 2), said)
+    if data == "cifar10":
+        return _read(*_cifar10(), size or 32, limit, "CIFAR-10; its test split is held out")
+    samples, held_out, said = _folder(Path(data))
+    return _read(samples, held_out, size or _natural_size(samples[0][0]), limit, said)
+
+
+def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Load scikit-learn's digits, 1400 to train on and 397 to test on, in orange on blue.
+
+    Example:
+        >>> (images, labels), (held_out, _) = digits(16)
+        >>> images.shape, held_out.shape
+        (torch.Size([1400, 3, 16, 16]), torch.Size([397, 3, 16, 16]))
+    """
+    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+    ink = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 16, max(size - 8, 1), mode="bilinear")
+    ink = F.pad(ink, (4, 4, 4, 4))
+    images = torch.cat([0.2 + 0.7 * ink, 0.3 + 0.3 * ink, 0.5 - 0.2 * ink], dim=1)
+    images = (images * 255).byte()
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = ((images[some], labels[some]) for some in (rows[:1400], rows[1400:]))
+    return train, test
+
+
+def _first(split: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    return split[0][:count], split[1][:count]
+
+
+def _cifar10() -> tuple[list[Sample], list[Sample]]:
+    try:
+        train, test = (CIFAR10("datasets", train=split, download=True) for split in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"expected to download CIFAR-10 into datasets/ ({error}). Pass --data with a folder of "
+            "images, or digits."
+        ) from error
+    return [(image, label) for image, label in train], [(image, label) for image, label in test]
+
+
+def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
+    if not root.is_dir():
+        raise UserError(
+            f"expected --data as digits, cifar10 or {_FORMS}, got {root}, which is no folder. Pass "
+            "one of these."
+        )
+    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
+    if held_out is not None and (root / "train").is_dir():
+        known = _classes(root / "train")
+        splits = [_samples(root / "train", known), _samples(held_out, known)]
+        said = f"{root}; {held_out.name}/ is held out"
+    else:
+        samples = _samples(root, _classes(root))
+        # every fifth of shuffled images
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+        splits = [
+            [samples[row] for i, row in enumerate(order) if bool(i % 5) is kept]
+            for kept in (True, False)
+        ]
+        said = f"{root}; a fifth of its {len(samples)} images, drawn at random, is held out"
+    if min(map(len, splits)) < 2:
+        raise UserError(
+            f"expected {_FORMS}, got {root} with {len(splits[0])} images to train on and "
+            f"{len(splits[1])} to test on. Pass a folder with more images."
+        )
+    if splits[0][0][1] is None:
+        said += "; there are no class folders, so no accuracies"
+    return splits[0], splits[1], said
+
+
+def _classes(folder: Path) -> list[str]:
+    """Give the names of the class folders, if there are two or more."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _files(path))
+    return names if len(names) > 1 else []
+
+
+def _samples(folder: Path, classes: list[str]) -> list[Sample]:
+    if not classes:
+        return [(path, None) for path in _files(folder)]
+    return [(path, label) for label, name in enumerate(classes) for path in _files(folder / name)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+
+
+def _natural_size(path: Path | Image.Image) -> int:
+    return min(224, *_open(path).size)
+
+
+def _open(image: Path | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return Image.open(image).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(
+            f"expected an image, got {image}, which can't be read. Remove it."
+        ) from error
+
+
+def _read(train: list[Sample], test: list[Sample], size: int, limit: int, said: str) -> Images:
+    splits = []
+    for samples, count in ((train, limit), (test, limit // 2)):
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+        some = [samples[row] for row in order[:count].tolist()]
+        images = [_tensor(image, size) for image, _ in track(some, "reading", transient=True)]
+        labels = [label for _, label in some if label is not None]
+        splits.append((torch.stack(images), torch.tensor(labels) if labels else None))
+    return Images(splits[0], splits[1], said)
+
+
+def _tensor(source: Path | Image.Image, size: int) -> Tensor:
+    """Scale an image to cover the square, and cut out its middle."""
+    image = _open(source)
+    scale = size / min(image.size)
+    width, height = (max(size, math.ceil(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)

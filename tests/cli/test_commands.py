@@ -1,0 +1,368 @@
+"""The command itself: what it prints and writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+import recon_aux
+from helpers.checkpoints import KINDS, lightlys, own_encoder, resnet18
+from helpers.running import run_python
+from recon_aux.cli.commands import app
+from recon_aux.cli.images import Normalization, digits, load_images
+
+COMMANDS = ["probe", "export", "strip", "show", "demo"]
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: Any) -> str:
+    """Run a command that must succeed; give what it prints, in one line."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return " ".join(result.output.split())
+
+
+def fail(*arguments: Any) -> str:
+    """Run a command that a user's mistake ends; give the sentence."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output + repr(result.exception)
+    assert result.stdout == ""
+    assert result.stderr.startswith("recon-aux: ")
+    assert result.stderr.count("\n") == 1
+    return str(result.stderr)
+
+
+def save(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.ckpt"
+    torch.save(KINDS[kind]()[1], path)
+    return path
+
+
+def save_images(folder: Path, count: int, size: tuple[int, int] = (20, 16), seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (count, size[1], size[0], 3), np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("cats", "dogs")):
+        save_images(tmp_path / "photos" / name, 20, seed=seed)
+    return tmp_path / "photos"
+
+
+# --- probe ---
+
+
+@pytest.mark.slow
+def test_six_checkpoints_one_of_each_kind_need_no_option(tmp_path: Path, photos: Path) -> None:
+    paths = [save(kind, tmp_path) for kind in KINDS]
+    picture, numbers = tmp_path / "probe.png", tmp_path / "probe.json"
+    files = ["--picture", picture, "--json", numbers]
+    printed = succeed("probe", *paths, "--data", photos, "--images", 20, "--device", "cpu", *files)
+    assert "a fifth of its 40 images, drawn at random, is held out. 20 images to train" in printed
+    found = json.loads(numbers.read_text())["checkpoints"]
+    assert [entry["arch"] for entry in found.values()] == [make()[2] for make in KINDS.values()]
+    parts = {name: list(entry["parts"]) for name, entry in found.items()}
+    assert parts.pop("lightly.ckpt") == ["whole", "invariant", "equivariant"]
+    assert set(map(tuple, parts.values())) == {("whole",)}
+    for entry in found.values():
+        assert 0 <= entry["parts"]["whole"]["linear"] <= 100
+        assert entry["parts"]["whole"]["combined"].keys() >= {"rotation", "hue"}
+    with Image.open(picture) as drawn:
+        assert min(drawn.size) > 300
+    for name in ("linear accuracy %", "rotation", "translation_x", "mean", *found):
+        assert name in printed
+
+
+def test_a_flat_folder_has_no_accuracies(tmp_path: Path) -> None:
+    save_images(tmp_path / "flat", 30)
+    numbers = tmp_path / "n.json"
+    path = save("plain", tmp_path)
+    printed = succeed("probe", path, "--data", tmp_path / "flat", "--json", numbers)
+    assert "there are no class folders, so no accuracies" in printed
+    part = json.loads(numbers.read_text())["checkpoints"]["plain.ckpt"]["parts"]["whole"]
+    assert part["linear"] is part["knn"] is None
+    assert part["alone"]["rotation"] <= 1
+
+
+def test_an_encoder_of_ones_own_is_named(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"net": own_encoder().state_dict()}, tmp_path / "own.pt")
+    assert "Pass --arch with its architecture" in fail(
+        "probe", tmp_path / "own.pt", "--data", photos
+    )
+    own = ["--arch", "helpers.checkpoints:own_encoder", "--normalize", "0.5,0.25"]
+    assert "begin with net." in succeed("probe", tmp_path / "own.pt", "--data", photos, *own)
+    # a file in the folder where the command runs is found, too
+    (tmp_path / "code_here.py").write_text("from helpers.checkpoints import own_encoder as build\n")
+    here = ["-m", "recon_aux.cli", "show", "own.pt", "--arch", "code_here:build"]
+    result = run_python(*here, folder=tmp_path)
+    assert (result.returncode, "code_here:build" in result.stdout) == (0, True), result.stderr
+
+
+def test_an_encoder_that_cant_take_the_images_is_a_sentence(tmp_path: Path, photos: Path) -> None:
+    torch.save(KINDS["timm"]()[1], tmp_path / "vit.pt")
+    result = run("probe", tmp_path / "vit.pt", "--data", photos, "--size", 48)
+    assert result.exit_code == 1
+    said = result.stderr
+    assert "features of 48x48 images, got: " in said
+    assert said.rstrip().endswith("Pass another --size, or --arch with a function that builds it.")
+
+
+def test_what_is_held_out_is_said_and_never_trained_on(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for seed, name in enumerate(("cats", "dogs")):
+            save_images(tmp_path / "both" / split / name, 6, seed=seed + 2 * (split == "val"))
+    images = load_images(str(tmp_path / "both"), None, 100)
+    assert images.said.endswith("both; val/ is held out")
+    assert (len(images.train[0]), len(images.test[0]), images.size) == (12, 12, 16)
+    save_images(tmp_path / "flat", 20)
+    images = load_images(str(tmp_path / "flat"), 16, 100)
+    rows = [
+        {image.numpy().tobytes() for image in split[0]} for split in (images.train, images.test)
+    ]
+    assert [len(row) for row in rows] == [16, 4]
+    assert not rows[0] & rows[1]
+
+
+def test_digits_are_those_of_the_example() -> None:
+    source = (Path(__file__).parents[2] / "examples" / "lightly_simclr.py").read_text()
+    code = source[source.index("x, y = map(") : source.index("loader = ")]
+    names: dict[str, Any] = {}
+    exec("import torch; from torch import nn; from sklearn.datasets import load_digits", names)
+    exec("from torch.utils.data import TensorDataset, random_split", names)
+    exec(code, names)
+    for mine, theirs in zip(digits(16), (names["train"][:], names["test"][:]), strict=True):
+        assert torch.equal(mine[1], theirs[1])
+        assert (mine[0].int() - theirs[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("text", ["imagenet", "none", "0.5,0.25"])
+def test_what_was_normalised_comes_back(text: str) -> None:
+    images = torch.rand(2, 3, 4, 4)
+    normalize = Normalization.parse(text)
+    assert torch.allclose(normalize.undo(normalize(images)), images, atol=1e-6)
+
+
+# --- export, strip, show ---
+
+
+@pytest.mark.parametrize("kind", ["lightly", "solo-learn", "plain"])
+def test_what_is_exported_loads_strictly_and_sees_the_same(kind: str, tmp_path: Path) -> None:
+    encoder, checkpoint, arch = KINDS[kind]()
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    out = tmp_path / "encoder.pt"
+    like = [] if kind == "solo-learn" else ["--like", "timm:resnet18"]
+    printed = succeed("export", tmp_path / "last.ckpt", "-o", out, *like)
+    assert "load_state_dict(torch.load(" in printed
+    loaded = timm.create_model("resnet18", num_classes=0)
+    if kind == "solo-learn":
+        loaded.conv1, loaded.maxpool = nn.Conv2d(3, 64, 3, 1, 2, bias=False), nn.Identity()
+    loaded.load_state_dict(torch.load(out))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        same = torch.allclose(loaded.eval()(images), encoder(images).flatten(1), atol=1e-5)
+    assert same, arch
+
+
+def test_the_line_that_export_prints_loads_it(tmp_path: Path) -> None:
+    for kind in ("torchvision", "timm"):
+        printed = succeed("export", save(kind, tmp_path), "-o", tmp_path / "encoder.pt")
+        line = re.search(r"Load it as: (.*\))$", printed)
+        assert line is not None, printed
+        # a path may be broken over lines
+        code = line[1].replace(" ", "").replace("load_state_dict", " load_state_dict")
+        result = eval(
+            code.replace(". load", ".load"),
+            {"torch": torch, "torchvision": torchvision, "timm": timm},
+        )
+        assert result.unexpected_keys == []
+        assert set(result.missing_keys) <= {"fc.weight", "fc.bias"}
+
+
+def test_a_bare_model_loads_what_is_stripped(tmp_path: Path) -> None:
+    attached, out = save("lightly", tmp_path), tmp_path / "bare.ckpt"
+    assert "the decoder's are left out" in succeed("strip", attached, "-o", out)
+    before, after = torch.load(attached), torch.load(out)
+    assert after["state_dict"].keys() == {
+        key for key in before["state_dict"] if not key.startswith("recon_aux.")
+    }
+    assert after["pytorch-lightning_version"] == "2.6.0"
+    assert "holds nothing of recon_aux" in fail("strip", out, "-o", tmp_path / "again.ckpt")
+
+
+def test_show_lists_parts_options_and_what_the_weight_came_to(tmp_path: Path) -> None:
+    printed = succeed("show", save("lightly", tmp_path))
+    assert "state_dict.backbone " in printed
+    assert "encoder: torchvision:resnet18, its names begin with state_dict.backbone." in printed
+    assert "left alone: state_dict.backbone_momentum." in printed
+    for row in ("weight auto, not set yet", "equivariant_dim 256", "calls so far 0", "epoch: 1"):
+        assert row in re.sub(r"[│┃|]", "", printed)
+    encoder, _, _ = lightlys()
+    model = nn.ModuleDict({"backbone": encoder, "head": nn.Linear(512, 4)})
+    attached: Any = recon_aux.attach(model, backbone="backbone", heads=["head"])
+    attached.recon_aux.measured_weight = 2.5
+    torch.save(model.state_dict(), tmp_path / "set.pt")
+    assert "weight auto: 2.5" in succeed("show", tmp_path / "set.pt")
+
+
+def test_show_also_shows_what_has_no_known_encoder(tmp_path: Path) -> None:
+    torch.save({"net": own_encoder().state_dict()}, tmp_path / "own.pt")
+    printed = succeed("show", tmp_path / "own.pt")
+    assert "recon_aux: not attached" in printed
+    assert "Pass --arch" in printed
+
+
+# --- demo ---
+
+
+@pytest.mark.slow
+def test_the_demo_trains_compares_and_draws(tmp_path: Path) -> None:
+    few = ["--epochs", "1", "--images", "128", "--device", "cpu"]
+    result = run_python("-m", "recon_aux.cli", "demo", *few, folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for word in ("bare", "attached", "invariant", "equivariant", "rotation", "recon_aux_demo.png"):
+        assert word in result.stdout
+    with Image.open(tmp_path / "recon_aux_demo.png") as drawn:
+        assert min(drawn.size) > 300
+
+
+# --- mistakes ---
+
+
+class Wicked:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("command", ["probe", "export", "strip", "show"])
+def test_code_in_a_checkpoint_is_not_run(command: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    torch.save({"state_dict": resnet18().state_dict(), "x": Wicked(str(made))}, tmp_path / "w.ckpt")
+    options = {"probe": ["--data", "digits"], "show": []}.get(command, ["-o", tmp_path / "o.pt"])
+    said = fail(command, tmp_path / "w.ckpt", *options)
+    assert re.search(r"holds code \(\w+\.mkdir\).*pass --trust-checkpoint\.$", said.rstrip()), said
+    assert not made.exists()
+
+
+def test_code_is_run_if_it_is_trusted(tmp_path: Path) -> None:
+    torch.save({"model": resnet18(), "x": Wicked(str(tmp_path / "made"))}, tmp_path / "w.ckpt")
+    assert "torchvision:resnet18" in succeed("show", tmp_path / "w.ckpt", "--trust-checkpoint")
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is no checkpoint", "cut", "zip"])
+def test_a_broken_file_is_a_sentence(content: bytes | str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.pt"
+    if isinstance(content, str):
+        torch.save(resnet18().state_dict(), path, _use_new_zipfile_serialization=content == "zip")
+        whole = path.read_bytes()
+        content = whole[: len(whole) // 2]
+    path.write_bytes(content)
+    assert "broken.pt, which can't be read" in fail("show", path)
+    # nor does trusting it help
+    assert "can't be read" in fail("show", path, "--trust-checkpoint")
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "missing": ("show none.pt", "none.pt, which doesn't exist. Pass the path"),
+    "folder": ("show empty", "is a folder"),
+    "arch": ("probe good.pt --data digits --arch timm:resnet5O", "Pass --arch timm:resnet"),
+    "no arch": ("probe good.pt --data digits --arch resnet", "as timm:resnet50, "),
+    "another arch": ("probe good.pt --data digits --arch timm:resnet50", "none of it fits"),
+    "data": ("probe good.pt --data digit", "got digit, which is no folder. Pass one of these"),
+    "no images": ("probe good.pt --data empty", "0 images to train on"),
+    "broken images": ("probe good.pt --data words", "which can't be read. Remove it"),
+    "normalize": ("probe good.pt --data digits --normalize 1", "as --normalize 0.5,0.25"),
+    "picture": ("probe good.pt --data digits --picture a.doc", "Pass one that ends in .png"),
+    "json": ("probe good.pt --data digits --json no/a.json", "in no, which doesn't exist"),
+    "device": ("probe good.pt --data digits --device tpu0", "Pass cpu"),
+    "output": ("export good.pt -o empty", "is a folder"),
+    "itself": ("strip good.pt -o good.pt", "another file than"),
+    "like": ("export good.pt -o e.pt --like timm:vgg16", "none of it fits"),
+    "numbers": ("export numbers.pt -o e.pt", "holds no tensors"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(resnet18().state_dict(), "good.pt")
+    torch.save({"epoch": 3}, "numbers.pt")
+    for folder in ("empty", "words"):
+        Path(folder).mkdir()
+    for i in range(6):
+        (Path("words") / f"{i}.png").write_text("no image")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, expected = MISTAKES[name]
+    assert expected in fail(*arguments.split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- the command as a whole ---
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_teaches_by_examples(command: str) -> None:
+    printed = succeed(*filter(None, [command]), "--help")
+    assert f"recon-aux {command or 'probe'}" in printed
+    for name in COMMANDS:
+        assert command or name in printed
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["probe", "a.pt"], ["show"], ["demo", "--epochs", "x"]]
+)
+def test_a_wrong_call_ends_with_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("package", ["typer", "kornia", "timm", "matplotlib"])
+def test_a_package_that_is_missing_is_named(package: str) -> None:
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+sys.argv = ["recon-aux", "--help"]
+import recon_aux.cli
+recon_aux.cli.main()
+"""
+    result = run_python("-c", code)
+    if package == "timm":
+        # it is needed for its own architectures alone
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"recon-aux needs {package}; install it with: pip install 'recon-aux[cli]'\n"
+    )
+
+
+def test_the_script_is_declared() -> None:
+    declared = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.scripts]\nrecon-aux = "recon_aux.cli:main"' in declared
+    assert '  "recon_aux.cli",' in declared
