@@ -1,6 +1,5 @@
-"""Hooks of mkdocs: what pages link to outside docs/, and how docstrings name classes."""
+"""Hooks of mkdocs: what pages link to outside docs/."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,3 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Follow links as in the repository, where the pages lie in docs/ beside examples/."""
     return markdown.replace("](../examples/", "](examples/").replace("](../../docs/", "](../../")
-
-
-def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
-    """Leave out the roles of docstrings, as in :class:`ReconAux`."""
-    return re.sub(r":(class|func|meth|data):(?=<code>)", "", html)
