@@ -7,8 +7,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = ("results/**/*.md", "results/**/*.png", "results/*.json", "benchmarks/**/*.jpg")
-PATTERNS = (*PATTERNS, "*.py", "recipes/*.py")
+PATTERNS = ["results/**/*.md", "results/**/*.png", "results/*.json", "benchmarks/**/*.jpg"]
+PATTERNS += ["*.py", "recipes/*.py"]
 
 
 def on_files(files: Files, config: Any) -> Files:

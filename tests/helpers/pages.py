@@ -59,7 +59,7 @@ def sentences(text: str) -> list[str]:
         else:
             pieces[-1] += f" {line.strip()}"
     ends = r"(?<=[.!?])[\")]*\s+(?=[A-Z(\"0-9]|code)"
-    return [sentence for piece in pieces for sentence in re.split(ends, piece) if sentence.strip()]
+    return [sentence for piece in pieces for sentence in re.split(ends, piece) if words(sentence)]
 
 
 def words(sentence: str) -> int:
