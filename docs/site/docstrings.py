@@ -13,4 +13,4 @@ class Docstrings(griffe.Extension):
         """Change an object's docstring before it is parsed."""
         if obj.docstring is not None:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
-            obj.docstring.value = re.sub(r":(class|func|meth|data):(?=`)", "", text)
+            obj.docstring.value = re.sub(r":(class|func|meth|data):`~?", "`", text)
