@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import recon_aux
 from helpers.pages import PAGES, blocks, commands
-from helpers.running import ROOT
+from helpers.running import ROOT, run_python
 
 ELSEWHERE = ("solo_learn", "stable_pretraining", "lightly_train")
 
@@ -366,12 +366,19 @@ def test_a_command_names_what_there_is(command: str) -> None:
     elif program == "nox":
         asked = [arguments[i + 1] for i, one in enumerate(arguments) if one == "-s"]
         assert set(asked) <= set(SESSIONS)
+    elif program == "recon-aux":
+        result = run_python("-m", "recon_aux.cli", arguments[0], "--help")
+        assert result.returncode == 0, result.stderr
+        options = [one.split("=")[0] for one in arguments if one.startswith("--")]
+        assert all(option in result.stdout for option in options)
     elif program in ("python", "python3") and arguments[0] == "-m":
         assert_is_module(arguments[1], arguments[2:])
     elif program == "python":
         assert_takes(arguments[0], arguments[1:])
     else:
-        raise AssertionError(f"expected pip, nox or python, got {program}: check it here")
+        raise AssertionError(
+            f"expected pip, nox, recon-aux or python, got {program}: check it here"
+        )
 
 
 def assert_is_module(name: str, arguments: list[str]) -> None:
