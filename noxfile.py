@@ -14,7 +14,7 @@ from pathlib import Path
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["tests", "solo_learn"]
+nox.options.sessions = ["tests", "solo_learn", "docs"]
 
 # each test on one core
 IN_PARALLEL = ["-n", "2", "--dist", "worksteal"]
@@ -95,12 +95,13 @@ def check(session: nox.Session) -> None:
 
 
 def package(session: nox.Session) -> None:
-    """Build wheel and sdist; install the wheel somewhere empty and import it from there."""
+    """Build wheel and sdist, check them, and import the wheel from somewhere empty."""
     built = Path(session.create_tmp()) / "dist"
     shutil.rmtree(built, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(built), silent=True)
     (wheel,) = built.glob("*.whl")
-    (_,) = built.glob("*.tar.gz")
+    (sdist,) = built.glob("*.tar.gz")
+    session.run("python", "-m", "twine", "check", "--strict", str(wheel), str(sdist))
     installed = built / "installed"
     session.install("--no-deps", "--upgrade", "--target", str(installed), str(wheel))
     code = (
@@ -114,14 +115,23 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages as a site, in site/; a warning is an error."""
+    extras = nox.project.load_toml()["project"]["optional-dependencies"]
+    # the package itself is only read, so torch isn't needed
+    session.install(*extras["docs"])
+    config = "docs/site/mkdocs.yml"
+    session.run("mkdocs", "build", "--strict", "--config-file", config, *session.posargs)
+
+
+@nox.session
 def solo_learn(session: nox.Session) -> None:
     """The solo-learn adapter on the version that PyPI has."""
     share_packages(session)
     session.install("-e", ".", *SOLO_LEARN_NEEDS)
     # its pins, of torch 1.9 among others, can't be met
     session.install("--no-deps", "solo-learn==1.0.2")
-    solo_tests = "tests/integrations/test_solo_learn.py"
-    session.run("python", "-m", "pytest", "-rs", solo_tests, *session.posargs)
+    session.run("python", "-m", "pytest", "-rs", *its_tests("solo_learn"), *session.posargs)
 
 
 @nox.session
@@ -176,8 +186,7 @@ def lightly_train(session: nox.Session) -> None:
     """The LightlyTrain adapter. It is AGPL, so no other session installs it."""
     share_packages(session)
     session.install("-e", ".[lightly-train]", "pytest")
-    its_tests = "tests/integrations/test_lightly_train.py"
-    session.run("python", "-m", "pytest", "-rs", its_tests, *session.posargs)
+    session.run("python", "-m", "pytest", "-rs", *its_tests("lightly_train"), *session.posargs)
 
 
 @nox.session
@@ -185,8 +194,13 @@ def stable_pretraining(session: nox.Session) -> None:
     """The stable-pretraining adapter. The package adds callbacks to every trainer around it."""
     share_packages(session)
     session.install("-e", ".[stable-pretraining,probe]", "pytest")
-    spt_tests = "tests/integrations/test_stable_pretraining.py"
-    session.run("python", "-m", "pytest", "-rs", spt_tests, *session.posargs)
+    session.run("python", "-m", "pytest", "-rs", *its_tests("stable_pretraining"), *session.posargs)
+
+
+def its_tests(framework: str) -> list[str]:
+    """The tests of a framework that has an environment of its own, and its snippets in pages."""
+    snippets = f"tests/test_snippets.py::test_the_snippets_of_a_framework_run[{framework}]"
+    return [f"tests/integrations/test_{framework}.py", snippets]
 
 
 def share_packages(session: nox.Session) -> None:

@@ -7,6 +7,8 @@ from recon_aux.task.splitter import FeatureSplitter
 from recon_aux.task.task import ReconAux, ReconAuxOutput
 from recon_aux.task.terms.reconstruction import ReconstructionLoss
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CrossAttentionDecoder",
     "FeatureSplitter",

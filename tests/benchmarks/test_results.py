@@ -1,4 +1,4 @@
-"""What the README's tables and the results' say was measured is what the runs' records say."""
+"""What the pages' tables and the results' say was measured is what the runs' records say."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 from benchmarks import natural_images, pair_check
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
+from helpers.pages import text_of
 from helpers.running import rows
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
-README = (ROOT / "README.md").read_text()
 
 
 def made_of(folder: Path) -> str:
@@ -51,17 +51,23 @@ def column(table: list[list[str]], name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("before", "folder", "title", "part"),
+    ("page", "before", "folder", "title", "part"),
     [
-        ("\nCIFAR-10:\n", "natural", "CIFAR-10: the whole feature", ""),
-        ("\n50 classes of Tiny ImageNet:\n", "natural", "Tiny-ImageNet-50: the whole feature", ""),
-        ("views3d/objects.jpg)", "views3d", "", ", whole"),
+        ("natural_images", "\nCIFAR-10:\n", "natural", "CIFAR-10: the whole feature", ""),
+        (
+            "natural_images",
+            "\n50 classes of Tiny ImageNet:\n",
+            "natural",
+            "Tiny-ImageNet-50: the whole feature",
+            "",
+        ),
+        ("objects", "views3d/objects.jpg)", "views3d", "", ", whole"),
     ],
 )
-def test_the_readmes_tables_are_those_of_the_records(
-    before: str, folder: str, title: str, part: str
+def test_the_pages_tables_are_those_of_the_records(
+    page: str, before: str, folder: str, title: str, part: str
 ) -> None:
-    shown = first_table(README, after=before)
+    shown = first_table(text_of(page), after=before)
     head, *body = first_table(made_of(RESULTS / folder), after=title)
     # all encoders, in their order
     whole = [
@@ -129,7 +135,7 @@ def test_objects_meet_the_rotation_target_with_more_seeds_too() -> None:
     assert ours >= told - 0.02
 
 
-def test_the_readmes_ablations_are_those_of_the_records() -> None:
+def test_the_pages_ablations_are_those_of_the_records() -> None:
     names = {
         "bare": "SimCLR",
         "attached, as shipped": "SimCLR, attached",
@@ -142,7 +148,7 @@ def test_the_readmes_ablations_are_those_of_the_records() -> None:
         ),
     }
     runs = {run["arm"]: run["results"]["whole"] for run in kept(RESULTS / "natural-ablations")}
-    _, text = README.split("**What matters**")
+    _, text = text_of("natural_images").split("**What matters**")
     _, *shown = rows(
         "\n".join(line.strip() for line in text.split("The split brings")[0].splitlines())
     )
@@ -164,7 +170,7 @@ def test_the_readmes_ablations_are_those_of_the_records() -> None:
         ], row[0]
 
 
-def test_the_readmes_costs_are_those_of_the_records() -> None:
+def test_the_pages_costs_are_those_of_the_records() -> None:
     found = {}
     for run in json.loads((RESULTS / "overhead.json").read_text()):
         case, got = run["case"], run["results"]
@@ -178,26 +184,46 @@ def test_the_readmes_costs_are_those_of_the_records() -> None:
             f"{got['bare MiB']:.0f} → {got['attached MiB']:.0f}",
             f"{got['inference']:.2f}, {'the same' if got['same operations'] else 'others'}",
         ]
-    lines = [row for row in rows(README) if row[0] in found]
+    lines = [row for row in rows(text_of("costs")) if row[0] in found]
     assert len(lines) == 6
     assert {row[0]: row[1:] for row in lines} == found
 
 
-def test_the_first_screens_figures_are_of_the_digits_record() -> None:
-    parts = json.loads((RESULTS / "digits.json").read_text())["results"]
-    attached, bare = (parts[arm]["whole"] for arm in ("attached", "bare"))
-    text = README.split("```bash")[0].split("```python")[1]
-    for name in ("rotation", "brightness", "hue"):
-        told = f"{name} {attached['combined'][name]:.2f} instead of {bare['combined'][name]:.2f}"
-        assert told in text
-    means = [natural_images.mean_r2(part) for part in (attached, bare)]
-    assert "mean R² of {:.2f} instead of {:.2f}".format(*means) in text
-    assert f"{attached['linear']:.1f} % instead of {bare['linear']:.1f} %" in text
+def test_the_pages_flops_are_those_of_the_records() -> None:
+    found = [run["results"]["FLOPs"] for run in json.loads((RESULTS / "flops.json").read_text())]
+    row = next(row for row in rows(text_of("costs")) if row[0] == "FLOPs")
+    assert len(row) == 6
+    assert [float(cell) for cell in row[1:]] == [
+        pytest.approx(ratio, abs=0.5 * 10 ** -len(cell.split(".")[1]))
+        for ratio, cell in zip(found, row[1:], strict=True)
+    ]
+
+
+def test_the_pages_costs_on_a_gpu_are_those_of_the_record() -> None:
+    time = json.loads((RESULTS / "overhead-h200.json").read_text())[0]["results"]["time"]
+    shown = {row[0]: row[1] for row in rows(text_of("costs")) if len(row) == 2}
+    for name, loop in (("Lightning's", "Lightning"), ("a loop of our own", "own loop")):
+        found = time[loop]
+        ratio = f"{found['ratio']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
+        assert shown[name] == ratio
+
+
+def test_the_weights_to_choose_from_are_those_of_the_records() -> None:
+    runs = {
+        run["arm"].removeprefix("SimCLR, attached, "): run["results"]["whole"]
+        for folder in ("natural-ablations", "natural-more")
+        for run in kept(RESULTS / folder)
+    }
+    names = {"0 (bare)": "SimCLR", "1": "SimCLR, attached"}
+    _, *shown = rows(text_of("choosing").split("seed 0 ([setting]")[1].split("\n## ")[0])
+    assert len(shown) == 6
+    for name, *told in shown:
+        found = runs[names.get(name, f"weight={name}")]
+        assert told == [f"{found['linear']:.1f}", f"{natural_images.mean_r2(found):.3f}"], name
 
 
 def test_the_table_of_the_pair_check_is_that_of_the_records() -> None:
-    _, text = (ROOT / "docs" / "results.md").read_text().split("## Are the two views of the same")
-    assert rows(text.split("\n## ")[0]) == rows(made_of(RESULTS / "pair-check"))
+    assert rows(text_of("pair_check")) == rows(made_of(RESULTS / "pair-check"))
 
 
 def test_the_pair_check_has_no_false_alarm_and_misses_hardly_any() -> None:

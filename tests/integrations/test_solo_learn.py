@@ -35,7 +35,7 @@ TAKES_A_CONFIG = "cfg" in inspect.signature(BaseMethod.__init__).parameters
 Trainer = importlib.import_module("lightning" if TAKES_A_CONFIG else "pytorch_lightning").Trainer
 TWO_VIEW = sorted(set(METHODS) - {"base", "linear", "mae"})
 BATCH = 8
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "methods.md").read_text()
 
 METHOD_OPTIONS = {
     "proj_hidden_dim": 32,
@@ -218,9 +218,9 @@ def ready(model: Any) -> Any:
 every_method = pytest.mark.parametrize("name", TWO_VIEW)
 
 
-def test_there_are_as_many_methods_as_the_readme_says() -> None:
+def test_there_are_as_many_methods_as_the_page_says() -> None:
     assert len(TWO_VIEW) == (18 if TAKES_A_CONFIG else 14)
-    (row,) = [line for line in README.splitlines() if line.startswith("| solo-learn | all4one")]
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| solo-learn | all4one")]
     assert set(TWO_VIEW) <= set(row.split("|")[2].strip().split(", "))
 
 
