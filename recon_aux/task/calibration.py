@@ -28,18 +28,12 @@ class Calibrated(nn.Module):
         self.calibrated = False
         self._agreed = False
 
-    @property
-    def awaits_batch(self) -> bool:
-        """Whether a batch is to set the buffers, or processes have to agree on them."""
-        return not self.calibrated or (are_many() and not self._agreed)
-
     @abstractmethod
     def _measure(self, images: Tensor) -> bool:
         """Set the buffers; return False, and set none, if images don't vary or aren't finite."""
 
     @torch.no_grad()
-    def calibrate(self, images: Tensor) -> None:
-        """Set the buffers by a batch, ``(B, C, H, W)`` in float32, unless they are set."""
+    def _calibrate(self, images: Tensor) -> None:
         if are_many() and not self._agreed:
             # once: one process alone may have loaded the buffers
             self._agreed = True
@@ -77,7 +71,6 @@ class ChannelWhitening(Calibrated):
     Example:
         >>> whitening = ChannelWhitening(3)
         >>> views = torch.rand(8, 3, 16, 16) * torch.tensor([1.0, 9.0, 80.0])[:, None, None] + 5
-        >>> whitening.calibrate(views)
         >>> white = whitening.whiten(views)
         >>> torch.allclose(whitening.restore(white), views, atol=1e-3)
         True
@@ -95,7 +88,8 @@ class ChannelWhitening(Calibrated):
         self.register_buffer("from_white", torch.eye(channels, dtype=torch.float32))
 
     def whiten(self, images: Tensor) -> Tensor:
-        """Whiten ``(B, C, H, W)`` in float32."""
+        """Whiten ``(B, C, H, W)`` in float32. The first call sets the units."""
+        self._calibrate(images)
         return _recolored(self.to_white, images - self.mean)
 
     def restore(self, white: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class FiniteCheck:
                 elif not event.query():
                     return
             self.under_way.popleft()
-            self._judge(step, scaled, normal, *loss.tolist(), inputs)
+            self._judge(step, scaled, normal, loss.tolist()[0], inputs)
 
     def _judge(
         self, step: int, scaled: bool, normal: float, loss: float, inputs: Sequence[Tensor]

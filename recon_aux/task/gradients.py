@@ -14,8 +14,7 @@ def trained_tensors(module: nn.Module) -> list[Tensor]:
 
     Example:
         >>> layer = nn.Linear(4, 2)
-        >>> layer.bias.requires_grad_(False)  # doctest: +ELLIPSIS
-        Parameter containing: ...
+        >>> layer.bias.requires_grad = False
         >>> [tuple(p.shape) for p in trained_tensors(layer)]
         [(2, 4)]
     """
@@ -25,7 +24,10 @@ def trained_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def with_gradients(
-    loss: Tensor, weight: float, inputs: Mapping[Tensor, Tensor], paces: Mapping[Tensor, float]
+    loss: Tensor,
+    weight: float,
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    paces: Mapping[Tensor, float],
 ) -> Tensor:
     """Return ``weight * loss``, whose gradients are computed here and now.
 
@@ -36,8 +38,8 @@ def with_gradients(
     Args:
         loss: a scalar.
         weight: factor of the loss.
-        inputs: the tensors that get gradients, and what stood for each of them in the computation
-            of the loss.
+        inputs: the tensors that get gradients, each with what stood for it in the computation of
+            the loss.
         paces: factors of some of their gradients.
 
     Returns:
@@ -49,18 +51,20 @@ def with_gradients(
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
         >>> inner = x.detach().requires_grad_()
-        >>> with_gradients(inner**2, 10.0, {x: inner}, {x: 0.5}).backward()
+        >>> with_gradients(inner**2, 10.0, [(x, inner)], {x: 0.5}).backward()
         >>> x.grad
         tensor(30.)
     """
     if not loss.requires_grad:
         return weight * loss
-    gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-    found = {x: g for x, g in zip(inputs, gradients, strict=True) if g is not None}
-    if slowed := [x for x in paces if x in found]:
-        slow = torch._foreach_mul([found[x] for x in slowed], [paces[x] for x in slowed])
-        found.update(zip(slowed, slow, strict=True))
-    handed: Tensor = _HandOut.apply(weight * loss.detach(), weight, list(found.values()), *found)
+    computed = torch.autograd.grad(loss, [inner for _, inner in inputs], allow_unused=True)
+    used = [(x, g) for (x, _), g in zip(inputs, computed, strict=True) if g is not None]
+    outer, gradients = [x for x, _ in used], [g for _, g in used]
+    if slowed := [i for i, x in enumerate(outer) if x in paces]:
+        slow = torch._foreach_mul([gradients[i] for i in slowed], [paces[outer[i]] for i in slowed])
+        for i, gradient in zip(slowed, slow, strict=True):
+            gradients[i] = gradient
+    handed: Tensor = _HandOut.apply(weight * loss.detach(), weight, gradients, *outer)
     return handed
 
 

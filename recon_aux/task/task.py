@@ -24,7 +24,12 @@ from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pac
 from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
 from recon_aux.task.terms.edges import Edges
 from recon_aux.task.terms.prediction import PredictionTerm, read
-from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view, to_images, to_patches
+from recon_aux.task.terms.reconstruction import (
+    ReconstructionLoss,
+    resize_view,
+    to_images,
+    to_patches,
+)
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
 from recon_aux.task.turns import forget_turns, takes_turn
@@ -223,15 +228,14 @@ class ReconAux(nn.Module):
         inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
         with torch.autocast(resized.device.type, enabled=False):
-            self._calibrate(resized)
-            losses, patches = self._losses(inner, resized, chosen)
+            losses, patches = _losses(self, inner, resized, chosen)
             loss = losses["reconstruction"]
             for name in self._terms:
                 loss = torch.add(loss, losses[name], alpha=getattr(options, name))
-            inputs = {p: p for p in trained_tensors(self)}
-            inputs |= {y: x for y, x in zip(features, inner, strict=True) if y.requires_grad}
+            pairs = [(p, p) for p in trained_tensors(self)]
+            pairs += [(y, x) for y, x in zip(features, inner, strict=True) if y.requires_grad]
             paces = [term.readout.paces() for term in self._terms.values()]
-            weighted = with_gradients(loss, weight, inputs, dict(ChainMap(*paces)))
+            weighted = with_gradients(loss, weight, pairs, dict(ChainMap(*paces)))
         normal = 2 + options.structure + sum(getattr(options, name) for name in TERMS)
         self.finite_check(self._calls, loss.detach(), normal, resized, *features)
         return ReconAuxOutput(
@@ -240,44 +244,8 @@ class ReconAux(nn.Module):
             **{f"{name}_loss": losses[name].detach() for name in ("reconstruction", *TERMS)},
             target=_pick(resized.chunk(2), chosen),
             rebuilt=chosen,
-            draw=partial(self._draw, patches.detach()),
+            draw=partial(_draw, self, patches.detach()),
         )
-
-    def _losses(
-        self, features: Sequence[Tensor], resized: Tensor, chosen: tuple[int, ...]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Compute each loss, and the patches that were rebuilt, of tensors alone.
-
-        No value is read and no state is changed, so it can be compiled.
-        """
-        options, terms = self._options, self._terms
-        white = self.pixel_scale.whiten(resized)
-        parts = [options.part("equivariant", feature) for feature in features]
-        others = [options.part(options.context, feature) for feature in reversed(features)]
-        patches = self.decoder.patches(_pick(parts, chosen), _pick(others, chosen)).float()
-        target = to_patches(_pick(white.chunk(2), chosen), options.patch_size)
-        losses = {name: patches.new_zeros(()) for name in TERMS if name not in terms}
-        losses["reconstruction"] = self.reconstruction_loss.of_patches(patches, target)
-        if terms:
-            equivariant = torch.cat([pooled(part) for part in parts])
-            numbers = read([term.readout for term in terms.values()], equivariant)
-            for (name, term), its in zip(terms.items(), numbers, strict=True):
-                losses[name] = term(its, white)
-        return losses, patches
-
-    def _calibrate(self, resized: Tensor) -> None:
-        """Let the first batch set the units of pixels, then those of what is predicted."""
-        self.pixel_scale.calibrate(resized)
-        targets = [term.told for term in self._terms.values() if isinstance(term, PredictionTerm)]
-        if any(target.awaits_batch for target in targets):
-            white = self.pixel_scale.whiten(resized)
-            for target in targets:
-                target.calibrate(white)
-
-    def _draw(self, patches: Tensor) -> Tensor:
-        """Turn patches into images in the views' own units."""
-        images = to_images(patches.float(), self._options.patch_size, self.image_channels)
-        return self.pixel_scale.restore(images)
 
     @torch.no_grad()
     def rebuild(self, feature: Tensor, other: Tensor) -> Tensor:
@@ -307,7 +275,7 @@ class ReconAux(nn.Module):
         feature, other = (as_feature(x, spatial=options.spatial) for x in (feature, other))
         own, context = options.part("equivariant", feature), options.part(options.context, other)
         with torch.autocast(own.device.type, enabled=False):
-            return self._draw(self.decoder.patches(own, context))
+            return _draw(self, self.decoder.patches(own, context))
 
     def saved_state(self) -> dict[str, Any]:
         """Return what is saved next to the weights; a subclass may add plain values to it.
@@ -350,6 +318,35 @@ class ReconAux(nn.Module):
         """Show the options in the module's printout, and the weight as it is now."""
         shown = self.options | {"weight": self.weight}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _losses(
+    aux: ReconAux, features: Sequence[Tensor], resized: Tensor, chosen: tuple[int, ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Compute each loss, and the patches that were rebuilt, of tensors alone.
+
+    The first batch sets the units. From then on no value is read and no state is changed.
+    """
+    options, terms = aux._options, aux._terms
+    white = aux.pixel_scale.whiten(resized)
+    parts = [options.part("equivariant", feature) for feature in features]
+    others = [options.part(options.context, feature) for feature in reversed(features)]
+    patches = aux.decoder.patches(_pick(parts, chosen), _pick(others, chosen)).float()
+    target = to_patches(_pick(white.chunk(2), chosen), options.patch_size)
+    losses = {name: patches.new_zeros(()) for name in TERMS if name not in terms}
+    losses["reconstruction"] = aux.reconstruction_loss.of_patches(patches, target)
+    if terms:
+        equivariant = torch.cat([pooled(part) for part in parts])
+        numbers = read([term.readout for term in terms.values()], equivariant)
+        for (name, term), its in zip(terms.items(), numbers, strict=True):
+            losses[name] = term(its, white)
+    return losses, patches
+
+
+def _draw(aux: ReconAux, patches: Tensor) -> Tensor:
+    """Turn patches into images in the views' own units."""
+    images = to_images(patches.float(), aux._options.patch_size, aux.image_channels)
+    return aux.pixel_scale.restore(images)
 
 
 def _pick(pair: Sequence[Tensor], chosen: tuple[int, ...]) -> Tensor:

@@ -15,14 +15,11 @@ from recon_aux.engine.hooks import MethodHook
 from recon_aux.task import finite
 from recon_aux.task.calibration import ChannelWhitening, color_axes
 from recon_aux.task.terms.edges import Edges
-from recon_aux.task.terms.prediction import LinearReadout, PredictionTerm
+from recon_aux.task.terms.prediction import LinearReadout
+from recon_aux.task.terms.prediction import PredictionTerm as TermOfNumbers
 from recon_aux.task.terms.reconstruction import resize_view
-from recon_aux.task.terms.registration import Registration
-from recon_aux.task.terms.registration import _affine as affine
-from recon_aux.task.terms.registration import _compose as compose
-from recon_aux.task.terms.registration import _inverse as inverse
-from recon_aux.task.terms.registration import _likeness as likeness
-from recon_aux.task.terms.registration import _standardized as standardized
+from recon_aux.task.terms.registration import Registration as RegistrationOfPoses
+from recon_aux.task.terms.registration import likeness, motions
 from recon_aux.task.terms.statistics import Statistics
 
 __all__ = [
@@ -34,21 +31,19 @@ __all__ = [
     "PredictionTerm",
     "Registration",
     "Statistics",
-    "affine",
     "color_axes",
-    "compose",
     "feature_of_poses",
     "has_units",
     "hooked",
-    "inverse",
     "likeness",
+    "motions",
     "options_in_section",
     "reached",
+    "readout_of",
     "resize_view",
     "send_by",
     "send_late",
     "shift_read_from",
-    "standardized",
     "take_units_of",
     "units_are_set",
     "whitening_of",
@@ -68,6 +63,12 @@ def hooked(*models: nn.Module) -> list[str]:
 def whitening_of(aux: ReconAux) -> ChannelWhitening:
     """What brings the views' pixels to a unit of their own."""
     return aux.pixel_scale
+
+
+def readout_of(aux: ReconAux, term: str) -> LinearReadout:
+    """The linear map of a term."""
+    readout: LinearReadout = getattr(aux, term).readout
+    return readout
 
 
 def has_units(target: Any) -> bool:
@@ -90,17 +91,35 @@ def take_units_of(aux: ReconAux, other: Any) -> None:
         getattr(aux, term).told = getattr(other, term).told
 
 
-def feature_of_poses(registration: Registration, *poses: list[float]) -> Tensor:
+class Registration(RegistrationOfPoses):
+    """Registration that reads the poses from features itself."""
+
+    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+        """Compare each view with the other one, moved."""
+        return super().forward(self.readout(features), images)
+
+
+class PredictionTerm(TermOfNumbers):
+    """A term that reads the numbers from features itself."""
+
+    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+        """Compare the prediction with the views' own numbers."""
+        return super().forward(self.readout(features), images)
+
+
+def feature_of_poses(registration: RegistrationOfPoses, *poses: list[float]) -> Tensor:
     """Features of which the registration reads these poses, as it is set to."""
-    registration.pose.norm = nn.Identity()  # type: ignore[assignment]
+    features = torch.eye(6)[: len(poses)]
+    normalized = nn.functional.layer_norm(features, (6,), eps=1e-3)
+    wanted = torch.atanh(torch.tensor(poses)) / 0.3
     with torch.no_grad():
-        registration.pose.linear.weight.copy_(torch.eye(6))
-    return torch.atanh(torch.tensor(poses)) / 0.3
+        registration.pose.linear.weight.copy_((torch.linalg.pinv(normalized) @ wanted).T)
+    return features
 
 
-def shift_read_from(registration: Registration, feature: Tensor) -> Tensor:
+def shift_read_from(registration: RegistrationOfPoses, feature: Tensor) -> Tensor:
     """How far to the right the registration takes each view to be moved."""
-    return affine(registration.pose(feature))[1][:, 0]
+    return torch.tanh(0.3 * registration.pose(feature))[:, 4]
 
 
 def options_in_section(section: Any) -> dict[str, Any]:

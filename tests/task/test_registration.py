@@ -12,13 +12,10 @@ from torch import Tensor
 from helpers.features import smooth_pictures
 from helpers.inside import (
     Registration,
-    affine,
-    compose,
     feature_of_poses,
-    inverse,
     likeness,
+    motions,
     shift_read_from,
-    standardized,
 )
 from recon_aux.probe import transform
 
@@ -125,31 +122,48 @@ def test_views_with_nothing_in_common_err_by_two_whatever_their_colours() -> Non
     assert registration(features, views * 50 + 7).item() == pytest.approx(error, abs=1e-2)
 
 
-def test_affine_maps_invert_and_never_turn_an_image_over() -> None:
+def test_maps_undo_one_pose_and_apply_the_other_and_never_turn_an_image_over() -> None:
     torch.manual_seed(0)
-    motion = affine(torch.randn(50, 6) * 20)
-    assert (torch.linalg.det(motion[0]) > 0).all()
-    matrix, shift = compose(motion, inverse(motion))
-    torch.testing.assert_close(matrix, torch.eye(2).expand(50, 2, 2), atol=1e-4, rtol=0)
-    torch.testing.assert_close(shift, torch.zeros(50, 2), atol=1e-4, rtol=0)
+    poses = torch.randn(100, 6) * 20
+    assert (torch.linalg.det(motions(poses)[..., :2]) > 0).all()
+    # the map of a pose to itself, and there and back again
+    nowhere = torch.eye(2, 3).expand(100, 2, 3)
+    torch.testing.assert_close(motions(poses[:50].repeat(2, 1))[:, 0], nowhere, atol=1e-4, rtol=0)
+    there, back = motions(poses)[:, 0].split(50)
+    last = torch.tensor([[[0.0, 0.0, 1.0]]]).expand(50, -1, -1)
+    again = there @ torch.cat([back, last], dim=1)
+    torch.testing.assert_close(again, nowhere[:50], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("far", [0, 2])
-@pytest.mark.parametrize("side", [8, 16])
+def standardized(images: Tensor) -> Tensor:
+    images = images - images.mean(dim=(2, 3), keepdim=True)
+    return images * (images.square().mean(dim=(1, 2, 3), keepdim=True) + 1e-3).rsqrt()
+
+
+@pytest.mark.parametrize("far", [0.1, 2])
+@pytest.mark.parametrize("size", [32, 24])
 def test_likeness_is_what_torchs_own_sampling_gives_and_so_is_its_gradient(
-    side: int, far: float
+    size: int, far: float
 ) -> None:
     torch.manual_seed(0)
-    images, targets = torch.randn(2, 5, 3, side, side), standardized(torch.randn(5, 3, side, side))
-    matrix, shift = affine(torch.randn(10, 6) * far)
-    motion = torch.cat([matrix, shift[:, :, None]], dim=2).requires_grad_()
-    ours, gradient = likeness(images, targets, motion.detach().view(2, 5, 2, 3))
-    places = torch.nn.functional.affine_grid(motion, [10, 3, side, side], align_corners=False)
-    moved = torch.nn.functional.grid_sample(images.flatten(0, 1), places, align_corners=False)
-    theirs = (standardized(moved).view(2, *targets.shape) * targets).mean(dim=(2, 3, 4))
-    torch.testing.assert_close(ours, theirs)
-    (expected,) = torch.autograd.grad(theirs.sum(), motion)
-    torch.testing.assert_close(gradient, expected.view(2, 5, 2, 3), rtol=1e-4, atol=1e-4)
+    images, maps = torch.randn(10, 3, size, size), motions(torch.randn(10, 6) * far)
+    maps.requires_grad_()
+    ours, gradient = likeness(maps.detach(), images)
+    theirs = []
+    for side in (16, 8):
+        targets = standardized(torch.nn.functional.adaptive_avg_pool2d(images, side))
+        others = targets.roll(5, 0)
+        others = torch.stack([others, others.flip(-1)], dim=1).flatten(0, 1)
+        places = torch.nn.functional.affine_grid(
+            maps.flatten(0, 1), list(others.shape), align_corners=False
+        )
+        moved = torch.nn.functional.grid_sample(others, places, align_corners=False)
+        moved = standardized(moved).unflatten(0, (10, 2))
+        theirs.append((moved * targets[:, None]).mean(dim=(2, 3, 4)))
+    expected = torch.stack(theirs).mean(dim=0)
+    torch.testing.assert_close(ours, expected)
+    (expected,) = torch.autograd.grad(expected.sum(), maps)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_registrations_gradient_is_what_small_steps_show() -> None:

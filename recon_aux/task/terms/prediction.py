@@ -78,7 +78,7 @@ def read(readouts: Sequence[LinearReadout], equivariant: Tensor) -> list[Tensor]
         for some in ([norm.weight for norm in norms], [norm.bias for norm in norms])
     )
     bias = torch.cat([linear.bias for linear in linears]) + (weight * shift).sum(dim=1)
-    return list(F.linear(normalized, weight * scale, bias).float().split(counts, dim=1))
+    return list(F.linear(normalized, weight * scale, bias).float().split_with_sizes(counts, dim=1))
 
 
 class PredictionTarget(Calibrated):
@@ -104,15 +104,16 @@ class PredictionTarget(Calibrated):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Describe images by standardised numbers.
+        """Describe images by standardised numbers. The first call sets the units.
 
         Args:
             images: ``(B, C, H, W)`` in float32.
 
         Returns:
-            ``(B, N)`` in float32, clipped to four standard deviations; zeros until
-            :meth:`calibrate` got images that differ.
+            ``(B, N)`` in float32, clipped to four standard deviations; zeros until a batch has
+            images that differ.
         """
+        self._calibrate(images)
         if not self.calibrated:
             return images.new_zeros(len(images), self.count)
         return ((self._by_unit(images) - self.middle) / self.spread).clamp(-4, 4).flatten(1)

@@ -43,7 +43,7 @@ def resize_view(view: Tensor, target_size: int) -> Tensor:
     with torch.autocast(view.device.type, enabled=False):
         lines = rows.expand(len(flat), -1, -1).bmm(flat)
         if is_last:
-            lines = lines.unflatten(2, (width, channels)).movedim(3, 1)
+            lines = lines.view(batch, -1, width, channels).movedim(3, 1)
         lines = lines.reshape(-1, width).mm(columns.mT)
     return lines.view(batch, channels, target_size, target_size)
 
@@ -112,7 +112,9 @@ class ReconstructionLoss(nn.Module):
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
                 f"got {tuple(reconstruction.shape)}. Pass two of one shape."
             )
-        return self.of_patches(*(to_patches(x.float(), self.patch_size) for x in (reconstruction, target)))
+        return self.of_patches(
+            *(to_patches(x.float(), self.patch_size) for x in (reconstruction, target))
+        )
 
     def of_patches(self, got: Tensor, expected: Tensor) -> Tensor:
         """Compare patches, ``(B, P, N)`` in float32; see :func:`to_patches`."""

@@ -89,10 +89,10 @@ def motions(poses: Tensor) -> Tensor:
     # Bounded by a factor of e, a radian, and half the width: a view that left the picture would get
     # no gradient that leads back.
     numbers = torch.addmm(constants.offsets, torch.tanh(_GAIN * poses), constants.factors)
-    logarithms, shears, angles, shift, back = numbers.split([12, 12, 12, 4, 2], dim=1)
+    logarithms, shears, angles, shift, back = numbers.split_with_sizes([12, 12, 12, 4, 2], dim=1)
     turn, upper = angles.sin().view(-1, 2, 2), (logarithms.exp() * shears).view(-1, 2, 2)
     matrices = turn.bmm(upper).view(-1, 3, 2, 2)
-    matrix, inverse = matrices.split([2, 1], dim=1)
+    matrix, inverse = matrices.split_with_sizes([2, 1], dim=1)
     other = matrix.roll(half, dims=0).flatten(1, 2).bmm(inverse[:, 0].mT)
     moved = torch.baddbmm(shift.roll(half, dims=0)[:, :, None], other, back[:, :, None])
     return torch.cat([other, moved], dim=2).view(-1, 2, 2, 3)
@@ -114,7 +114,7 @@ class _Difference(torch.autograd.Function):
         return torch.rsub(best.mean(), 2, alpha=2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_difference: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return by_difference * gradient, None
@@ -151,11 +151,11 @@ def likeness(maps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     index = constants.pixel.take(begin + constants.corners).flatten(2)
     index = index[:, :, None].expand(-1, -1, channels, -1)
     corners = others[:, None].expand(-1, 2, -1, -1).gather(3, index)
-    left, right = corners.unflatten(3, (2, 2, -1)).unbind(4)
+    left, right = corners.view(count, 2, channels, 2, 2, -1).unbind(4)
     # derivatives of a moved pixel by its place; in place, since memory takes longer than arithmetic
     by_x = right.sub_(left)
     upper, lower = left.addcmul_(by_x, x[:, :, :, None]).unbind(3)
-    by_x, by_y = torch.lerp(*by_x.unbind(3), y), lower.sub_(upper)
+    by_x, by_y = by_x[:, :, :, 0].lerp(by_x[:, :, :, 1], y), lower.sub_(upper)
     moved = _centered(upper.addcmul_(by_y, y).flatten(0, 1), constants)
     moved, targets = moved.view(count, 2, channels, -1), targets[:, None]
     products = (moved[:, :, None] * torch.stack([moved, targets.expand_as(moved)], dim=2)).mean(3)
@@ -217,10 +217,11 @@ class _Constants(NamedTuple):
 @torch.inference_mode(False)
 def _constants(device: torch.device) -> _Constants:
     outside = sum(side**2 for side in _SIDES)
-    grids, mirrored, corners, begin = [], [], [], 0
+    grids: list[Tensor] = []
+    mirrored, corners, begin = [], [], 0
     for side in _SIDES:
         y, x = torch.meshgrid(*[(2 * torch.arange(side) + 1) / side - 1] * 2, indexing="ij")
-        pixels = torch.arange(side**2).view(side, side) + sum(len(grid[0]) for grid in grids)
+        pixels = torch.arange(side**2).view(side, side) + sum(grid.shape[1] for grid in grids)
         grids.append(torch.stack([x.flatten(), y.flatten(), torch.ones(side**2)]) * side / 2)
         padded = [F.pad(p, [_MARGIN] * 4, value=outside) for p in (pixels, pixels.flip(1))]
         mirrored.append(torch.stack([p.flatten() for p in padded]))
@@ -273,4 +274,6 @@ def _numbers_of_a_pose() -> tuple[Tensor, Tensor]:
     shift, back = [x, y, -x, y], [-x, -y]
     numbers = [*logarithms, *shears, *angles, *shift, *back]
     pairs = [number if isinstance(number, tuple) else (number, 0.0) for number in numbers]
-    return torch.stack([factors for factors, _ in pairs], dim=1), torch.tensor([o for _, o in pairs])
+    return torch.stack([factors for factors, _ in pairs], dim=1), torch.tensor(
+        [o for _, o in pairs]
+    )
