@@ -674,6 +674,27 @@ def test_the_blank_image_leaves_no_trace() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("weight", ["auto", 1.0])
+def test_a_step_leaves_the_random_state_alone(weight: Any) -> None:
+    model = attach(Siamese(), weight=weight, reconstruct="random")
+    state = torch.random.get_rng_state()
+    for step in range(3):
+        model.training_step(batch(), step).backward()
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_blank_image_leaves_no_trace_in_a_head_that_the_encoder_runs() -> None:
+    """By a forward hook, as TorchGeo's BYOL does."""
+    model = plain_method()
+    head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 8))
+    model.projection_head = head
+    model.backbone.register_forward_hook(lambda module, args, y: [y, head(y.flatten(1))][0])
+    before = copy.deepcopy(model.state_dict())
+    attach(model)
+    assert all(module.training for module in head.modules())
+    assert_same(recon_aux.detach(model).state_dict(), before)
+
+
 class RandomlyShifted(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         return feature + torch.rand(1)
