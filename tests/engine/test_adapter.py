@@ -83,13 +83,10 @@ def test_a_method_that_extends_a_refused_one_is_refused(page: dict[str, Any]) ->
 def test_an_encoder_of_the_usual_name_goes_before_one_of_a_similar_name(
     page: dict[str, Any],
 ) -> None:
-    class Older(page["SimCLR"]):  # type: ignore[misc]
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            encoder = self._modules.pop("encoder")
-            self.old_encoder, self.encoder = tiny_encoder(), encoder
-
-    model = page["attach"](Older(nn.Sequential(tiny_encoder(), nn.Flatten()), 16))
+    model = method(page)
+    encoder = model._modules.pop("encoder")
+    model.old_encoder, model.encoder = tiny_encoder(), encoder
+    page["attach"](model)
     assert hooked(model)[1:] == ["projector", "encoder"]
 
 

@@ -722,6 +722,9 @@ def masked_head(*shape: int) -> Any:
         ((4, 5, 6), (5, 6)),
         ((4, 36), (6, 2, 3)),
         ((4, 2, 3, 6), (6, 2, 3)),
+        # as many positions as channels
+        ((4, 6, 2, 6), (6, 2, 6)),
+        ((4, 6, 6), (6, 6)),
     ],
 )
 def test_a_masked_head_computes_what_a_narrower_one_would(
@@ -730,7 +733,7 @@ def test_a_masked_head_computes_what_a_narrower_one_would(
     feature = torch.rand(shape, requires_grad=True)
     masked = masked_head(*encoded)(feature)
     masked.sum().backward()
-    dim = shape.index(6) if 6 in shape else 1
+    dim = 2 if len(shape) == 3 else shape.index(6) if 6 in shape else 1
     width = 2 * (shape[dim] // 6)
     kept = shape[dim] - width
     assert torch.equal(masked.narrow(dim, 0, kept), feature.narrow(dim, 0, kept))

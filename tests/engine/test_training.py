@@ -124,7 +124,7 @@ def test_another_error_of_a_head_s_backward_pass_is_its_own() -> None:
             z: Tensor = self.projection_head(feature)
             return z
 
-    with pytest.raises(RuntimeError, match="^out of memory"):
+    with pytest.raises(RuntimeError, match=r"^out of memory"):
         attach(Failed()).training_step(BATCH, 0)
 
 

@@ -212,7 +212,7 @@ def test_a_frozen_decoder_is_not_given_a_weight() -> None:
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, 1j])
 def test_a_weight_is_set_to_a_finite_number(weight: Any) -> None:
     aux = ReconAux(8)
-    with pytest.raises(TypeError, match="weight as a finite number, got .*; pass a float"):
+    with pytest.raises(TypeError, match=r"weight as a finite number, got .*; pass a float"):
         aux.weight = weight
     assert aux.weight == 1
 
