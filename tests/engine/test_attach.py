@@ -130,14 +130,17 @@ class NamelessMomentum(PlainMethod):
 
 @pytest.mark.parametrize("heads", [None, ["projection_head"]])
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_momentum_head_of_any_name_sees_the_invariant_part(heads: Any, deep: bool) -> None:
+@pytest.mark.parametrize("partly_frozen", [False, True])
+def test_a_momentum_head_of_any_name_sees_the_invariant_part(
+    heads: Any, deep: bool, partly_frozen: bool
+) -> None:
     losses = []
     for noise in (0.0, 1.0):
         torch.manual_seed(0)
-        head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-        model = attach(
-            NamelessMomentum(head if deep else nn.Linear(16, 16), noise), heads=heads, weight=0
-        )
+        layers = nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)
+        head = nn.Sequential(*layers) if deep else layers[0]
+        layers[0].bias.requires_grad_(not partly_frozen)
+        model = attach(NamelessMomentum(head, noise), heads=heads, weight=0)
         losses.append(model.training_step(batch(), 0))
         masked = [name for name, module in model.named_modules() if "forward" in vars(module)]
         assert masked == ["backbone", "projection_head", "teacher.body", "teacher.target"]
@@ -684,11 +687,20 @@ def test_a_step_leaves_the_random_state_alone(weight: Any) -> None:
 
 
 def test_the_blank_image_leaves_no_trace_in_a_head_that_the_encoder_runs() -> None:
-    """By a forward hook, as TorchGeo's BYOL does."""
-    model = plain_method()
     head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 8))
-    model.projection_head = head
-    model.backbone.register_forward_hook(lambda module, args, y: [y, head(y.flatten(1))][0])
+
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_encoder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            feature: Tensor = self.net(x).flatten(1)
+            self.projected = [head(feature)]
+            return feature
+
+    model = plain_method()
+    model.backbone, model.projection_head = Running(), head
     before = copy.deepcopy(model.state_dict())
     attach(model)
     assert all(module.training for module in head.modules())

@@ -307,6 +307,31 @@ def test_a_head_that_gets_another_encoders_feature_is_not_masked() -> None:
     assert not sees_noise(model, model.backbone[3], batch)
 
 
+def test_nor_is_that_head_s_momentum_head() -> None:
+    class WithMomentum(WithTable):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone_momentum = frozen(self.backbone)
+            self.projection_head_momentum = frozen(self.projection_head)
+            self.projection_head_table_momentum = frozen(self.projection_head_table)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (x0, x1), rows = batch
+            z0, z = self.projection_head(self.backbone(x0)), self.table(rows)
+            with torch.no_grad():
+                key = self.projection_head_momentum(self.backbone_momentum(x1))
+                target = self.projection_head_table_momentum(z.detach())
+            return self.criterion(z0, key) + self.criterion(self.projection_head_table(z), target)
+
+    model, batch = lightly.attach(WithMomentum()), (views(), torch.rand(4, 5))
+    model.training_step(batch, 0)
+    del model.received[:]
+    model.training_step(batch, 1)
+    assert len(model.received) == 2
+    assert all(torch.equal(x, model.table(batch[1])) for x in model.received)
+    assert not sees_noise(model, model.backbone_momentum.get_submodule("3"), batch)
+
+
 class Ordered(WithTable):
     """Calls the table's head before the images' encoder, or after it."""
 
