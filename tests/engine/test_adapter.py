@@ -80,6 +80,16 @@ def test_a_method_that_extends_a_refused_one_is_refused(page: dict[str, Any]) ->
         page["attach"](model)
 
 
+def test_an_encoder_of_the_usual_name_goes_before_one_of_a_similar_name(
+    page: dict[str, Any],
+) -> None:
+    model = method(page)
+    encoder = model._modules.pop("encoder")
+    model.old_encoder, model.encoder = tiny_encoder(), encoder
+    page["attach"](model)
+    assert hooked(model)[1:] == ["projector", "encoder"]
+
+
 def test_the_pages_conventions_are_followed(page: dict[str, Any]) -> None:
     assert page["attach"](method(page, "Other")).recon_aux.options["weight"] == "auto"
     with pytest.raises(TypeError, match="got MAE, which rebuilds masked patches of one view"):

@@ -130,14 +130,17 @@ class NamelessMomentum(PlainMethod):
 
 @pytest.mark.parametrize("heads", [None, ["projection_head"]])
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_momentum_head_of_any_name_sees_the_invariant_part(heads: Any, deep: bool) -> None:
+@pytest.mark.parametrize("partly_frozen", [False, True])
+def test_a_momentum_head_of_any_name_sees_the_invariant_part(
+    heads: Any, deep: bool, partly_frozen: bool
+) -> None:
     losses = []
     for noise in (0.0, 1.0):
         torch.manual_seed(0)
-        head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-        model = attach(
-            NamelessMomentum(head if deep else nn.Linear(16, 16), noise), heads=heads, weight=0
-        )
+        layers = nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)
+        head = nn.Sequential(*layers) if deep else layers[0]
+        layers[0].bias.requires_grad_(not partly_frozen)
+        model = attach(NamelessMomentum(head, noise), heads=heads, weight=0)
         losses.append(model.training_step(batch(), 0))
         masked = [name for name, module in model.named_modules() if "forward" in vars(module)]
         assert masked == ["backbone", "projection_head", "teacher.body", "teacher.target"]
@@ -674,6 +677,36 @@ def test_the_blank_image_leaves_no_trace() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("weight", ["auto", 1.0])
+def test_a_step_leaves_the_random_state_alone(weight: Any) -> None:
+    model = attach(Siamese(), weight=weight, reconstruct="random")
+    state = torch.random.get_rng_state()
+    for step in range(3):
+        model.training_step(batch(), step).backward()
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_blank_image_leaves_no_trace_in_a_head_that_the_encoder_runs() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 8))
+
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_encoder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            feature: Tensor = self.net(x).flatten(1)
+            self.projected = [head(feature)]
+            return feature
+
+    model = plain_method()
+    model.backbone, model.projection_head = Running(), head
+    before = copy.deepcopy(model.state_dict())
+    attach(model)
+    assert all(module.training for module in head.modules())
+    assert_same(recon_aux.detach(model).state_dict(), before)
+
+
 class RandomlyShifted(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         return feature + torch.rand(1)
@@ -701,6 +734,9 @@ def masked_head(*shape: int) -> Any:
         ((4, 5, 6), (5, 6)),
         ((4, 36), (6, 2, 3)),
         ((4, 2, 3, 6), (6, 2, 3)),
+        # as many positions as channels
+        ((4, 6, 2, 6), (6, 2, 6)),
+        ((4, 6, 6), (6, 6)),
     ],
 )
 def test_a_masked_head_computes_what_a_narrower_one_would(
@@ -709,7 +745,7 @@ def test_a_masked_head_computes_what_a_narrower_one_would(
     feature = torch.rand(shape, requires_grad=True)
     masked = masked_head(*encoded)(feature)
     masked.sum().backward()
-    dim = shape.index(6) if 6 in shape else 1
+    dim = 2 if len(shape) == 3 else shape.index(6) if 6 in shape else 1
     width = 2 * (shape[dim] // 6)
     kept = shape[dim] - width
     assert torch.equal(masked.narrow(dim, 0, kept), feature.narrow(dim, 0, kept))

@@ -367,6 +367,19 @@ def test_an_overflow_under_a_loss_scaler_sets_nothing() -> None:
     assert model.recon_aux.weight != 1.0
 
 
+def test_gradients_in_half_precision_set_the_weight_of_single_precision() -> None:
+    weights = []
+    for dtype in (torch.float32, torch.float16):
+        model = attach(InALoop().to(dtype), seed=0)
+        for _ in range(2):
+            # of squares that half precision can't hold
+            loss = 300 * STRONG * siamese_loss(*(model(view.to(dtype)).float() for view in VIEWS))
+            recon_aux.add_loss(model, loss).backward()
+        weights.append(model.recon_aux.weight)
+    assert weights[1] == pytest.approx(weights[0], rel=0.05)
+    assert weights[0] > 100
+
+
 @pytest.mark.parametrize(("method", "both"), [(1e25, 1.0), (1e-25, 1e25)])
 def test_an_overflow_of_one_gradient_alone_sets_nothing(method: float, both: float) -> None:
     model = attach(InALoop(), seed=0)

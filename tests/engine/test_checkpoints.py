@@ -117,6 +117,8 @@ def test_what_is_no_weight_of_ours_is_left_as_it_is() -> None:
     assert stripped["hyper_parameters"] is settings
     assert "recon_aux" not in stripped
     assert not stripped["state"]
+    theirs = {"my_recon_aux.weight": torch.ones(2), "recon_aux_head": torch.ones(3)}
+    assert recon_aux.strip(theirs).keys() == theirs.keys()
     assert stripped["state_dict"]._metadata == state._metadata
 
 

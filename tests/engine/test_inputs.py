@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -48,6 +49,11 @@ def coordinates(x: Tensor) -> Tensor:
     return torch.rand(len(x), 2, *x.shape[2:])
 
 
+@dataclass
+class Batch:
+    images: Tensor
+
+
 IMAGES = torch.zeros(2, 3, 32, 32)
 CALLS: dict[str, tuple[Any, Any, Any]] = {
     "coordinates first": (
@@ -59,6 +65,9 @@ CALLS: dict[str, tuple[Any, Any, Any]] = {
         lambda mask, pixel_values: mask * pixel_values,
         lambda net, x: net(mask=torch.rand(len(x), 1, 32, 32), pixel_values=x),
         {"mask": torch.ones(2, 1, 32, 32), "pixel_values": IMAGES},
+    ),
+    "a dataclass": (
+        lambda batch: batch.images, lambda net, x: net(Batch(x)), (Batch(IMAGES),)
     ),
     "a dict": (lambda batch: batch["x"], lambda net, x: net({"x": x}), ({"x": IMAGES},)),
 }  # fmt: skip

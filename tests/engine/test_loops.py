@@ -129,6 +129,21 @@ def test_an_optimizer_without_the_decoder_is_noticed() -> None:
     assert not any(event.key == "aten::equal" for event in profile.key_averages())
 
 
+def test_a_decoder_that_is_updated_every_other_time_is_trained() -> None:
+    model = attach(in_a_loop(), weight=1.0)
+    before = decoder_of(model)
+    decoder = {id(p) for p in model.recon_aux.parameters()}
+    for step in range(8):
+        model.zero_grad()
+        recon_aux.add_loss(model, siamese_loss(*(model(view) for view in VIEWS))).backward()
+        # no optimizer of torch's shows whose turn it is
+        with torch.no_grad():
+            for p in model.parameters():
+                if step % 2 or id(p) not in decoder:
+                    p -= 0.01 * p.grad
+    assert_trained(model, before)
+
+
 def test_so_is_one_that_is_fused_whose_steps_change_no_version() -> None:
     model = in_a_loop()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -606,6 +606,19 @@ def test_a_momentum_encoders_view_that_is_made_in_the_step_needs_a_word() -> Non
     assert torch.equal(seen[0][0][1], 2 * model.batch()[0][1] - 1)
 
 
+def test_small_crops_do_not_stand_in_for_a_view_that_is_not_in_the_batch() -> None:
+    class Crops(Momentum):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            x0, x1 = (2 * x - 1 for x in batch[0])
+            query, key = self.embed(x0), self.key(x1)
+            small = [self.embed(x[..., :16, :16]) for x in (x0, x1)]
+            return sum((self.criterion(z, key) for z in small), self.criterion(query, key))
+
+    model = built(Crops)
+    with pytest.raises(RuntimeError, match=r"made within the step.*pass views=1"):
+        model.training_step(model.batch(), 0)
+
+
 def test_validation_by_the_training_step_passes_through() -> None:
     model = built(Method)
     with torch.no_grad():

@@ -307,6 +307,31 @@ def test_a_head_that_gets_another_encoders_feature_is_not_masked() -> None:
     assert not sees_noise(model, model.backbone[3], batch)
 
 
+def test_nor_is_that_head_s_momentum_head() -> None:
+    class WithMomentum(WithTable):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone_momentum = frozen(self.backbone)
+            self.projection_head_momentum = frozen(self.projection_head)
+            self.projection_head_table_momentum = frozen(self.projection_head_table)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (x0, x1), rows = batch
+            z0, z = self.projection_head(self.backbone(x0)), self.table(rows)
+            with torch.no_grad():
+                key = self.projection_head_momentum(self.backbone_momentum(x1))
+                target = self.projection_head_table_momentum(z.detach())
+            return self.criterion(z0, key) + self.criterion(self.projection_head_table(z), target)
+
+    model, batch = lightly.attach(WithMomentum()), (views(), torch.rand(4, 5))
+    model.training_step(batch, 0)
+    del model.received[:]
+    model.training_step(batch, 1)
+    assert len(model.received) == 2
+    assert all(torch.equal(x, model.table(batch[1])) for x in model.received)
+    assert not sees_noise(model, model.backbone_momentum.get_submodule("3"), batch)
+
+
 class Ordered(WithTable):
     """Calls the table's head before the images' encoder, or after it."""
 
@@ -593,12 +618,15 @@ def test_heads_may_be_named_by_what_holds_them() -> None:
     assert not sees_noise(model, model.target.get_submodule("3"), views())
 
 
-def test_two_encoders_of_the_same_weights_are_one() -> None:
+@pytest.mark.parametrize("wholly", [True, False])
+def test_two_encoders_of_the_same_weights_are_one(wholly: bool) -> None:
     class Tied(Trained):
         def __init__(self) -> None:
             super().__init__()
             self.left, self.right = encoder(), encoder()
-            self.right[0].weight, self.right[0].bias = self.left[0].weight, self.left[0].bias
+            self.right[0].weight = self.left[0].weight
+            if wholly:
+                self.right[0].bias = self.left[0].bias
             self.head = SimCLRProjectionHead(WIDTH, 32, 16)
             self.criterion = NTXentLoss()
 
@@ -609,8 +637,12 @@ def test_two_encoders_of_the_same_weights_are_one() -> None:
     model = recon_aux.attach(Tied(), backbone="left", heads=["head"])
     seen = rebuilt_from(model)
     batch = views()
-    trains(model, batch, batch)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], batch, strict=True))
+    if wholly:
+        trains(model, batch, batch)
+        assert all(torch.equal(a, b) for a, b in zip(seen[0][0], batch, strict=True))
+    else:
+        with pytest.raises(RuntimeError, match=r"train one encoder, but it depends on .*right"):
+            model.training_step(batch, 0)
 
 
 # --- calls of other kinds ---

@@ -27,11 +27,17 @@ from helpers.data import Views, batch
 from helpers.inside import hooked, take_units_of
 from helpers.lightly_styles import build
 from helpers.methods import mixed_by
-from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.models import InALoop, Siamese, plain_encoder, siamese_loss
 from helpers.running import run_script
-from helpers.training import fit, losses_in, trainer
+from helpers.training import fit, losses_in, take_steps, trainer
 from helpers.watching import alive, calls_of, rebuilt_by, seen_by
-from helpers.weights import assert_same, assert_trained, decoder_of
+from helpers.weights import (
+    assert_both_trained,
+    assert_same,
+    assert_trained,
+    decoder_of,
+    weights_of,
+)
 from recon_aux.integrations.lightly import attach
 
 BATCH = batch(4, side=16)
@@ -308,6 +314,23 @@ def test_a_lightning_module_without_a_step_is_trained_in_a_loop() -> None:
     z0, z1 = (model.method(view) for view in BATCH[0])
     recon_aux.add_loss(model, siamese_loss(z0, z1)).backward()
     assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_compiled_another_method_of_the_encoder_is_seen() -> None:
+    class Encoding(nn.Sequential):
+        def encode(self, x: Tensor) -> Tensor:
+            return self(x)
+
+    class ByMethod(Siamese):
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.projection_head(self.backbone.encode(x).flatten(1))
+            return z
+
+    model = ByMethod(torch.compile(Encoding(*plain_encoder()), backend="eager"))
+    attach(model, backbone_method="encode")
+    before = weights_of(model)
+    take_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), [BATCH] * 3)
+    assert_both_trained(model, before)
 
 
 @pytest.mark.parametrize("compiled", [compile_step, compile_model])
