@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from recon_aux.engine.api import add_loss, attach, detach, is_attached
+from recon_aux.engine.api import add_loss, attach, detach, is_attached, logs
 from recon_aux.engine.checkpoint import export_backbone, strip
 from recon_aux.task.decoder import CrossAttentionDecoder
 from recon_aux.task.splitter import FeatureSplitter
@@ -26,6 +26,7 @@ __all__ = [
     "detach",
     "export_backbone",
     "is_attached",
+    "logs",
     "strip",
 ]
 

@@ -22,4 +22,4 @@ if __name__ == "__main__":
     trained = trainer(strategy="ddp", devices=2, max_steps=-1, max_epochs=2, callbacks=[monitor])
     trained.fit(attach(Siamese()), DataLoader(Views(side=16), batch_size=4))
     found = {k: float(x) for k, x in trained.callback_metrics.items() if k.startswith("monitor")}
-    torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', 0)}.pt")
+    torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', '0')}.pt")
