@@ -16,6 +16,7 @@ from recon_aux.engine.discover import refuse_manual_optimization
 from recon_aux.engine.drivers import driver_for, has_training_step
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask
+from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import find_module, first_linear, members, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
@@ -43,6 +44,7 @@ def attach(
     momentum_encoders: Sequence[str | nn.Module] = (),
     decoder_lr: float | None = None,
     decoder_weight_decay: float | None = None,
+    log: bool = True,
     **options: Any,
 ) -> Model:
     """Add the reconstruction task to a model.
@@ -81,6 +83,7 @@ def attach(
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
+        log: whether a step's losses are collected, and logged by a trainer's model.
         options: those of :class:`ReconAux`, with ``weight="auto"`` by default: 1, or more where
             the gradient of the method's loss on the views' features is more than half as large as
             the task's; then the task's becomes twice as large. The first batch sets it. Until then
@@ -135,7 +138,7 @@ def attach(
     recorder = EncoderRecorder(features, shape, driver_for(model, step_method))
     encoders = [encoder, *momentum]
     attached = Attachment(
-        model, encoders, backbone_method, recorder, views, interleaved, own, step_method
+        model, encoders, backbone_method, recorder, views, interleaved, own, step_method, Logs(log)
     )
     if aux.splitter.equivariant_dim:
         attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
@@ -193,6 +196,30 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     finally:
         attached.start()
     return total
+
+
+def logs(model: nn.Module) -> dict[str, Tensor]:
+    """Give what the last step's loss was made of, for a logger in a loop of your own.
+
+    Args:
+        model: one that ``attach`` returned.
+
+    Returns:
+        Tensors of one number, by the names that a trainer's logger gets, as ``recon_aux/loss``.
+        Empty before the first step, and with ``log=False``.
+
+    Raises:
+        ValueError: if nothing is attached.
+
+    Example:
+        >>> model = nn.ModuleDict({"encoder": nn.Conv2d(3, 8, 16), "head": nn.Flatten()})
+        >>> model = attach(model, backbone="encoder", heads=["head"], image_size=16)
+        >>> z0, z1 = (model["head"](model["encoder"](x)) for x in torch.rand(2, 4, 3, 16, 16))
+        >>> loss = add_loss(model, (z0 - z1).square().mean())
+        >>> sorted(logs(model))[:3]
+        ['recon_aux/edges', 'recon_aux/loss', 'recon_aux/reconstruction']
+    """
+    return attachment_of(model).logs.numbers()
 
 
 def detach(model: Model) -> Model:

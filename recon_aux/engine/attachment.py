@@ -21,6 +21,7 @@ from recon_aux.engine.discover import (
     warn_of_unlike,
 )
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
+from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import (
     describe_children,
     find_copies,
@@ -49,6 +50,7 @@ class Attachment:
         interleaved: whether they take turns there, image by image.
         decoder_group: the decoder's own learning rate and weight decay.
         step_method: the model's method that returns the method's loss.
+        logs: of what a step is made of.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Attachment:
         interleaved: bool,
         decoder_group: DecoderGroup,
         step_method: str,
+        logs: Logs,
     ) -> None:
         self.model = model
         self.backbone_method = backbone_method
@@ -68,6 +71,7 @@ class Attachment:
         self.interleaved = interleaved
         self.decoder_group = decoder_group
         self.step_method = step_method
+        self.logs = logs
         self.plan: Plan | None = None
         self.driver = recorder.driver
         self.recorder = recorder
@@ -247,14 +251,16 @@ class Attachment:
         if aux.weight > 0:
             self.updates.verify(self.encoder, aux)
         features = list(views.outputs)
-        if aux.has_auto_weight and loss.requires_grad:
+        if loss.requires_grad:
             outputs = [call.output for call in views.online]
-            features = self.auto_weight(aux, loss, features, outputs)
+            if aux.has_auto_weight:
+                features = self.auto_weight(aux, loss, features, outputs)
+            # until then the task's gradient is kept from the encoder
+            if not aux.weight_is_due:
+                features = self.logs.measure(loss, features, outputs)
         spatial = aux.decoder.spatial
         output = aux(views.images, [as_feature(y, spatial=spatial) for y in features])
-        self._log("recon_aux/loss", output.unweighted_loss, len(views.images[0]))
-        if aux.has_auto_weight:
-            self._log("recon_aux/weight", torch.tensor(aux.weight), len(views.images[0]))
+        self.logs.log(self.model, aux, output, loss, len(views.images[0]))
         total: Tensor = loss + output.loss
         return total
 
@@ -276,17 +282,6 @@ class Attachment:
                 stacklevel=2,
             )
         self.warned_of_frozen = True
-
-    def _log(self, name: str, value: Tensor, batch_size: int) -> None:
-        try:
-            trainer = getattr(self.model, "trainer", None)
-            # a step that is called by hand has none, or one that isn't training
-            in_training = trainer is not None and getattr(trainer, "training", True)
-        except (RuntimeError, ReferenceError):  # Lightning's ways to say that there is none
-            return
-        log: Any = getattr(self.model, "log", None)
-        if in_training and callable(log):
-            log(name, value, batch_size=batch_size)
 
 
 def _with_loss(result: Any, loss: Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from recon_aux.engine.autograd import gradient_of, reached
 from recon_aux.task import ReconAux
 from recon_aux.task.checks import finite_number
 from recon_aux.task.distributed import agree, are_many, mean_over_processes
+
+Part = Callable[[Tensor], Tensor]
 
 # how much larger than the method's gradient on the features the task's is to be, at least
 _SHARE = 2.0
@@ -98,29 +100,106 @@ def _weight_in(state: dict[str, Any]) -> float | None:
         return None
 
 
-class AutoWeight:
+class GradientNorms:
     """Measures the gradients of the method's loss and of the task's on the encoder's features.
 
     Hooks in the training's own backward pass measure them, since some methods can run it only
-    once. Until the weight is known the task's gradient is kept from the encoder.
+    once.
 
     Example:
         >>> features = [torch.ones(4, 8, requires_grad=True) * 1 for _ in range(2)]
-        >>> auto = AutoWeight()
-        >>> theirs = auto.measure(features, features)
-        >>> (300 * sum(y.sum() for y in features) + sum(y.sum() for y in theirs)).backward()
-        >>> auto.weight("cpu")
-        600.0
+        >>> norms = GradientNorms()
+        >>> theirs = norms.measure(features, features, stop=False)
+        >>> (2 * sum(y.sum() for y in features) + 3 * sum(y.sum() for y in theirs)).backward()
+        >>> norms.ratio()
+        tensor(1.5000)
     """
 
     def __init__(self) -> None:
-        self.has_agreed = False
         # squared norms of one batch's gradients on the features: the method's, the task's
         self.squares: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave a running step out of copies, whose hooks are others."""
         return {**vars(self), "squares": ([], [])}
+
+    def measure(
+        self, features: Sequence[Tensor], outputs: Sequence[Tensor], *, stop: bool
+    ) -> list[Tensor]:
+        """Note the gradients on features in the coming backward pass.
+
+        Args:
+            features: of the views; those with gradient are measured.
+            outputs: what the encoder returned, of which these are parts.
+            stop: keep the task's gradient from the encoder. Otherwise nothing is measured where a
+                feature isn't a view of an output.
+
+        Returns:
+            What the task is to take instead of the features.
+        """
+        self.squares = method, task = [], []
+        live = [i for i, feature in enumerate(features) if feature.requires_grad]
+        noted: dict[int, Tensor] = {}
+
+        def note(part: Tensor | None, gradient: Tensor) -> None:
+            method.append(_square(gradient if part is None else gradient.where(part != 0, 0.0)))
+
+        def note_rest(its: dict[int, Part], gradient: Tensor) -> None:
+            for i, part in its.items():
+                whole = part(gradient)
+                method.append(_square(whole - noted.pop(i) if i in noted else whole))
+
+        def note_task(i: int, gradient: Tensor) -> Tensor | None:
+            task.append(_square(gradient))
+            if stop:
+                return torch.zeros_like(gradient)
+            noted[i] = gradient.detach()
+            return None
+
+        hooks: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        for output in outputs:
+            its = [i for i in live if reached(features[i], [output])[0]]
+            found = ((i, _part_of(output, features[i])) for i in its)
+            parts = {i: part for i, part in found if part is not None}
+            if its and len(parts) == len(its):
+                hooks.append((output, partial(note_rest, parts)))
+            elif its and stop:
+                # some channels or positions alone, through whatever made the feature
+                part = gradient_of([features[i] for i in its], output)
+                hooks.append((output, partial(note, part)))
+            elif its:
+                return list(features)
+        own = [y.view_as(y) if y.requires_grad else y for y in features]
+        for tensor, hook in [*hooks, *((own[i], partial(note_task, i)) for i in live)]:
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        return own
+
+    def ratio(self) -> Tensor | None:
+        """Give the task's norm over the method's, once; None if no backward pass has shown it."""
+        if not all(self.squares):
+            return None
+        method, task = (torch.stack(squares).sum() for squares in self.squares)
+        self.squares = [], []
+        return (task / method).sqrt()
+
+
+class AutoWeight(GradientNorms):
+    """Sets the weight by the gradients of one batch.
+
+    Until the weight is known the task's gradient is kept from the encoder.
+
+    Example:
+        >>> features = [torch.ones(4, 8, requires_grad=True) * 1 for _ in range(2)]
+        >>> auto = AutoWeight()
+        >>> theirs = auto.measure(features, features, stop=True)
+        >>> (300 * sum(y.sum() for y in features) + sum(y.sum() for y in theirs)).backward()
+        >>> auto.weight("cpu")
+        600.0
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_agreed = False
 
     def __call__(
         self,
@@ -157,38 +236,7 @@ class AutoWeight:
             self.squares = [], []
             aux.measured_weight = weight
             return list(features)
-        with_gradient = [feature for feature in features if feature.requires_grad]
-        measured = iter(self.measure(with_gradient, outputs))
-        return [next(measured) if feature.requires_grad else feature for feature in features]
-
-    def measure(self, features: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Note the gradients on features in the coming backward pass.
-
-        Args:
-            features: of the views, those with gradient, in the order of the encoder's calls.
-            outputs: what the encoder returned, of which these are parts.
-
-        Returns:
-            What the task is to take instead of the features.
-        """
-        self.squares = method, task = [], []
-
-        def note(part: Tensor | None, gradient: Tensor) -> None:
-            method.append(_square(gradient if part is None else gradient.where(part != 0, 0.0)))
-
-        def note_and_stop(gradient: Tensor) -> Tensor:
-            task.append(_square(gradient))
-            return torch.zeros_like(gradient)
-
-        for output in outputs:
-            its = [feature for feature in features if reached(feature, [output])[0]]
-            if its:
-                part = gradient_of(its, output)
-                output.register_hook(partial(note, part))  # type: ignore[no-untyped-call]
-        own = [feature.view_as(feature) for feature in features]
-        for feature in own:
-            feature.register_hook(note_and_stop)  # type: ignore[no-untyped-call]
-        return own
+        return self.measure(features, outputs, stop=True)
 
     def weight(self, device: torch.device | str) -> float | None:
         """Give the weight, of two digits; None if it isn't known yet.
@@ -215,3 +263,21 @@ def _warn_of_compiled() -> None:
 
 def _square(gradient: Tensor) -> Tensor:
     return gradient.detach().float().square().sum()
+
+
+def _part_of(output: Tensor, feature: Tensor) -> Part | None:
+    """Give the function that takes a feature's part of an output's gradient; None if it's no view.
+
+    Example:
+        >>> output = torch.arange(6.0).view(3, 2)
+        >>> _part_of(output, output[1:])(output)
+        tensor([[2., 3.],
+                [4., 5.]])
+    """
+    if feature is output:
+        return lambda gradient: gradient
+    storages = {x.untyped_storage().data_ptr() for x in (output, feature)}
+    if len(storages) > 1 or not output.is_contiguous():
+        return None
+    place = feature.shape, feature.stride(), feature.storage_offset() - output.storage_offset()
+    return lambda gradient: gradient.contiguous().as_strided(*place)

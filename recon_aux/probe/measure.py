@@ -89,7 +89,7 @@ def probe(
             if parameters is not None:
                 batch = transform(batch, {name: p[rows] for name, p in parameters.items()})
             feature = encoder(batch if normalize is None else normalize(batch))
-            parts = _split(feature, equivariant_dim)
+            parts = split_parts(feature, equivariant_dim)
             features.append({name: x.flatten(1).float().cpu() for name, x in parts.items()})
             advance(len(rows))
         return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
@@ -115,7 +115,7 @@ def probe(
                 np.concatenate([original[rows], features[part]], axis=1)
                 for original, rows, features in zip(x, chosen, both, strict=True)
             ]
-            r2[task] = _ridge_r2(pairs_x, parameters[task])
+            r2[task] = ridge_r2(pairs_x, parameters[task])
         combined = r2.pop("combined")
         alone = {name: scores[name] for name, scores in r2.items()}
         accuracies = _accuracies(x, [labels for _, labels in (train, test)])
@@ -157,7 +157,8 @@ def compare(
     return results
 
 
-def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
+def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
+    """Give the whole feature and, where it is split, its two parts."""
     if not equivariant_dim:
         return {"whole": feature}
     channels = feature.shape[channel_dim(feature)]
@@ -166,7 +167,7 @@ def _split(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part.numel()}
 
 
-def _ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+def ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Return for each parameter the test R² of a regression fitted on the train split."""
     targets = [torch.stack(list(p.values()), dim=1).numpy() for p in parameters]
     model = linear_regression().fit(x[0], targets[0])
@@ -180,10 +181,14 @@ def _accuracies(x: Sequence[Any], labels: Sequence[Tensor | None]) -> tuple[floa
     y = [known.numpy() for known in labels if known is not None]
     if len(y) < len(labels):
         return math.nan, math.nan
-    linear = linear_classifier()
+    linear = linear_classifier().fit(x[0], y[0])
+    return 100 * linear.score(x[1], y[1]), knn_accuracy(x, y)
+
+
+def knn_accuracy(x: Sequence[Any], labels: Sequence[Any]) -> float:
+    """Return the test accuracy of a 20-nearest-neighbour vote by cosine similarity, in percent."""
     knn = KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
-    scores = [100 * model.fit(x[0], y[0]).score(x[1], y[1]) for model in (linear, knn)]
-    return scores[0], scores[1]
+    return 100 * float(knn.fit(x[0], labels[0]).score(x[1], labels[1]))
 
 
 @contextmanager

@@ -407,11 +407,12 @@ def test_the_loss_is_logged_before_the_weight_with_the_batchs_size(in_training: 
     model = attach(plain_method(log=log, trainer=trainer), weight=3.0)
     outputs = rebuilt_by(model)
     model.training_step(batch(), 0)
-    assert len(logged) == in_training
-    for name, value, size in logged:
-        assert (name, size) == ("recon_aux/loss", 8)
-        torch.testing.assert_close(value, outputs[0].loss.detach() / 3)
-        assert not value.requires_grad
+    assert not any(value.requires_grad or size != 8 for _, value, size in logged)
+    values = {name: value for name, value, _ in logged}
+    assert len(values) == len(logged)
+    assert ("recon_aux/loss" in values) == in_training
+    if in_training:
+        torch.testing.assert_close(values["recon_aux/loss"], outputs[0].loss.detach() / 3)
 
 
 def test_a_weight_can_be_ramped_from_zero() -> None:

@@ -1,0 +1,310 @@
+"""The monitor: a callback for Lightning, and for loops of one's own an object with ``measure``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recon_aux.engine.api import attachment_of, is_attached
+from recon_aux.engine.compiling import run_eagerly
+from recon_aux.engine.encoder import take_feature
+from recon_aux.engine.modules import describe_children, unwrap
+from recon_aux.monitor.images import take_images
+from recon_aux.monitor.loggers import log_picture
+from recon_aux.monitor.measure import (
+    Measurement,
+    Stream,
+    as_floats,
+    describe,
+    encode_stream,
+    random_state_kept,
+)
+from recon_aux.monitor.picture import draw_picture, inverse_of
+from recon_aux.task.contexts import evaluating
+from recon_aux.task.splitter import as_feature
+
+# where a bare model has its encoder
+_ENCODERS = ("backbone", "encoder", "online_backbone", "student_backbone")
+
+_FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
+
+
+class Monitor:
+    """Measures the encoder every few epochs, on a few held-out images, and logs what it finds.
+
+    It is a callback for ``lightning`` and ``pytorch_lightning``. Import either before the monitor
+    is made. In a loop of your own, call :meth:`measure`. Training goes on as without it, bit for
+    bit: weights, buffers, modes and random states are as they were.
+
+    For the whole feature, and where ``recon_aux`` is attached for the invariant and the equivariant
+    part, it logs:
+
+    - ``monitor/whole/r2_rotation``, and so on: R² of a ridge regression that predicts a
+      transformation's parameter from the features of the image before and after it;
+      ``monitor/whole/r2`` is their mean, and is shown in the progress bar.
+    - ``monitor/whole/knn``: accuracy of 20 nearest neighbours in percent, if there are labels.
+    - ``monitor/whole/rank``: the effective rank, RankMe (Garrido et al., ICML 2023).
+    - ``monitor/whole/std``: standard deviation of normalised features over images: 0 is collapsed,
+      1 is spread evenly.
+    - ``monitor/seconds``: how long measuring took.
+    - ``monitor/picture``: view, other view, rebuilt, and rebuilt in another image's context.
+
+    Args:
+        images: held-out, without augmentation: a tensor ``(N, C, H, W)``, a dataset, or a loader;
+            uint8, or floats from 0 to 1. Labels beside them are used.
+        labels: ``(N,)``, if ``images`` is a tensor.
+        every: how many epochs lie between two measurements.
+        count: how many images are used, at most.
+        normalize: what the training transform does to images last, as torchvision's ``Normalize``.
+        encode: called with the model and images, returns features; by default the encoder that
+            ``attach`` was given, or the submodule ``backbone`` or ``encoder``.
+        batch_size: images in one call of the encoder.
+        rows: how many images the picture shows; 0 leaves it out.
+        name: begins the names in the log.
+        seed: of the transformations, which are the same each time.
+
+    Raises:
+        ImportError: if kornia or scikit-learn is missing.
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> model = nn.ModuleDict({"encoder": nn.Conv2d(3, 8, 16), "head": nn.Flatten()})
+        >>> monitor = Monitor(torch.rand(64, 3, 16, 16))
+        >>> sorted(monitor.measure(model).numbers)[-3:]
+        ['monitor/whole/r2_translation_y', 'monitor/whole/rank', 'monitor/whole/std']
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Monitor:
+        """Make a callback of each Lightning package that is imported."""
+        made: Monitor = object.__new__(as_callback(cls))
+        return made
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Tensor | None = None,
+        *,
+        every: int = 1,
+        count: int = 1000,
+        normalize: Callable[[Tensor], Tensor] | None = None,
+        encode: Callable[[Any, Tensor], Any] | None = None,
+        batch_size: int = 64,
+        rows: int = 6,
+        name: str = "monitor",
+        seed: int = 0,
+    ) -> None:
+        import recon_aux.probe  # noqa: F401, PLC0415
+
+        for option, value, least in (
+            ("every", every, 1),
+            ("count", count, 16),
+            ("batch_size", batch_size, 1),
+            ("rows", rows, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"expected {option}= as a whole number of {least} or more, got {value!r}. Pass "
+                    "such a number."
+                )
+        self.images = images
+        self.labels = labels
+        self.every = every
+        self.count = count
+        self.normalize = normalize
+        self.encode = encode
+        self.batch_size = batch_size
+        self.rows = rows
+        self.name = name
+        self.seed = seed
+        self._stream: Stream | None = None
+
+    def __reduce__(self) -> Any:
+        """Pickle without the class that was made of it and Lightning's."""
+        return _restore, (_own_class(type(self)), vars(self))
+
+    @property
+    def state_key(self) -> str:
+        """What Lightning saves it under: nothing is saved, but no two may be the same."""
+        return f"Monitor[{self.name}]"
+
+    # --- for a loop ---
+
+    def measure(self, model: nn.Module, *, regress: bool = True) -> Measurement:
+        """Encode the held-out images, and describe the features.
+
+        Args:
+            model: attached or not, or a wrapper of one.
+            regress: False leaves out the numbers, and only encodes: for all processes but one, so
+                that an encoder that is sharded over them can be called.
+
+        Returns:
+            Numbers by name, and the picture.
+
+        Raises:
+            ValueError: if the model has no encoder that is found, or the images don't suit it.
+            TypeError: if the encoder returns no feature.
+
+        Example:
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
+            >>> model = nn.ModuleDict({"backbone": encoder})
+            >>> 0 <= Monitor(torch.rand(32, 3, 8, 8)).measure(model).numbers["monitor/whole/std"] <= 1
+            True
+        """  # noqa: E501
+        model, start = unwrap(model), time.perf_counter()
+        with _undisturbed(model):
+            stream, encode = self._prepared(model), self._encoder(model)
+            features = encode_stream(encode, stream, self.batch_size, _device_of(model))
+            picture = self._picture(model, stream, encode)
+            found = describe(features, stream, _equivariant_dim(model)) if regress else {}
+        found["seconds"] = time.perf_counter() - start
+        return Measurement({f"{self.name}/{key}": value for key, value in found.items()}, picture)
+
+    def _prepared(self, model: nn.Module) -> Stream:
+        """Take the images, once, and see whether the encoder takes them."""
+        if self._stream is None:
+            images, labels = take_images(self.images, self.labels, self.count)
+            stream, encode = Stream.draw(images, labels, self.seed), self._encoder(model)
+            try:
+                encode(as_floats(images[:2]).to(_device_of(model)))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"expected held-out images that the encoder takes, got {tuple(images.shape)}, "
+                    f"for which it raised {type(error).__name__}: {error}. Pass images of the "
+                    "training's size and channels, or encode=lambda model, images: features."
+                ) from error
+            self._stream = stream
+        return self._stream
+
+    def _encoder(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Give the function that encodes images from 0 to 1."""
+        call, dtype = self._call_of(model), next(model.parameters(), torch.empty(0)).dtype
+
+        def encode(images: Tensor) -> Tensor:
+            images = images if self.normalize is None else self.normalize(images)
+            feature: Tensor = run_eagerly(call, images.to(dtype))
+            return feature
+
+        return encode
+
+    def _call_of(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        spatial = is_attached(model) and bool(attachment_of(model).aux.options["spatial"])
+        if self.encode is not None:
+            own = self.encode
+            return lambda images: as_feature(take_feature(own(model, images)), spatial=spatial)
+        if is_attached(model):
+            attached = attachment_of(model)
+            encoder, method = attached.trained_encoder, attached.backbone_method
+            call = encoder if method == "forward" else getattr(encoder, method)
+            features, channels = attached.recorder.features, attached.recorder.shape.channels
+            return lambda images: as_feature(
+                take_feature(call(images), features, channels), spatial=spatial
+            )
+        found = (getattr(model, name, None) for name in _ENCODERS)
+        bare = next((module for module in found if isinstance(module, nn.Module)), None)
+        if bare is None and isinstance(model, nn.ModuleDict):
+            bare = next((model[name] for name in _ENCODERS if name in model), None)
+        if bare is None:
+            raise ValueError(
+                f"expected an encoder named one of {_ENCODERS} in {type(model).__name__}, which "
+                f"has {describe_children(model)}. Pass encode=lambda model, images: "
+                "model.its_encoder(images)."
+            )
+        return lambda images: as_feature(take_feature(bare(images)))
+
+    def _picture(self, model: nn.Module, stream: Stream, encode: Callable[[Tensor], Tensor]) -> Any:
+        """Rebuild a few views; None where there is no decoder, or an untrained one."""
+        from recon_aux.probe import transform  # noqa: PLC0415
+
+        aux = attachment_of(model).aux if is_attached(model) else None
+        if aux is None or aux.options["weight"] == 0 or not self.rows:
+            return None
+        clean = as_floats(stream.images[: self.rows]).to(_device_of(model))
+        views = [
+            transform(clean, {name: x[: self.rows] for name, x in parameters.items()})
+            for parameters in stream.views
+        ]
+        own, other = map(encode, views)
+        restore = inverse_of(self.normalize, clean)
+        contexts = (other, other.roll(1, 0))
+        rebuilt = [restore(aux.rebuild(own, context).float()) for context in contexts]
+        return draw_picture([*views, *rebuilt])
+
+    # --- for Lightning's trainer ---
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take the images, and encode some, so that what is wrong shows before the training."""
+        model = unwrap(pl_module)
+        with _undisturbed(model):
+            stream = self._prepared(model)
+        if trainer.is_global_zero:
+            epochs = "each epoch" if self.every == 1 else f"every {self.every} epochs"
+            print(
+                f"recon_aux.Monitor: {epochs} {len(stream.images)} held-out images are encoded "
+                f"{stream.encoded // len(stream.images)} times, {stream.encoded} in all",
+                file=sys.stderr,
+            )
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure and log, if it is time."""
+        if (trainer.current_epoch + 1) % self.every:
+            return
+        found = self.measure(pl_module, regress=trainer.is_global_zero)
+        # all processes log the same, and may choose checkpoints by it
+        for name, value in trainer.strategy.broadcast(found.numbers).items():
+            shown = name == f"{self.name}/whole/r2"
+            pl_module.log(name, value, prog_bar=shown, sync_dist=True, batch_size=1)
+        if trainer.is_global_zero and found.picture is not None:
+            log_picture(trainer.loggers, f"{self.name}/picture", found.picture, trainer.global_step)
+
+
+def as_callback(cls: type[Any]) -> type[Any]:
+    """Give a subclass of a class that is also a Callback of each Lightning that is imported."""
+    modules = (sys.modules.get(name) for name in _FRAMEWORKS)
+    callbacks = [x for x in (getattr(module, "Callback", None) for module in modules) if x]
+    missing = tuple(callback for callback in callbacks if not issubclass(cls, callback))
+    if not missing:
+        return cls
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls, *missing), {**names, "_made_of": _own_class(cls)})
+
+
+def _own_class(cls: type[Any]) -> type[Any]:
+    made_of: type[Any] = vars(cls).get("_made_of", cls)
+    return made_of
+
+
+def _restore(cls: type[Any], state: dict[str, Any]) -> Any:
+    monitor = object.__new__(as_callback(cls))
+    vars(monitor).update(state)
+    return monitor
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def _equivariant_dim(model: nn.Module) -> int:
+    return attachment_of(model).aux.splitter.equivariant_dim if is_attached(model) else 0
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave modes, random states and a running step as they are."""
+    driver = attachment_of(model).driver if is_attached(model) else None
+    step = None if driver is None else driver.step
+    device = _device_of(model)
+    kept, still = random_state_kept([device]), torch.autocast(device.type, enabled=False)
+    try:
+        if driver is not None:
+            driver.step = None
+        with evaluating(model), kept, still, torch.no_grad():
+            yield
+    finally:
+        if driver is not None:
+            driver.step = step

@@ -1,0 +1,143 @@
+"""Take a fixed number of clean images, with labels if there are some, from what the user has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LABELS = ("label", "labels", "target", "targets", "y")
+_FEWEST = 16
+
+
+def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+    """Take images and labels out of a tensor, a dataset or a loader.
+
+    Args:
+        source: images ``(N, C, H, W)``; or a dataset or an iterable of images, or of tuples or
+            dicts that hold an image and a label; or a loader of batches of them.
+        labels: ``(N,)``, of images that are given as a tensor.
+        count: how many images, at most. Where there are more, they are evenly spaced; of a loader
+            they are the first.
+
+    Returns:
+        Images, uint8 or floats from 0 to 1, and labels, if there are some.
+
+    Raises:
+        TypeError: if there is no image in what the source gives.
+        ValueError: if there are too few, or of several sizes, or they are normalised.
+
+    Example:
+        >>> dataset = [(torch.zeros(3, 8, 8), i % 2) for i in range(50)]
+        >>> images, labels = take_images(dataset, None, 20)
+        >>> images.shape, labels.shape
+        (torch.Size([20, 3, 8, 8]), torch.Size([20]))
+    """
+    images: list[Tensor] = []
+    classes: list[Tensor] = []
+    for image, label in _pairs(source, labels, count):
+        is_batch = image.ndim == 4
+        images += image.unbind() if is_batch else [image]
+        if label is not None:
+            classes += label.flatten().unbind()
+        if len(images) >= count:
+            break
+    images, classes = images[:count], classes[:count]
+    if len(images) < _FEWEST:
+        raise ValueError(
+            f"expected {_FEWEST} held-out images or more, got {len(images)}. Pass more."
+        )
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected images of one size, got {sorted(sizes)[:3]}. Pass a dataset whose transform "
+            "ends in Resize((height, width)) or CenterCrop(size)."
+        )
+    stacked = torch.stack(images).detach().cpu()
+    _check_range(stacked)
+    return stacked, torch.stack(classes).cpu() if len(classes) == len(images) else None
+
+
+def _pairs(source: Any, labels: Tensor | None, count: int) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(source, tuple) and len(source) == 2 and _is_images(source[0]):
+        source, labels = source
+    if isinstance(source, Tensor):
+        if not _is_images(source):
+            raise TypeError(f"expected images (N, C, H, W), got {tuple(source.shape)}. Pass such.")
+        if labels is not None and len(labels) != len(source):
+            raise ValueError(
+                f"expected a label for each image, got {len(labels)} for {len(source)}. Pass as "
+                "many."
+            )
+        rows = _spread(len(source), count)
+        yield source[rows], None if labels is None else labels[rows.to(labels.device)]
+        return
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        items: Iterable[Any] = (source[i] for i in _spread(len(source), count).tolist())
+    elif isinstance(source, Iterable):
+        items = source
+    else:
+        raise TypeError(
+            f"expected images as a tensor, a dataset or a loader, got {type(source).__name__}. "
+            "Pass one of these."
+        )
+    yield from map(_pair, items)
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+def _spread(available: int, count: int) -> Tensor:
+    """Give indices over all of a dataset, whose classes may come one after another."""
+    return torch.arange(min(count, available)) * max(available, 1) // max(min(count, available), 1)
+
+
+def _pair(item: Any) -> tuple[Tensor, Tensor | None]:
+    """Find the image, or the batch of images, and its labels in what a dataset or loader gives."""
+    values = list(item.values()) if isinstance(item, Mapping) else item
+    values = list(values) if isinstance(values, (tuple, list)) else [values]
+    found = next(((i, x) for i, x in enumerate(map(_as_image, values)) if x is not None), None)
+    if found is None:
+        got = [type(value).__name__ for value in values]
+        raise TypeError(
+            f"expected each item to hold one clean image (C, H, W), got {got}. Pass a dataset "
+            "whose transform gives one image, as ToTensor() does, and no list of views."
+        )
+    place, image = found
+    named = [item[key] for key in _LABELS if key in item] if isinstance(item, Mapping) else []
+    labels = (_as_label(value, image.ndim - 3) for value in named or values[place + 1 :])
+    return image, next((label for label in labels if label is not None), None)
+
+
+def _as_image(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.ndim in (3, 4) else None
+    if hasattr(value, "convert") and hasattr(value, "mode"):
+        import numpy as np  # noqa: PLC0415
+
+        pixels = torch.from_numpy(np.array(value if value.mode == "L" else value.convert("RGB")))
+        return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    return None
+
+
+def _as_label(value: Any, ndim: int) -> Tensor | None:
+    if isinstance(value, (int, Tensor)) or (hasattr(value, "item") and hasattr(value, "dtype")):
+        label = torch.as_tensor(value)
+        is_label = label.ndim == ndim and not label.is_floating_point()
+        return label if is_label else None
+    return None
+
+
+def _check_range(images: Tensor) -> None:
+    if images.dtype == torch.uint8:
+        return
+    low, high = (float(x) for x in images.aminmax())
+    if not (images.is_floating_point() and low >= 0 and high <= 1):
+        raise ValueError(
+            f"expected clean images, uint8 or floats from 0 to 1, got {images.dtype} from "
+            f"{low:.3g} to {high:.3g}. Leave Normalize out of their transform, and pass it as "
+            "normalize=."
+        )

@@ -1,0 +1,30 @@
+"""Put a picture where a trainer's logger can take one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def log_picture(loggers: Iterable[Any], name: str, picture: Any, step: int) -> None:
+    """Log a picture to each logger: W&B's image, TensorBoard's image, or else a PNG file.
+
+    Args:
+        loggers: a trainer's.
+        name: of the picture, with a slash.
+        picture: a ``PIL.Image``.
+        step: of the training.
+    """
+    for logger in loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[picture], step=step)
+        elif hasattr(experiment, "add_image"):
+            import numpy as np  # noqa: PLC0415
+
+            experiment.add_image(name, np.array(picture), step, dataformats="HWC")
+        elif getattr(logger, "log_dir", None):
+            path = Path(logger.log_dir) / f"{name}-{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
