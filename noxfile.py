@@ -106,7 +106,7 @@ def package(session: nox.Session) -> None:
     session.install("--no-deps", "--upgrade", "--target", str(installed), str(wheel))
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
-        "import pathlib, recon_aux.integrations.lightly, recon_aux.probe; "
+        "import pathlib, recon_aux.integrations.lightly, recon_aux.probe, recon_aux.cli; "
         "root = pathlib.Path(recon_aux.__file__).parent; "
         "assert str(root).startswith(sys.argv[1]), root; "
         "assert (root / 'py.typed').exists(); print('imported', root)"

@@ -128,7 +128,7 @@ def test_every_option_is_in_the_page_and_nothing_else() -> None:
     listed = {name for row in rows_of_options() for name in re.findall(r"`(\w+)`", row[0])}
     taken = {*inspect.signature(ReconAux).parameters, *inspect.signature(attach).parameters}
     alone = {"model", "options", "backbone", "backbone_method", "heads", "image_size"}
-    alone |= {"features", "views", "interleaved", "example_input", "momentum_encoders"}
+    alone |= {"features", "views", "interleaved", "example_input", "log", "momentum_encoders"}
     alone |= {"step_method", "feature_dim", "spatial"}
     assert listed == taken - alone
     assert all(f"`{name}`" in OPTIONS for name in alone - {"model", "options"})
