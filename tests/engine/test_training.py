@@ -326,7 +326,8 @@ def test_compiled_another_method_of_the_encoder_is_seen() -> None:
             z: Tensor = self.projection_head(self.backbone.encode(x).flatten(1))
             return z
 
-    model = ByMethod(torch.compile(Encoding(*plain_encoder()), backend="eager"))
+    encoder: Any = torch.compile(Encoding(*plain_encoder()), backend="eager")
+    model = ByMethod(encoder)
     attach(model, backbone_method="encode")
     before = weights_of(model)
     take_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), [BATCH] * 3)
