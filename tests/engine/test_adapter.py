@@ -15,7 +15,7 @@ import recon_aux
 from helpers.data import batch
 from helpers.inside import hooked
 from helpers.models import tiny_encoder
-from recon_aux.engine.adapter import decoder_groups
+from recon_aux.engine.adapter import Conventions, decoder_groups
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
 
@@ -88,6 +88,13 @@ def test_an_encoder_of_the_usual_name_goes_before_one_of_a_similar_name(
     model.old_encoder, model.encoder = tiny_encoder(), encoder
     page["attach"](model)
     assert hooked(model)[1:] == ["projector", "encoder"]
+
+
+def test_conventions_know_a_head_by_its_dotted_name() -> None:
+    its = Conventions(("trunk",), lambda name, module: name == "online.neck", lambda model: {}, {})
+    model = nn.ModuleDict({"neck": nn.Linear(4, 2)})
+    model["online"] = nn.ModuleDict({"neck": nn.Linear(4, 2)})
+    assert its.find_heads(model) == [model.get_submodule("online.neck")]
 
 
 def test_the_pages_conventions_are_followed(page: dict[str, Any]) -> None:

@@ -212,13 +212,14 @@ def test_a_look_in_eval_mode_past_the_step_is_no_training() -> None:
     for index in range(3):
         model.training_step(batch(), index).backward()
         optimizer.step()
-        # as for saliency, in turn with an update
+        # as for saliency, in turn with updates
         model.eval()
-        image = batch()[0][0].requires_grad_()
-        model.projection_head(model.backbone(image).flatten(1)).sum().backward()
-        assert image.grad is not None
-        assert image.grad.any()
-        optimizer.step()
+        for _ in range(2):
+            image = batch()[0][0].requires_grad_()
+            model.projection_head(model.backbone(image).flatten(1)).tanh().mean().backward()
+            assert image.grad is not None
+            assert image.grad.any()
+            optimizer.step()
         model.train()
 
 
@@ -435,6 +436,20 @@ def test_the_decoder_trains_where_most_of_the_encoder_does() -> None:
     groups = model.configure_optimizers().param_groups
     queries = model.recon_aux.decoder.queries
     assert [group["lr"] for group in groups if any(p is queries for p in group["params"])] == [1e-3]
+
+
+def test_where_names_mislead_the_decoder_trains_with_the_encoder_that_does() -> None:
+    def configure(self: Any) -> Any:
+        heads = [*self.projection_head.parameters(), *self.largest.parameters()]
+        groups = [{"params": heads, "lr": 1e-1}, {"params": self.online.parameters()}]
+        return torch.optim.AdamW(groups, lr=1e-3)
+
+    model = plain_method(configure_optimizers=configure)
+    # the backbone is a teacher that could be trained
+    model.online, model.largest = copy.deepcopy(model.backbone), nn.Linear(512, 512)
+    groups = attach(model).configure_optimizers().param_groups
+    its = {id(p) for p in model.recon_aux.parameters()}
+    assert [sum(id(p) in its for p in group["params"]) for group in groups] == [0, len(its)]
 
 
 def test_views_of_different_batch_size() -> None:
@@ -796,11 +811,13 @@ def test_detaching_takes_off_a_hook_behind_another() -> None:
     assert not hooked(recon_aux.detach(model))
 
 
-def test_multi_crop_rebuilds_the_large_views() -> None:
+@pytest.mark.parametrize("size", [(16, 16), (8, 48)])
+def test_multi_crop_rebuilds_the_large_views(size: tuple[int, int]) -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         x0, x1 = batch[0]
-        small = torch.rand(8, 3, 16, 16)
-        z = [self.projection_head(self.backbone(x).flatten(1)) for x in (small, x0, x1, small)]
+        small = torch.rand(2, 8, 3, *size)
+        images = small[0], x0, x1, small[1]
+        z = [self.projection_head(self.backbone(x).flatten(1)) for x in images]
         return torch.stack(z).var(0).mean()
 
     model = attach(plain_method(training_step=step))

@@ -367,6 +367,14 @@ def test_an_overflow_under_a_loss_scaler_sets_nothing() -> None:
     assert model.recon_aux.weight != 1.0
 
 
+def test_a_loss_without_gradient_sets_nothing() -> None:
+    model = attach(InALoop(), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recon_aux.add_loss(model, siamese_loss(*(model(view) for view in VIEWS)).detach())
+    assert model.recon_aux.weight_is_due
+
+
 def test_gradients_in_half_precision_set_the_weight_of_single_precision() -> None:
     weights = []
     for dtype in (torch.float32, torch.float16):

@@ -197,3 +197,20 @@ def test_the_modules_of_averages_are_masked(average: Any) -> None:
     model = attach(Side(average), heads=heads[:1])
     assert [name for name in hooked(model) if "head" in name] == heads
     assert heads[1] in hooked(attach(Side(average)))
+
+
+def test_of_a_teacher_s_heads_that_are_alike_the_name_decides() -> None:
+    class Two(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            made = {"encoder": nn.Sequential(plain_encoder(), nn.Flatten())}
+            made |= {name: nn.Linear(16, 16) for name in ("first", "second")}
+            self.online = nn.ModuleDict(made)
+            # in another order
+            self.target = nn.ModuleDict(
+                {name: copy.deepcopy(made[name]) for name in ("encoder", "second", "first")}
+            ).requires_grad_(False)
+
+    model = attach(Two(), backbone="online.encoder", heads=["online.first"])
+    heads = {"online.first", "online.second", "target.first", "target.second"}
+    assert heads & {*hooked(model)} == {"online.first", "target.first"}

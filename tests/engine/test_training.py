@@ -326,8 +326,8 @@ def test_compiled_another_method_of_the_encoder_is_seen() -> None:
             z: Tensor = self.projection_head(self.backbone.encode(x).flatten(1))
             return z
 
-    compiled: Any = torch.compile(Encoding(*plain_encoder()), backend="eager")
-    model = ByMethod(compiled)
+    encoder: Any = torch.compile(Encoding(*plain_encoder()), backend="eager")
+    model = ByMethod(encoder)
     attach(model, backbone_method="encode")
     before = weights_of(model)
     take_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), [BATCH] * 3)
