@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recon_aux import attach
-from recon_aux.engine.adapter import check_options
+from recon_aux.engine.adapter import check_options, expand_preset
 
 try:
     import lightly_train
@@ -72,7 +72,7 @@ def pretrain(*, recon_aux: Mapping[str, Any] | None = None, **arguments: Any) ->
             f"{_REFUSED.get(method, 'recon_aux does not know')}. Pass method= one of "
             f"{sorted(map(str.lower, _METHODS))}, or call lightly_train.pretrain itself."
         )
-    with _attaching({**_METHODS[method], **options}):
+    with _attaching({**_METHODS[method], **expand_preset(options)}):
         lightly_train.pretrain(**arguments)
 
 

@@ -14,8 +14,16 @@ from torch import nn
 from recon_aux.engine.api import Model, attach, attachment_of, check_options, refuse_wrapped
 from recon_aux.engine.hooks import MethodHook
 from recon_aux.engine.modules import averaged, describe_children, members, unwrap
+from recon_aux.task.options import expand_preset
 
-__all__ = ["Conventions", "MethodHook", "attach_by", "check_options", "decoder_groups"]
+__all__ = [
+    "Conventions",
+    "MethodHook",
+    "attach_by",
+    "check_options",
+    "decoder_groups",
+    "expand_preset",
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def attach_by(
         backbone = conventions.find_encoder(model)
     if heads is None:
         heads = [] if options.get("equivariant_dim") == 0 else conventions.find_heads(model)
-    options = {**conventions.defaults(model), **options}
+    options = {**conventions.defaults(model), **expand_preset(options)}
     if weight is not None:
         options["weight"] = weight
     return attach(model, backbone=backbone, heads=heads, **options)

@@ -21,7 +21,7 @@ from recon_aux.engine.modules import find_module, first_linear, members, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
 from recon_aux.task.contexts import evaluating
-from recon_aux.task.options import refuse_unknown
+from recon_aux.task.options import expand_preset, refuse_unknown
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -117,6 +117,7 @@ def attach(
     _refuse_model(model, step_method)
     own = DecoderGroup(decoder_lr, decoder_weight_decay)
     _check(model, step_method, views, own, options)
+    options = expand_preset(options)
     encoder = find_module(model, backbone, "backbone")
     found = _find_modules(model, heads, "heads")
     _refuse_heads_within(encoder, found)

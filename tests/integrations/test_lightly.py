@@ -276,3 +276,18 @@ def test_a_step_that_takes_no_batch_index_and_named_parameters() -> None:
     (group,) = optimizer.param_groups
     assert len(group["params"]) == len(group["param_names"]) == len(list(model.parameters()))
     assert "recon_aux.decoder.queries" in group["param_names"]
+
+
+@every_method
+def test_a_presets_weight_comes_before_the_methods_and_after_the_users(method: str) -> None:
+    def options(**given: Any) -> dict[str, Any]:
+        found: dict[str, Any] = attach(model_of(method), **given).recon_aux.options
+        return found
+
+    usual = options()
+    assert options(preset="geometry") == {**usual, "edges": 64}
+    paper = {"registration": 0, "statistics": 0, "edges": 0, "weight": 4}
+    assert options(preset="paper") == {**usual, **paper}
+    assert options(preset="paper", weight="auto", edges=1) == {
+        **usual, **paper, "weight": "auto", "edges": 1,
+    }  # fmt: skip

@@ -501,3 +501,18 @@ def test_a_printout_shows_the_options_and_the_weight_as_it_is_now() -> None:
 def test_an_unknown_option_is_named_with_the_likely_one() -> None:
     with pytest.raises(TypeError, match=r"expected options among .*wieght=; did you mean weight="):
         ReconAux(8, wieght=2)  # type: ignore[call-arg]
+
+
+def test_a_preset_is_options_under_a_name_and_those_beside_it_win() -> None:
+    paper = ReconAux(8, preset="paper").options
+    assert [paper[name] for name in ("registration", "statistics", "edges")] == [0, 0, 0]
+    assert paper["weight"] == 4
+    assert ReconAux(8, preset="paper", weight=1, edges=16).options == {
+        **ReconAux(8).options, "registration": 0, "statistics": 0,
+    }  # fmt: skip
+    assert ReconAux(8, preset="geometry").options == {**ReconAux(8).options, "edges": 64}
+    # a checkpoint doesn't ask how the options were named
+    saved = ReconAux(8, preset="geometry").state_dict()
+    ReconAux(8, edges=64).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"preset= to be one of .*'paper'.* got 'papers'"):
+        ReconAux(8, preset="papers")  # type: ignore[arg-type]
