@@ -203,7 +203,7 @@ def test_of_a_teacher_s_heads_that_are_alike_the_name_decides() -> None:
     class Two(LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            made = {"encoder": nn.Sequential(plain_encoder(), nn.Flatten())}
+            made: dict[str, nn.Module] = {"encoder": nn.Sequential(plain_encoder(), nn.Flatten())}
             made |= {name: nn.Linear(16, 16) for name in ("first", "second")}
             self.online = nn.ModuleDict(made)
             # in another order
