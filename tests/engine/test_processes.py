@@ -61,6 +61,11 @@ def test_a_checkpoint_that_one_process_loaded_is_both_s(tmp_path: Path) -> None:
     for name, value in states[0].items():
         if "extra_state" not in name:
             assert torch.equal(value, states[1][name]), name
+    saved = torch.load(tmp_path / "loaded.pt")
+    units = [name for name, _ in attach(InALoop(), **OPTIONS).named_buffers()]
+    assert len(units) == 8
+    for name in units:
+        torch.testing.assert_close(states[0][name], saved[name], msg=name)
 
 
 @pytest.mark.parametrize("broken", [0, 1])

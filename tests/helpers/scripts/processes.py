@@ -86,8 +86,10 @@ def loaded(folder: Path) -> None:
     model = attach(InALoop(), **WITH_REGISTRATION)
     if rank() == 0:
         saved = attach(InALoop(), **WITH_REGISTRATION)
-        train(saved, global_batches()[:2])
+        # in units that the batches here wouldn't set
+        train(saved, [[3 * view for view in views] for views in global_batches()[:2]])
         model.load_state_dict(saved.state_dict())
+        torch.save(saved.state_dict(), folder / "loaded.pt")
     distributed.init_process_group("gloo")
     train(model, [own_part(views) for views in global_batches()], DistributedDataParallel(model))
     torch.save(model.state_dict(), folder / f"{rank()}.pt")
