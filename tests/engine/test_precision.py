@@ -51,19 +51,10 @@ def test_under_autocast_all_is_what_it_is_without(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         found = cast(views, features)
         drawn = cast.rebuild(features[0], features[1])
+    # the whitening, too, is in float32
+    assert torch.equal(found.reconstruction_loss, expected.reconstruction_loss)
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(drawn, plain.rebuild(features[0], features[1]))
-
-
-def test_views_are_whitened_in_float32_under_autocast_too() -> None:
-    aux = ReconAux(8)
-    compared: list[Any] = []
-    aux.reconstruction_loss.register_forward_pre_hook(lambda module, args: compared.append(args))
-    views, features = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        aux(list(views), list(features))
-    ((_, white),) = compared
-    assert torch.equal(white, inside.whitening_of(aux).whiten(views[0]))
 
 
 def test_fp16_with_loss_scaling_skips_an_overflow_and_goes_on() -> None:
