@@ -10,7 +10,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from recon_aux.task.checks import check_divides, check_whole
-from recon_aux.task.terms.reconstruction import to_images
 
 
 class Tokenizer(nn.Module):
@@ -133,9 +132,9 @@ class CrossAttentionDecoder(nn.Module):
         check_divides("patch_size", patch_size, "target_size", target_size)
         check_divides("heads", heads, "dim", dim)
         self.spatial = spatial
+        self.side = target_size // patch_size
         self.patch_size = patch_size
-        self.image_channels = image_channels
-        self.queries = nn.Parameter(torch.randn((target_size // patch_size) ** 2, dim) * 0.02)
+        self.queries = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)
         self.equivariant_tokens = Tokenizer(equivariant_dim, dim, tokens, spatial=spatial)
         self.context_tokens = (
             Tokenizer(context_dim, dim, tokens, spatial=spatial) if context_dim else None
@@ -150,22 +149,12 @@ class CrossAttentionDecoder(nn.Module):
     def forward(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
         """Rebuild images.
 
-        Args and raised errors are those of :meth:`patches`.
-
-        Returns:
-            ``(B, C, target_size, target_size)``.
-        """
-        return to_images(self.patches(equivariant, context), self.patch_size, self.image_channels)
-
-    def patches(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
-        """Rebuild images, patch by patch.
-
         Args:
             equivariant: of the views to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
             context: of the other views, likewise; ignored if ``context_dim`` is 0.
 
         Returns:
-            ``(B, patches, image_channels * patch_size**2)``.
+            ``(B, C, target_size, target_size)``.
 
         Raises:
             ValueError: if a feature's rank doesn't fit ``spatial``, or context is missing.
@@ -185,4 +174,5 @@ class CrossAttentionDecoder(nn.Module):
         for block in self.blocks:
             queries = block(queries, tokens)
         patches: Tensor = self.to_patch(queries)
-        return patches
+        p = self.patch_size
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)

@@ -27,8 +27,6 @@ from recon_aux.task.terms.prediction import PredictionTerm, read
 from recon_aux.task.terms.reconstruction import (
     ReconstructionLoss,
     resize_view,
-    to_images,
-    to_patches,
 )
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
@@ -228,7 +226,7 @@ class ReconAux(nn.Module):
         inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
         with torch.autocast(resized.device.type, enabled=False):
-            losses, patches = _losses(self, inner, resized, chosen)
+            losses, rebuilt = _losses(self, inner, resized, chosen)
             loss = losses["reconstruction"]
             for name in self._terms:
                 loss = torch.add(loss, losses[name], alpha=getattr(options, name))
@@ -244,7 +242,7 @@ class ReconAux(nn.Module):
             **{f"{name}_loss": losses[name].detach() for name in ("reconstruction", *TERMS)},
             target=_pick(resized.chunk(2), chosen),
             rebuilt=chosen,
-            draw=partial(_draw, self, patches.detach()),
+            draw=partial(self.pixel_scale.restore, rebuilt.detach()),
         )
 
     @torch.no_grad()
@@ -275,7 +273,7 @@ class ReconAux(nn.Module):
         feature, other = (as_feature(x, spatial=options.spatial) for x in (feature, other))
         own, context = options.part("equivariant", feature), options.part(options.context, other)
         with torch.autocast(own.device.type, enabled=False):
-            return _draw(self, self.decoder.patches(own, context))
+            return self.pixel_scale.restore(self.decoder(own, context).float())
 
     def saved_state(self) -> dict[str, Any]:
         """Return what is saved next to the weights; a subclass may add plain values to it.
@@ -323,7 +321,7 @@ class ReconAux(nn.Module):
 def _losses(
     aux: ReconAux, features: Sequence[Tensor], resized: Tensor, chosen: tuple[int, ...]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Compute each loss, and the patches that were rebuilt, of tensors alone.
+    """Compute each loss, and the whitened views that were rebuilt, of tensors alone.
 
     The first batch sets the units. From then on no value is read and no state is changed.
     """
@@ -331,22 +329,15 @@ def _losses(
     white = aux.pixel_scale.whiten(resized)
     parts = [options.part("equivariant", feature) for feature in features]
     others = [options.part(options.context, feature) for feature in reversed(features)]
-    patches = aux.decoder.patches(_pick(parts, chosen), _pick(others, chosen)).float()
-    target = to_patches(_pick(white.chunk(2), chosen), options.patch_size)
-    losses = {name: patches.new_zeros(()) for name in TERMS if name not in terms}
-    losses["reconstruction"] = aux.reconstruction_loss.of_patches(patches, target)
+    rebuilt = aux.decoder(_pick(parts, chosen), _pick(others, chosen)).float()
+    losses = {name: rebuilt.new_zeros(()) for name in TERMS if name not in terms}
+    losses["reconstruction"] = aux.reconstruction_loss(rebuilt, _pick(white.chunk(2), chosen))
     if terms:
         equivariant = torch.cat([pooled(part) for part in parts])
         numbers = read([term.readout for term in terms.values()], equivariant)
         for (name, term), its in zip(terms.items(), numbers, strict=True):
             losses[name] = term(its, white)
-    return losses, patches
-
-
-def _draw(aux: ReconAux, patches: Tensor) -> Tensor:
-    """Turn patches into images in the views' own units."""
-    images = to_images(patches.float(), aux._options.patch_size, aux.image_channels)
-    return aux.pixel_scale.restore(images)
+    return losses, rebuilt
 
 
 def _pick(pair: Sequence[Tensor], chosen: tuple[int, ...]) -> Tensor:

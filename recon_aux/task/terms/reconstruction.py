@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -112,12 +111,7 @@ class ReconstructionLoss(nn.Module):
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
                 f"got {tuple(reconstruction.shape)}. Pass two of one shape."
             )
-        return self.of_patches(
-            *(to_patches(x.float(), self.patch_size) for x in (reconstruction, target))
-        )
-
-    def of_patches(self, got: Tensor, expected: Tensor) -> Tensor:
-        """Compare patches, ``(B, P, N)`` in float32; see :func:`to_patches`."""
+        got, expected = (_to_patches(x.float(), self.patch_size) for x in (reconstruction, target))
         error = getattr(F, f"{self.kind}_loss")
         loss: Tensor = error(
             got, _normalized(expected, 1e-6) if self.normalize_patches else expected
@@ -134,22 +128,10 @@ class ReconstructionLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def to_patches(images: Tensor, patch_size: int) -> Tensor:
+def _to_patches(images: Tensor, patch_size: int) -> Tensor:
     """Cut ``(B, C, H, W)`` into square patches, ``(B, P, N)``."""
     p = patch_size
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-
-
-def to_images(patches: Tensor, patch_size: int, channels: int) -> Tensor:
-    """Put the patches of square images together: undo :func:`to_patches`.
-
-    Example:
-        >>> images = torch.rand(2, 3, 16, 16)
-        >>> torch.equal(to_images(to_patches(images, 8), 8, 3), images)
-        True
-    """
-    p, side = patch_size, math.isqrt(patches.shape[1])
-    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=p, q=p, c=channels)
 
 
 def _normalized(patches: Tensor, floor: float) -> Tensor:
