@@ -150,6 +150,10 @@ def task(
 # --- the task ---
 
 CASES |= {
+    ("recon_aux/task/gradients.py", "recon_aux: expected a backward pass"): (
+        "task/test_gradients.py",
+        "test_a_gradient_of_a_gradient_is_refused",
+    ),
     "a weight that isn't negative": Case(
         lambda: fit(weight=-1.0),
         "weight= as a finite number of 0 or more, .*Pass such a number",

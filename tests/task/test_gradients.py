@@ -130,10 +130,15 @@ def test_the_weight_of_the_forward_pass_counts_and_a_graph_may_be_kept() -> None
 def test_a_gradient_of_a_gradient_is_refused() -> None:
     views, features = views_and_features(dim=16)
     inner = leaves(features)
-    loss = ReconAux(16)(views, inner).loss + inner[0].square().sum()
+    of_method = inner[0].square().sum()
+    loss = ReconAux(16)(views, inner).loss + of_method
     with pytest.raises(RuntimeError, match=r"create_graph=True\. Pass create_graph=False, or diff"):
         torch.autograd.grad(loss, inner, create_graph=True)
-    torch.autograd.grad(loss, inner)
+    # its advice
+    torch.autograd.grad(loss, inner, create_graph=False, retain_graph=True)
+    (penalty,) = torch.autograd.grad(of_method, inner[0], create_graph=True)
+    (loss + penalty.square().sum()).backward()
+    assert all(y.grad is not None for y in inner)
 
 
 def test_it_may_be_computed_again_in_the_backward_pass() -> None:
