@@ -150,10 +150,6 @@ def task(
 # --- the task ---
 
 CASES |= {
-    ("recon_aux/task/gradients.py", "recon_aux: expected a backward pass"): (
-        "task/test_gradients.py",
-        "test_a_gradient_of_a_gradient_is_refused",
-    ),
     "a weight that isn't negative": Case(
         lambda: fit(weight=-1.0),
         "weight= as a finite number of 0 or more, .*Pass such a number",
@@ -1690,6 +1686,10 @@ WITHOUT_ADVICE = {
 }
 # tests of what no case here can bring about, by file and by how the message starts
 COVERED_ELSEWHERE = {
+    ("recon_aux/task/gradients.py", "recon_aux: expected a backward pass"): (
+        "task/test_gradients.py",
+        "test_a_gradient_of_a_gradient_is_refused",
+    ),
     ("integrations/lightly_train.py", "recon_aux.integrations.lightly_train needs"): (
         "integrations/test_lightly_train.py",
         "test_where_lightly_train_is_not_installed",
