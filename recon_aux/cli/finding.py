@@ -143,7 +143,7 @@ def find_encoder(
     own = {
         key: x
         for key, x in tensors.items()
-        if not {"recon_aux"} & {*key.split(".")} and not _is_counter(key)
+        if "recon_aux" not in key.split(".") and not _is_counter(key)
     }
     if not own:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ class Probed:
     """
 
     images: Images
-    encoders: dict[str, Encoder] = field(default_factory=dict)
-    results: dict[str, ProbeResult] = field(default_factory=dict)
-    rebuilders: dict[str, Rebuilder] = field(default_factory=dict)
+    encoders: dict[str, Encoder]
+    results: dict[str, ProbeResult]
+    rebuilders: dict[str, Rebuilder]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, ready for JSON."""
@@ -58,7 +58,7 @@ def probe_all(
     """Probe encoders, and say which.
 
     Args:
-        found: what is in each checkpoint, by its name.
+        found: what is in each checkpoint, one or more, by its name.
         load: gives images of the size that an encoder needs, or None if it takes any.
         normalization: what the images go through.
         device: where to encode.
@@ -67,7 +67,8 @@ def probe_all(
     Raises:
         UserError: if an encoder doesn't take the images.
     """
-    probed: Probed | None = None
+    results: dict[str, ProbeResult] = {}
+    rebuilders: dict[str, Rebuilder] = {}
     loaded: dict[int | None, Images] = {}
     for name, (encoder, saved) in found.items():
         module = encoder.build().to(device)
@@ -75,17 +76,14 @@ def probe_all(
         if size not in loaded:
             loaded[size] = load(size)
         images = loaded[size]
-        probed = probed or Probed(images)
-        probed.images = images
         console.print(f"{name}: {encoder}", highlight=False, markup=False)
         split = saved.equivariant_dim if saved is not None else 0
-        probed.encoders[name] = encoder
-        probed.results[name] = _probe(module, images, name, split, normalization, device)
+        results[name] = _probe(module, images, name, split, normalization, device)
         aux = saved.build() if saved is not None else None
         if aux is not None:
-            probed.rebuilders[name] = Rebuilder(module, aux, normalization)
-    assert probed is not None
-    return probed
+            rebuilders[name] = Rebuilder(module, aux, normalization)
+    encoders = {name: encoder for name, (encoder, _) in found.items()}
+    return Probed(images, encoders, results, rebuilders)
 
 
 def short_names(paths: Sequence[Path]) -> dict[str, Path]:

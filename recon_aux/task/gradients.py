@@ -64,7 +64,7 @@ def with_gradients(
         slow = torch._foreach_mul([gradients[i] for i in slowed], [paces[outer[i]] for i in slowed])
         for i, gradient in zip(slowed, slow, strict=True):
             gradients[i] = gradient
-    handed: Tensor = _HandOut.apply(weight * loss.detach(), weight, gradients, *outer)
+    handed: Tensor = _HandOut.apply(loss.detach(), weight, gradients, *outer)
     return handed
 
 
@@ -77,7 +77,7 @@ class _HandOut(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*gradients)
         ctx.weight, ctx.dtypes = weight, [x.dtype for x in inputs]
-        return loss.view_as(loss)
+        return weight * loss
 
     @staticmethod
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
