@@ -28,6 +28,11 @@ class Calibrated(nn.Module):
         self.calibrated = False
         self._agreed = False
 
+    @property
+    def has_units(self) -> bool:
+        """Whether the buffers are set, in all processes."""
+        return self.calibrated and (self._agreed or not are_many())
+
     @abstractmethod
     def _measure(self, images: Tensor) -> bool:
         """Set the buffers; return False, and set none, if images don't vary or aren't finite."""

@@ -68,6 +68,8 @@ class Options:
             The decoder sees the positions; the other terms see the average over them.
         seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last
             given. The global random state is left as it is.
+        compile: compile the losses by :func:`torch.compile`, which takes a minute once. A GPU then
+            gets few operations to begin. The first batch runs as it is.
         preset: ``"paper"`` for reconstruction alone with a weight of 4, as Wang, Krajsek & Scharr
             do; ``"geometry"`` for ``edges=64``, for poses. Options that are given beside it win.
 
@@ -101,6 +103,7 @@ class Options:
     reconstruct: Reconstruct = field(default="alternate", metadata=_ALWAYS)
     spatial: bool = False
     seed: int | None = None
+    compile: bool = False
     # replaced by the options that it stands for before they come here
     preset: InitVar[Preset | None] = None
 

@@ -6,14 +6,14 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recon_aux.task.calibration import ChannelWhitening
+from recon_aux.task.calibration import Calibrated, ChannelWhitening
 from recon_aux.task.checks import finite_number
 from recon_aux.task.contexts import seeded
 from recon_aux.task.decoder import CrossAttentionDecoder
@@ -140,14 +140,15 @@ class ReconAux(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options it was built with, defaults included, without the seed; plain, to be logged.
+        """The options that matter to what is learned, defaults included; plain, to be logged.
 
         Example:
             >>> options = ReconAux(feature_dim=512, edges=0).options
             >>> options["equivariant_dim"], options["edges"], options["weight"]
             (256, 0, 1.0)
         """
-        return {name: value for name, value in asdict(self._options).items() if name != "seed"}
+        left_out = ("seed", "compile")
+        return {name: x for name, x in asdict(self._options).items() if name not in left_out}
 
     @property
     def image_channels(self) -> int:
@@ -221,15 +222,15 @@ class ReconAux(nn.Module):
         # an evaluation takes no turn
         self._calls += torch.is_grad_enabled() and takes_turn(self)
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
-        resized = torch.cat([resize_view(view, self.target_size) for view in views])
+        # what is rebuilt comes first: one compiled graph serves either view
+        order = (1, 0) if chosen == (1,) else (0, 1)
+        resized = torch.cat([resize_view(views[i], self.target_size) for i in order])
         dtype = self.decoder.queries.dtype
         inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
         with torch.autocast(resized.device.type, enabled=False):
-            losses, rebuilt = _losses(self, inner, resized, chosen)
-            loss = losses["reconstruction"]
-            for name in self._terms:
-                loss = torch.add(loss, losses[name], alpha=getattr(options, name))
+            compute = _compiled() if _may_compile(self) else _losses
+            loss, losses, rebuilt = compute(self, [inner[i] for i in order], resized, len(chosen))
             pairs = [(p, p) for p in trained_tensors(self)]
             pairs += [(y, x) for y, x in zip(features, inner, strict=True) if y.requires_grad]
             paces = [term.readout.paces() for term in self._terms.values()]
@@ -239,10 +240,10 @@ class ReconAux(nn.Module):
         return ReconAuxOutput(
             loss=weighted,
             unweighted_loss=loss.detach(),
-            **{f"{name}_loss": losses[name].detach() for name in ("reconstruction", *TERMS)},
-            target=_pick(resized.chunk(2), chosen),
+            **losses,
+            target=resized[: len(rebuilt)],
             rebuilt=chosen,
-            draw=partial(self.pixel_scale.restore, rebuilt.detach()),
+            draw=partial(self.pixel_scale.restore, rebuilt),
         )
 
     @torch.no_grad()
@@ -319,9 +320,11 @@ class ReconAux(nn.Module):
 
 
 def _losses(
-    aux: ReconAux, features: Sequence[Tensor], resized: Tensor, chosen: tuple[int, ...]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Compute each loss, and the whitened views that were rebuilt, of tensors alone.
+    aux: ReconAux, features: Sequence[Tensor], resized: Tensor, count: int
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Compute the loss, each term's, and the first views rebuilt, whitened, of tensors alone.
+
+    Only the loss has a gradient.
 
     The first batch sets the units. From then on no value is read and no state is changed.
     """
@@ -329,20 +332,35 @@ def _losses(
     white = aux.pixel_scale.whiten(resized)
     parts = [options.part("equivariant", feature) for feature in features]
     others = [options.part(options.context, feature) for feature in reversed(features)]
-    rebuilt = aux.decoder(_pick(parts, chosen), _pick(others, chosen)).float()
-    losses = {name: rebuilt.new_zeros(()) for name in TERMS if name not in terms}
-    losses["reconstruction"] = aux.reconstruction_loss(rebuilt, _pick(white.chunk(2), chosen))
+    own, context = (_joined(pair[:count]) for pair in (parts, others))
+    rebuilt = aux.decoder(own, context).float()
+    losses = {f"{name}_loss": rebuilt.new_zeros(()) for name in TERMS if name not in terms}
+    loss = aux.reconstruction_loss(rebuilt, white[: len(rebuilt)])
+    losses["reconstruction_loss"] = loss.detach()
     if terms:
         equivariant = torch.cat([pooled(part) for part in parts])
         numbers = read([term.readout for term in terms.values()], equivariant)
         for (name, term), its in zip(terms.items(), numbers, strict=True):
-            losses[name] = term(its, white)
-    return losses, rebuilt
+            own_loss = term(its, white)
+            losses[f"{name}_loss"] = own_loss.detach()
+            loss = torch.add(loss, own_loss, alpha=getattr(options, name))
+    return loss, losses, rebuilt.detach()
 
 
-def _pick(pair: Sequence[Tensor], chosen: tuple[int, ...]) -> Tensor:
-    """Return one of two tensors, or both in one."""
-    return pair[chosen[0]] if len(chosen) == 1 else torch.cat(list(pair))
+def _may_compile(aux: ReconAux) -> bool:
+    """Whether a call may run compiled code. Those that set the units may not."""
+    units = [m.has_units for m in aux.modules() if isinstance(m, Calibrated)]
+    is_outermost = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return aux._options.compile and is_outermost and all(units)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]]:
+    return torch.compile(_losses)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _choose(

@@ -8,46 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from helpers.counting import operations_begun
 from helpers.features import smooth_pictures, views_and_features
 from helpers.models import Siamese, tiny_encoder
 from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
 
-class Begun(TorchDispatchMode):
-    """Counts the operations that are begun, without views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_begins_at_most_300_operations_and_20_of_them_in_its_backward_pass() -> None:
-    found = []
-    for attached in (False, True):
-        model: Any = Siamese(tiny_encoder(dim=16))
-        if attached:
-            attach(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        pictures = smooth_pictures(64)
-        # checks of the first steps are done by the sixth
-        for _ in range(6):
-            views = [(pictures + 0.02 * torch.rand_like(pictures)) for _ in range(2)]
-            optimizer.zero_grad()
-            with Begun() as forward:
-                loss = model.training_step((views, None), 0)
-            with Begun() as backward:
-                loss.backward()
-            optimizer.step()
-        found.append((forward.count, backward.count))
-    bare, with_it = found
+    pictures = smooth_pictures(64)
+    bare = operations_begun(Siamese(tiny_encoder(dim=16)), pictures)
+    with_it = operations_begun(attach(Siamese(tiny_encoder(dim=16))), pictures)
     added = [new - old for old, new in zip(bare, with_it, strict=True)]
     assert 0 < added[1] <= 20
     assert sum(added) <= 300

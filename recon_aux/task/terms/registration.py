@@ -88,13 +88,13 @@ def motions(poses: Tensor) -> Tensor:
     constants, half = _constants(poses.device), len(poses) // 2
     # Bounded by a factor of e, a radian, and half the width: a view that left the picture would get
     # no gradient that leads back.
-    numbers = torch.addmm(constants.offsets, torch.tanh(_GAIN * poses), constants.factors)
+    numbers = _product(torch.tanh(_GAIN * poses), constants.factors, constants.offsets)
     logarithms, shears, angles, shift, back = numbers.split_with_sizes([12, 12, 12, 4, 2], dim=1)
     turn, upper = angles.sin().view(-1, 2, 2), (logarithms.exp() * shears).view(-1, 2, 2)
-    matrices = turn.bmm(upper).view(-1, 3, 2, 2)
+    matrices = _product(turn, upper).view(-1, 3, 2, 2)
     matrix, inverse = matrices.split_with_sizes([2, 1], dim=1)
-    other = matrix.roll(half, dims=0).flatten(1, 2).bmm(inverse[:, 0].mT)
-    moved = torch.baddbmm(shift.roll(half, dims=0)[:, :, None], other, back[:, :, None])
+    other = _product(matrix.roll(half, dims=0).flatten(1, 2), inverse[:, 0].mT)
+    moved = _product(other, back[:, :, None], shift.roll(half, dims=0)[:, :, None])
     return torch.cat([other, moved], dim=2).view(-1, 2, 2, 3)
 
 
@@ -137,12 +137,12 @@ def likeness(maps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     constants, (count, channels) = _constants(images.device), images.shape[:2]
     targets = torch.cat([F.adaptive_avg_pool2d(images, x).flatten(2) for x in _SIDES], dim=2)
     targets = _centered(targets, constants)
-    power = torch.addmm(constants.floor, targets.square().mean(dim=1), constants.mean)
-    targets = targets * power.rsqrt().mm(constants.spread)[:, None]
+    power = _product(targets.square().mean(dim=1), constants.mean, constants.floor)
+    targets = targets * _product(power.rsqrt(), constants.spread)[:, None]
     # pixels that are outside read the zero at the end
     others = F.pad(targets.roll(count // 2, dims=0), (0, 1))
     grid = constants.grid.expand(2 * count, -1, -1)
-    places = torch.baddbmm(constants.center, maps.flatten(0, 1), grid)
+    places = _product(maps.flatten(0, 1), grid, constants.center)
     first = places.floor()
     x, y = (places - first).view(count, 2, 2, 1, -1).unbind(2)
     # NaN becomes a large number, which is clamped
@@ -159,22 +159,36 @@ def likeness(maps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     moved = _centered(upper.addcmul_(by_y, y).flatten(0, 1), constants)
     moved, targets = moved.view(count, 2, channels, -1), targets[:, None]
     products = (moved[:, :, None] * torch.stack([moved, targets.expand_as(moved)], dim=2)).mean(3)
-    power, product = products.flatten(0, 2).mm(constants.mean).view(count, 2, 2, -1).unbind(2)
+    means = _product(products.flatten(0, 2), constants.mean).view(count, 2, 2, -1)
+    power, product = means.unbind(2)
     scale = (power + _FLOOR).rsqrt()
     alike = scale * product
     # both have zero mean, so the mean's own derivative vanishes
     factors = torch.stack([scale, alike * scale * scale], dim=2).flatten(0, 2)
-    by_target, by_moved = factors.mm(constants.share).view(count, 2, 2, 1, -1).unbind(2)
+    by_target, by_moved = _product(factors, constants.share).view(count, 2, 2, 1, -1).unbind(2)
     by_pixel = torch.addcmul(by_target * targets, by_moved, moved, value=-1)
     by_place = (by_pixel[:, :, None] * torch.stack([by_x, by_y], dim=2)).mean(dim=3)
-    return alike.mean(dim=2), by_place.flatten(0, 2).mm(constants.grid.mT).view(count, 2, 2, 3)
+    by_map = _product(by_place.flatten(0, 2), constants.grid.mT)
+    return alike.mean(dim=2), by_map.view(count, 2, 2, 3)
 
 
 def _centered(pixels: Tensor, constants: _Constants) -> Tensor:
     """Take from ``(B, C, P)`` the mean over the pixels of each side."""
     lines = pixels.flatten(0, 1)
-    means = lines.mm(constants.mean)
-    return torch.addmm(lines, means, constants.spread, alpha=-1).view(pixels.shape)
+    means = _product(lines, constants.mean)
+    return _product(means, constants.spread, lines, alpha=-1).view(pixels.shape)
+
+
+def _product(left: Tensor, right: Tensor, offset: Tensor | None = None, alpha: int = 1) -> Tensor:
+    """Give ``alpha * left @ right + offset``, of matrices or of batches of them."""
+    if torch.compiler.is_compiling():
+        # by elements: compiled, it is a part of what is around it
+        product = alpha * (left[..., None] * right[..., None, :, :]).sum(dim=-2)
+        return product if offset is None else product + offset
+    if offset is None:
+        return torch.mm(left, right) if left.ndim == 2 else torch.bmm(left, right)
+    add = torch.addmm if left.ndim == 2 else torch.baddbmm
+    return add(offset, left, right, alpha=alpha)
 
 
 class _Constants(NamedTuple):
@@ -213,6 +227,7 @@ class _Constants(NamedTuple):
     share: Tensor
 
 
+@torch.compiler.assume_constant_result
 @cache
 @torch.inference_mode(False)
 def _constants(device: torch.device) -> _Constants:
