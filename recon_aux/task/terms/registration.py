@@ -93,8 +93,8 @@ def motions(poses: Tensor) -> Tensor:
     turn, upper = angles.sin().view(-1, 2, 2), (logarithms.exp() * shears).view(-1, 2, 2)
     matrices = turn.bmm(upper).view(-1, 3, 2, 2)
     matrix, inverse = matrices.split_with_sizes([2, 1], dim=1)
-    other = matrix.roll(half, dims=0).flatten(1, 2).bmm(inverse[:, 0].mT)
-    moved = torch.baddbmm(shift.roll(half, dims=0)[:, :, None], other, back[:, :, None])
+    other = matrix.roll(half, dims=0).flatten(1, 2).bmm(inverse.select(1, 0).mT)
+    moved = torch.baddbmm(shift.roll(half, dims=0)[..., None], other, back[..., None])
     return torch.cat([other, moved], dim=2).view(-1, 2, 2, 3)
 
 
