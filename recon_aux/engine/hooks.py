@@ -79,6 +79,11 @@ class MethodHook:
         bound: Callable[..., Any] = getattr(type(self.module), self.method).__get__(self.module)
         return bound
 
+    @property
+    def __self__(self) -> MethodHook:
+        """The hook: torch 2.6 would compile the method of a module that is named here, unhooked."""
+        return self
+
     def __getattr__(self, name: str) -> Any:
         """Give the method's own attributes: torch.export and torch.jit.script read its code."""
         if name == "__wrapped__" or not vars(self):
@@ -164,8 +169,12 @@ class EncoderRecorder:
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the encoder and record the call."""
-        with self.driver.encoding():
+        was, self.driver.is_encoding = self.driver.is_encoding, True
+        # torch 2.6 compiles no context manager of one's own
+        try:
             result = call(*args, **kwargs)
+        finally:
+            self.driver.is_encoding = was
         step = self.driver.step
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs, self.shape.image_channels)
