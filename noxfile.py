@@ -8,7 +8,9 @@ than everything else, and stable-pretraining changes every trainer where it is i
 """
 
 import json
+import re
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import nox
@@ -28,6 +30,17 @@ SOLO_LEARN_NEEDS = [
     "wandb",
     "scipy",
     "setuptools<80",
+]
+
+# what depends on the versions of Python, torch and the frameworks
+VERSIONED = [
+    "tests/task",
+    "tests/engine",
+    "tests/integrations",
+    "tests/monitor",
+    "tests/probe",
+    "tests/cli",
+    "tests/test_refusals.py",
 ]
 
 # the tests in tests/engine that answer for a module; for others of the task it's all of tests/task
@@ -132,6 +145,25 @@ def solo_learn(session: nox.Session) -> None:
     # its pins, of torch 1.9 among others, can't be met
     session.install("--no-deps", "solo-learn==1.0.2")
     session.run("python", "-m", "pytest", "-rs", *its_tests("solo_learn"), *session.posargs)
+
+
+@nox.session(python="3.10")
+def oldest(session: nox.Session) -> None:
+    """The oldest versions that are supported: every lower bound in pyproject.toml, exactly."""
+    project = nox.project.load_toml()["project"]
+    needs = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    pins = Path(session.create_tmp()) / "pins.txt"
+    bounds = (re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", need) for need in needs)
+    pins.write_text("".join(f"{bound[1]}=={bound[2]}\n" for bound in bounds if bound))
+    session.install("-e", ".[dev]", "--constraint", str(pins))
+    session.run("python", "-m", "pytest", *IN_PARALLEL, *VERSIONED, *session.posargs)
+
+
+@nox.session(python="3.13")
+def newest(session: nox.Session) -> None:
+    """The newest versions that there are, of Python and of everything else."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev]")
+    session.run("python", "-m", "pytest", *IN_PARALLEL, *VERSIONED, *session.posargs)
 
 
 @nox.session

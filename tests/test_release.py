@@ -41,3 +41,17 @@ def test_the_oldest_python_is_named_once() -> None:
     versions = re.findall(r"Python :: (3\.\d+)\"", PROJECT)
     assert versions[0] == oldest
     assert f"Python {oldest}" in (ROOT / "README.md").read_text()
+
+
+def test_the_versions_that_pages_name_are_the_oldest_and_newest_that_sessions_run() -> None:
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', PROJECT))
+    pythons = re.findall(r"Python :: (3\.\d+)\"", PROJECT)
+    sessions = re.findall(
+        r'@nox.session\(python="(.*)"\)\ndef (\w+)', (ROOT / "noxfile.py").read_text()
+    )
+    assert sessions == [(pythons[0], "oldest"), (pythons[-1], "newest")]
+    for page in ((ROOT / "README.md").read_text(), text_of("index")):
+        assert f"You need Python {pythons[0]} and torch {bounds['torch']}, or later" in page
+    lightly, lightning = bounds["lightly"], bounds["lightning"]
+    assert f"lightly ({lightly} or later, with Lightning {lightning} or later)" in text_of("index")
+    assert lightning == bounds["pytorch-lightning"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from weakref import finalize, ref
@@ -73,15 +72,6 @@ class Driver:
         if self.watching is not None:
             self.watching.remove()
         self.watching = None
-
-    @contextmanager
-    def encoding(self) -> Iterator[None]:
-        """Within the call of an encoder."""
-        was, self.is_encoding = self.is_encoding, True
-        try:
-            yield
-        finally:
-            self.is_encoding = was
 
     def feeds(self, head: nn.Module, received: Tensor, is_first: bool) -> bool:
         """Whether a head receives an encoder's feature, as far as can be seen.

@@ -53,7 +53,8 @@ def image_of(args: tuple[Any, ...], kwargs: dict[str, Any], channels: int) -> Te
             f"expected the encoder to be called with images (B, C, H, W), got {shapes}. "
             f"{_ONLY_IMAGES}"
         )
-    image = next((x for x in images if x.shape[1] == channels), images[0])
+    # torch 2.6 compiles no next() with a default
+    image = ([x for x in images if x.shape[1] == channels] or images)[0]
     if image.shape[3] <= 4 < min(image.shape[1:3]):
         raise ValueError(
             f"expected images (B, C, H, W), got {shapes}, whose channels are last. Move them in "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.fx import Proxy
 
 from recon_aux.engine.compiling import is_recomputing
@@ -53,8 +54,13 @@ class MethodHook:
         True
     """
 
-    # inspect, and so torch.jit.script, reads the source of nothing but methods
-    __class__ = MethodType  # type: ignore[assignment]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """A method's: inspect, and so torch.jit.script, reads the source of nothing else.
+
+        But while torch compiles: torch 2.6 would put the module's own method in its place.
+        """
+        return MethodType if TracingContext.try_get() is None else MethodHook
 
     def __init__(self, module: nn.Module, method: str, callback: Callback) -> None:
         self.module = module
@@ -164,8 +170,12 @@ class EncoderRecorder:
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the encoder and record the call."""
-        with self.driver.encoding():
+        was, self.driver.is_encoding = self.driver.is_encoding, True
+        # torch 2.6 compiles no context manager of one's own
+        try:
             result = call(*args, **kwargs)
+        finally:
+            self.driver.is_encoding = was
         step = self.driver.step
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs, self.shape.image_channels)
@@ -209,16 +219,16 @@ class HeadMask:
     ) -> Any:
         """Call the head with its features masked: its first tensor, and others of that shape."""
         values = [*args, *kwargs.values()]
-        first = next((value for value in values if isinstance(value, Tensor)), None)
-        if first is None:
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not tensors:
             raise ValueError(
                 f"expected the head {type(head).__name__} to be called with features, got no "
                 "tensor. Pass heads=[...]: the modules that take the encoder's features as their "
                 "first tensor."
             )
         for i, value in enumerate(values):
-            is_feature = isinstance(value, Tensor) and value.shape == first.shape
-            if is_feature and self.driver.feeds(head, value, value is first):
+            is_feature = isinstance(value, Tensor) and value.shape == tensors[0].shape
+            if is_feature and self.driver.feeds(head, value, value is tensors[0]):
                 values[i] = self.mask(value, head)
                 self.driver.record_masked(head, values[i])
         named = dict(zip(kwargs, values[len(args) :], strict=True))
@@ -241,7 +251,7 @@ class HeadMask:
         width, rank = self.shape.feature_dim, self.shape.feature_rank
         # where both dimensions may be the channels, they are where the encoder has them
         places = [1, feature.ndim - 1] if self.shape.channels == 1 else [feature.ndim - 1, 1]
-        dim = next((d for d in places if feature.shape[d] == width), feature.ndim - 1)
+        dim = [*(d for d in places if feature.shape[d] == width), feature.ndim - 1][0]
         # a compiled head may have sizes that divmod doesn't take
         positions, rest = feature.shape[dim] // width, feature.shape[dim] % width
         flattened = positions > 1 and feature.ndim == 2 and rank != 2

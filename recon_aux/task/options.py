@@ -1,13 +1,11 @@
 """The options of :class:`ReconAux`: what they mean, which values they take, how they are saved."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -109,11 +107,11 @@ class Options:
 
     def __post_init__(self, preset: Preset | None) -> None:
         check_choice("preset", preset, [None])
-        kinds = get_type_hints(Options)
-        for name, kind in ((option.name, kinds[option.name]) for option in fields(self)):
-            value = plain(getattr(self, name))
-            _check(name, value, kind)
-            object.__setattr__(self, name, value)
+        for option in fields(self):
+            value = plain(getattr(self, option.name))
+            # a type, not its text: this file doesn't postpone its annotations
+            _check(option.name, value, option.type)
+            object.__setattr__(self, option.name, value)
         splitter = FeatureSplitter(self.feature_dim, self.equivariant_dim)
         object.__setattr__(self, "equivariant_dim", splitter.equivariant_dim)
         check_divides("patch_size", self.patch_size, "target_size", self.target_size)

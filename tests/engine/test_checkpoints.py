@@ -14,8 +14,7 @@ import pytest
 import pytorch_lightning
 import timm
 import torch
-from lightly.models.modules import MaskedVisionTransformerTIMM
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,6 +26,7 @@ from helpers.data import Views, batch
 from helpers.models import InALoop, Siamese, plain_encoder
 from helpers.running import run_script
 from helpers.training import fit, trainer
+from helpers.versions import newer
 from helpers.weights import assert_same, bare_state, decoder_of
 from recon_aux.integrations.lightly import attach
 
@@ -55,7 +55,9 @@ def test_killed_and_resumed_is_bit_identical_to_never_stopped(
 
 
 def saved_after_training(model: Any, path: Path, averaged: bool = False, **options: Any) -> Path:
-    callbacks = [ModelCheckpoint(path), *([WeightAveraging()] if averaged else [])]
+    callbacks = [ModelCheckpoint(path)]
+    if averaged:
+        callbacks.append(newer("pytorch_lightning.callbacks", "WeightAveraging")())
     trained = fit(model, enable_checkpointing=True, callbacks=callbacks, **options)
     trained.save_checkpoint(path / "model.ckpt")
     return path / "model.ckpt"
@@ -319,7 +321,7 @@ def test_torchvisions_own_resnet_loads_a_cut_one(package: Any, tmp_path: Path) -
 
 def test_timms_own_model_loads_what_stands_in_another() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0, dynamic_img_size=True)
-    model = InALoop(MaskedVisionTransformerTIMM(vit=vit))
+    model = InALoop(newer("lightly.models.modules", "MaskedVisionTransformerTIMM")(vit=vit))
     model.projection_head = nn.Linear(192, 8)
     attach(model, heads=["projection_head"])
     plain = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)

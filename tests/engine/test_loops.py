@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightly.loss import KoLeoLoss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import recon_aux
 from helpers.data import shaded_views
 from helpers.models import InALoop, Siamese, siamese_loss, tiny_encoder
+from helpers.versions import newer
 from helpers.watching import alive, rebuilt_by, rebuilt_from, seen_by
 from helpers.weights import assert_same, assert_trained, decoder_of
 from recon_aux.integrations.lightly import attach
@@ -279,7 +279,7 @@ def test_a_step_without_the_loss_is_noticed_in_the_next() -> None:
 
 
 def test_a_criterion_outside_the_model_may_take_the_features() -> None:
-    model, criterion = in_a_loop(), KoLeoLoss()
+    model, criterion = in_a_loop(), newer("lightly.loss", "KoLeoLoss")()
     attach(model, heads=["projection_head", criterion])
 
     def loss() -> Any:

@@ -27,6 +27,7 @@ from helpers.inside import hooked
 from helpers.models import InALoop, tiny_encoder
 from helpers.running import run_python
 from helpers.training import fit
+from helpers.versions import OLDEST
 from recon_aux.integrations.lightly import attach
 
 BATCH = batch(side=32)
@@ -170,6 +171,8 @@ def test_a_checkpoint_with_the_encoder_loads_without_recon_aux(tmp_path: Path) -
     )
     result = run_python("-c", code, tmp_path / "model.ckpt")
     assert "features 2 16" in result.stdout, result.stderr[-3000:]
+    if OLDEST:
+        pytest.skip("Lightning 2.2 with torch 2.6 loads no checkpoint that pickles an encoder")
     with pytest.warns(UserWarning, match="is an instance of `nn.Module`"):
         bare = Method.load_from_checkpoint(
             tmp_path / "model.ckpt", strict=False, weights_only=False
@@ -408,6 +411,8 @@ def compile_whole(module: Any) -> Any:
     "tool", [export, export_by_dynamo, script, trace, symbolic_trace, extract, compile_whole]
 )
 def test_an_attached_encoder_is_exported_as_a_bare_one(name: str, tool: Any) -> None:
+    if OLDEST and name == "vit" and tool not in (script, trace, compile_whole):
+        pytest.skip("torch 2.6 traces no attention of timm's, and exports no optional input")
     torch._dynamo.reset()
     model = built(name)
     bare = TRACED[name][0]().eval()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.compile import from_compiled
 from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from helpers.methods import mixed_by
 from helpers.models import InALoop, Siamese, plain_encoder, siamese_loss
 from helpers.running import run_script
 from helpers.training import fit, losses_in, take_steps, trainer
+from helpers.versions import newer
 from helpers.watching import alive, calls_of, rebuilt_by, seen_by
 from helpers.weights import (
     assert_both_trained,
@@ -491,7 +491,7 @@ def test_timms_averages_of_the_weights(average: Any) -> None:
 def test_lightnings_callback_that_averages_weights() -> None:
     model = attach(Siamese())
     before = decoder_of(model)
-    fit(model, callbacks=[WeightAveraging()])
+    fit(model, callbacks=[newer("pytorch_lightning.callbacks", "WeightAveraging")()])
     assert_trained(model, before)
 
 

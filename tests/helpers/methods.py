@@ -9,11 +9,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
+from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models.modules import (
-    DenseCLProjectionHead,
     DINOProjectionHead,
-    MaskedVisionTransformerTIMM,
     SimCLRProjectionHead,
 )
 from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from helpers.data import shaded_views
 from helpers.models import tiny_encoder
+from helpers.versions import newer
 
 DIM = 16
 Head = partial(SimCLRProjectionHead, DIM, 32, 16)
@@ -131,7 +130,8 @@ class Dense(Momentum):
 
     def __init__(self) -> None:
         super().__init__(map_encoder())
-        self.projection_head_local = DenseCLProjectionHead(DIM, 32, 16)
+        dense_head = newer("lightly.models.modules", "DenseCLProjectionHead")
+        self.projection_head_local = dense_head(DIM, 32, 16)
 
     def pooled(self, feature: Tensor) -> Tensor:
         return feature.mean((2, 3))
@@ -266,7 +266,7 @@ class EveryToken(PooledTransformer):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = tiny_vit(global_pool="")
-        self.projection_head = DenseCLProjectionHead(48, 32, 16)
+        self.projection_head = newer("lightly.models.modules", "DenseCLProjectionHead")(48, 32, 16)
 
     def embed(self, x: Tensor) -> Tensor:
         return self.projection_head(self.backbone(x)).flatten(1)
@@ -281,12 +281,13 @@ class Masked(Method):
         super().__init__()
         del self.backbone, self.projection_head
         vit = tiny_vit(dynamic_img_size=True, pos_embed="learn")
-        self.teacher_backbone = MaskedVisionTransformerTIMM(vit=vit, antialias=False)
+        masked = newer("lightly.models.modules", "MaskedVisionTransformerTIMM")
+        self.teacher_backbone = masked(vit=vit, antialias=False)
         self.student_backbone = copy.deepcopy(self.teacher_backbone)
         self.teacher_head = DINOProjectionHead(48, 32, 16, 64)
         self.student_head = DINOProjectionHead(48, 32, 16, 64)
         self.criterion = DINOLoss(output_dim=64)
-        self.patch_criterion = IBOTPatchLoss(output_dim=64)
+        self.patch_criterion = newer("lightly.loss", "IBOTPatchLoss")(output_dim=64)
 
     def batch(self) -> Any:
         return shaded_views(2) + shaded_views(2, side=16), torch.arange(4)
@@ -318,7 +319,7 @@ class MaskedAndSpread(Masked):
 
     def __init__(self) -> None:
         super().__init__()
-        self.koleo_criterion = KoLeoLoss()
+        self.koleo_criterion = newer("lightly.loss", "KoLeoLoss")()
 
     def spread(self, tokens: Tensor) -> Any:
         return 0.1 * sum(self.koleo_criterion(part) for part in tokens.chunk(2))

@@ -22,6 +22,7 @@ from helpers.inside import hooked
 from helpers.lightly_styles import build
 from helpers.models import tiny_encoder
 from helpers.training import fit
+from helpers.versions import newer
 from helpers.watching import alive, seen_by
 from helpers.weights import assert_same, assert_trained, bare_state, decoder_of, loss_of
 from recon_aux.integrations.lightly import attach
@@ -246,7 +247,7 @@ def test_a_prediction_head_is_no_head_whatever_it_is_called() -> None:
 @pytest.mark.parametrize("loss", ["IBOTPatchLoss", "IBOTPlusPlusPatchLoss"])
 def test_a_loss_on_patches_needs_an_encoder_that_gives_them(loss: str) -> None:
     model = AtModuleLevel()
-    model.criterion = getattr(lightly.loss, loss)(output_dim=8)
+    model.criterion = newer("lightly.loss", loss)(output_dim=8)
     with pytest.raises(ValueError, match="to name a method of Sequential, got 'encode'"):
         attach(model)
 

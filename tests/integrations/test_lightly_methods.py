@@ -8,22 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightly.loss import (
-    DetConBLoss,
-    DetConSLoss,
-    FroSSLLoss,
-    IBOTPlusPlusPatchLoss,
-    LeJEPALoss,
-    PatchKernelAlignmentLoss,
-    VISRegLoss,
-)
 from lightly.models.modules import SimCLRProjectionHead
-from lightly.models.utils import pool_masked, update_momentum
+from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
 from helpers.data import shaded_views
 from helpers.methods import Masked, Method, Momentum, map_encoder, tiny_vit
 from helpers.training import take_steps
+from helpers.versions import newer
 from helpers.watching import rebuilt_from
 from helpers.weights import assert_trained, decoder_of, weights_of
 from recon_aux.integrations.lightly import attach
@@ -36,7 +28,7 @@ class DetConS(Method):
 
     def __init__(self) -> None:
         super().__init__(map_encoder())
-        self.criterion: Any = DetConSLoss()
+        self.criterion: Any = newer("lightly.loss", "DetConSLoss")()
 
     def batch(self) -> Any:
         masks = torch.randint(0, REGIONS, (2, 4, 8, 8))
@@ -46,7 +38,9 @@ class DetConS(Method):
         return [view for view, _ in batch[0]]
 
     def regions(self, head: Any, feature: Tensor, mask: Tensor) -> Tensor:
-        pooled = pool_masked(feature, mask, num_cls=REGIONS).permute(0, 2, 1)
+        pooled = newer("lightly.models.utils", "pool_masked")(
+            feature, mask, num_cls=REGIONS
+        ).permute(0, 2, 1)
         return head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -60,7 +54,7 @@ class DetConB(DetConS):
 
     def __init__(self) -> None:
         super().__init__()
-        self.criterion = DetConBLoss()
+        self.criterion = newer("lightly.loss", "DetConBLoss")()
         self.prediction_head = nn.Linear(16, 16)
         self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
         self.projection_head_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
@@ -84,7 +78,7 @@ class FroSSL(Method):
 
     def __init__(self) -> None:
         super().__init__()
-        self.criterion = FroSSLLoss()
+        self.criterion = newer("lightly.loss", "FroSSLLoss")()
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         return self.criterion([self.embed(x) for x in batch[0]])
@@ -97,7 +91,7 @@ class LeJEPA(Method):
 
     def __init__(self) -> None:
         super().__init__()
-        self.criterion = LeJEPALoss()
+        self.criterion = newer("lightly.loss", "LeJEPALoss")()
 
     def batch(self) -> Any:
         return shaded_views(self.large) + shaded_views(3, side=16), torch.arange(4)
@@ -115,7 +109,7 @@ class VISReg(LeJEPA):
 
     def __init__(self) -> None:
         super().__init__()
-        self.criterion = VISRegLoss(num_slices=16)
+        self.criterion = newer("lightly.loss", "VISRegLoss")(num_slices=16)
 
 
 class IBOTPlusPlus(Masked):
@@ -123,7 +117,7 @@ class IBOTPlusPlus(Masked):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch_criterion: Any = IBOTPlusPlusPatchLoss(output_dim=64)
+        self.patch_criterion: Any = newer("lightly.loss", "IBOTPlusPlusPatchLoss")(output_dim=64)
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         large = torch.cat(batch[0][:2])
@@ -145,7 +139,7 @@ class PaKa(Momentum):
         super().__init__(tiny_vit(global_pool=""))
         self.projection_head = SimCLRProjectionHead(48, 32, 16, batch_norm=False)
         self.projection_head_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
-        self.dense_criterion = PatchKernelAlignmentLoss()
+        self.dense_criterion = newer("lightly.loss", "PatchKernelAlignmentLoss")()
 
     def kernels(self, tokens: Tensor, known: Tensor) -> Tensor:
         z = self.projection_head(tokens)

@@ -93,8 +93,8 @@ def motions(poses: Tensor) -> Tensor:
     turn, upper = angles.sin().view(-1, 2, 2), (logarithms.exp() * shears).view(-1, 2, 2)
     matrices = _product(turn, upper).view(-1, 3, 2, 2)
     matrix, inverse = matrices.split_with_sizes([2, 1], dim=1)
-    other = _product(matrix.roll(half, dims=0).flatten(1, 2), inverse[:, 0].mT)
-    moved = _product(other, back[:, :, None], shift.roll(half, dims=0)[:, :, None])
+    other = _product(matrix.roll(half, dims=0).flatten(1, 2), inverse.select(1, 0).mT)
+    moved = _product(other, back[..., None], shift.roll(half, dims=0)[..., None])
     return torch.cat([other, moved], dim=2).view(-1, 2, 2, 3)
 
 
@@ -227,7 +227,7 @@ class _Constants(NamedTuple):
     share: Tensor
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 @torch.inference_mode(False)
 def _constants(device: torch.device) -> _Constants:

@@ -65,7 +65,7 @@ class Statistics(PredictionTarget):
         return torch.cat([colors.mean(dim=2), correlations, logarithms], dim=1)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 @torch.inference_mode(False)
 def _pairs(channels: int, device: torch.device) -> Tensor:
