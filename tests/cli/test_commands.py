@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -272,6 +273,17 @@ def test_code_is_run_if_it_is_trusted(tmp_path: Path) -> None:
     torch.save({"model": resnet18(), "x": Wicked(str(tmp_path / "made"))}, tmp_path / "w.ckpt")
     assert "torchvision:resnet18" in succeed("show", tmp_path / "w.ckpt", "--trust-checkpoint")
     assert (tmp_path / "made").exists()
+
+
+def test_options_that_scripts_of_timm_and_torchvision_save_are_no_code(tmp_path: Path) -> None:
+    saved = {"model": resnet18().state_dict(), "args": argparse.Namespace(lr=0.1, model="resnet18")}
+    torch.save(saved, tmp_path / "last.pth")
+    assert "torchvision:resnet18" in succeed("show", tmp_path / "last.pth")
+    # but what is in them may be
+    saved["args"].of = Wicked(str(tmp_path / "made"))
+    torch.save(saved, tmp_path / "last.pth")
+    assert "holds code" in fail("show", tmp_path / "last.pth")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is no checkpoint", "cut", "zip"])
