@@ -232,19 +232,24 @@ class Panel(NamedTuple):
 
 
 PANELS = [
-    Panel("recon_aux/loss", {"": "recon_aux/loss"}, is_logarithmic=True),
-    Panel("recon_aux/registration", {"": "recon_aux/registration"}, limits=(0, 3)),
-    Panel("recon_aux/gradient_ratio", {"": "recon_aux/gradient_ratio"}, is_logarithmic=True),
+    Panel("recon_aux/loss", {"": "recon_aux/loss"}, limits=(10, 60)),
+    Panel("recon_aux/registration", {"": "recon_aux/registration"}, limits=(0.5, 2.5)),
+    Panel(
+        "recon_aux/gradient_ratio",
+        {"": "recon_aux/gradient_ratio"},
+        is_logarithmic=True,
+        limits=(1e-3, 1e5),
+    ),
     Panel(
         "monitor/.../r2",
         {"whole": "monitor/whole/r2", "equivariant": "monitor/equivariant/r2"},
-        limits=(-0.1, 1),
+        limits=(0, 0.8),
     ),
-    Panel("monitor/whole/knn, %", {"whole": "monitor/whole/knn"}, limits=(0, 100)),
+    Panel("monitor/whole/knn, %", {"whole": "monitor/whole/knn"}),
     Panel(
         "monitor/.../std",
         {"whole": "monitor/whole/std", "invariant": "monitor/invariant/std"},
-        limits=(0, 1),
+        limits=(0, 0.8),
     ),
 ]
 _COLOURS = {"": "C0", "whole": "C0", "equivariant": "C1", "invariant": "C2"}
@@ -257,7 +262,11 @@ def draw(done: list[Record], path: Path) -> None:
     names = [name for name in RUNS if name in found]
     shape = max(1, len(names)), len(PANELS)
     figure, axes = plt.subplots(
-        *shape, figsize=(2.3 * shape[1], 0.5 + 1.25 * shape[0]), squeeze=False, sharey="col"
+        *shape,
+        figsize=(2 * shape[1], 0.5 + 1.1 * shape[0]),
+        squeeze=False,
+        sharex=True,
+        sharey="col",
     )
     for line, name in zip(axes, names, strict=False):
         is_simclr = RUNS[name].arm.method == "SimCLR"
@@ -265,13 +274,13 @@ def draw(done: list[Record], path: Path) -> None:
             _draw_panel(axis, panel, found[name], bare if is_simclr else {})
         line[0].set_ylabel(name.replace(" ", "\n", 1), rotation=0, ha="right", va="center")
     for axis, panel in zip(axes[0], PANELS, strict=True):
-        axis.set_title(panel.title, fontsize=10)
-    for axis, panel in zip(axes[-1], PANELS, strict=True):
-        axis.set_xlabel("step")
+        axis.set_title(panel.title, fontsize=9)
         if len(panel.curves) > 1:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -283,7 +292,9 @@ def _draw_panel(axis: Any, panel: Panel, curves: Curves, bare: Curves) -> None:
             steps, values = zip(*curves[name], strict=True)
             mark = "." if len(steps) < 20 else ""
             axis.plot(steps, values, marker=mark, color=_COLOURS[label], label=label)
-    axis.set(yscale="log" if panel.is_logarithmic else "linear", ylim=panel.limits)
+    axis.set_yscale("log" if panel.is_logarithmic else "linear")
+    if panel.limits is not None:
+        axis.set_ylim(panel.limits)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
 
