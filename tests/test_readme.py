@@ -15,6 +15,8 @@ from helpers.running import ROOT, rows
 
 README = PATH.read_text()
 RESULTS = ROOT / "examples" / "results"
+ARMS = [method + kind for method in ("SimCLR", "BYOL", "VICReg") for kind in ("", ", attached")]
+RESNET50 = "ResNet-50, 224"
 HOSTS = ("lightly", "solo-learn", "stable-pretraining", "LightlyTrain", "TorchGeo")
 
 
@@ -72,17 +74,20 @@ def over_seeds(data: str, arm: str, value: str) -> float:
     return mean(mean(one["combined"].values()) for one in whole)
 
 
+def row_of(arm: str) -> list[str]:
+    return [
+        form.format(over_seeds(data, arm, value))
+        for data in ("CIFAR-10", "Tiny-ImageNet-50")
+        for value, form in (("linear", "{:.1f}"), ("combined", "{:.3f}"))
+    ]
+
+
 def test_its_table_is_of_the_records() -> None:
     table = README.split("\n## Results\n")[1].split("\n- ")[0]
     _, *shown = rows(table.replace("**", ""))
-    assert len(shown) == 6
+    assert [row[0] for row in shown] == ARMS
     for row in shown:
-        expected = [
-            form.format(over_seeds(data, row[0], value))
-            for data in ("CIFAR-10", "Tiny-ImageNet-50")
-            for value, form in (("linear", "{:.1f}"), ("combined", "{:.3f}"))
-        ]
-        assert row[1:] == expected, row[0]
+        assert row[1:] == row_of(row[0]), row[0]
 
 
 def test_its_first_commands_numbers_are_of_the_record() -> None:
@@ -98,21 +103,82 @@ def test_its_first_commands_numbers_are_of_the_record() -> None:
     assert f"{attached['linear']:.1f} % instead of {bare['linear']:.1f} %" in start
 
 
-@pytest.mark.parametrize("arm", ["VICReg + recon_aux", "SIE", "VICReg"])
-def test_its_rotations_are_of_the_records(arm: str) -> None:
+ROTATED = ["VICReg + recon_aux", "SIE", "VICReg"]
+
+
+def rotation_of(arm: str) -> float:
     found = [json.loads(path.read_text()) for path in (RESULTS / "views3d").glob("*.json")]
     mine = [run["results"]["whole"]["rotation mlp"] for run in found if run["arm"] == arm]
     assert len(mine) == 3
+    return mean(mine)
+
+
+@pytest.mark.parametrize("arm", ROTATED)
+def test_its_rotations_are_of_the_records(arm: str) -> None:
     objects = README.split("- **Objects in 3D.**")[1].split("\n- ")[0]
-    assert f"{mean(mine):.3f}" in objects
+    assert f"{rotation_of(arm):.3f}" in objects
+
+
+def flops_of_resnet50() -> float:
+    (found,) = (x["results"] for x in record("flops.json") if x["case"]["model"] == RESNET50)
+    return float(found["FLOPs"])
+
+
+def times_on_a_gpu() -> list[float]:
+    time = record("overhead-h200.json")[0]["results"]["time"]
+    return sorted(loop["ratio"] for loop in time.values())
 
 
 def test_its_costs_are_of_the_records() -> None:
     cost = README.split("- **Cost.**")[1].split("\n\n")[0]
-    (flops,) = (
-        x["results"] for x in record("flops.json") if x["case"]["model"] == "ResNet-50, 224"
-    )
-    assert f"{flops['FLOPs']:.4f} times the FLOPs" in cost
-    time = record("overhead-h200.json")[0]["results"]["time"]
-    ratios = sorted(loop["ratio"] for loop in time.values())
-    assert "{:.2f} to {:.2f} times as long".format(*ratios) in cost
+    assert f"{flops_of_resnet50():.4f} times the FLOPs" in cost
+    assert "{:.2f} to {:.2f} times as long".format(*times_on_a_gpu()) in cost
+
+
+# --- no other numbers ---
+
+NO_RESULTS = [
+    r"Python 3\.10( or later)?",
+    r"torch 2\.6",
+    r"2 CPU cores",
+    r"1 is perfect, 0 is a guess",
+    r"\(2024\)",
+    # of a picture, and test_docs compares the options with the code
+    r"view [12]",
+    r"(?s)\| option \|.*?\n\n",
+]
+"""What has numbers that nobody measured."""
+
+
+def numbers_in(text: str) -> list[str]:
+    """The numbers in prose and tables, but those of code, of links and of :data:`NO_RESULTS`."""
+    for left_out in (r"(?ms)^```.*?^```$", r"`[^`\n]*`", r"\]\([^)\s]*\)", *NO_RESULTS):
+        text = re.sub(left_out, " ", text)
+    # 3D and ResNet-50 are names
+    return re.findall(r"(?<![\w.-])\d+(?:[.,]\d+)*(?!\w)", text)
+
+
+def measured() -> set[str]:
+    """All numbers of the records that the README may have, as it writes them."""
+    digits, natural = record("digits.json"), record("natural/Tiny-ImageNet-50-SimCLR-0.json")
+    found = {cell for arm in ARMS for cell in row_of(arm)}
+    for arm in ("attached", "bare"):
+        whole = digits["results"][arm]["whole"]
+        found |= {f"{whole['linear']:.1f}", *(f"{r2:.2f}" for r2 in whole["combined"].values())}
+    found |= {f"{sum(digits['seconds'].values()) / 60:.0f}", digits["options"]["seed"]}
+    setting = natural["options"]
+    found |= {f"{int(setting['limit']):,}", setting["epochs"], natural["data"].split("-")[-1]}
+    found |= {f"{rotation_of(arm):.3f}" for arm in ROTATED}
+    found |= {f"{flops_of_resnet50():.4f}", *(f"{ratio:.2f}" for ratio in times_on_a_gpu())}
+    return found
+
+
+def test_every_number_is_of_a_record() -> None:
+    found, known = numbers_in(README), measured()
+    assert len(found) > 40
+    assert [number for number in found if number not in known] == []
+
+
+def test_numbers_are_seen() -> None:
+    text = "| 46.8 | **0.3** |, 3D, ResNet-50 `1` [2](x3.md): 10,000 of 8. Python 3.10, torch 2.7\n"
+    assert numbers_in(text) == ["46.8", "0.3", "2", "10,000", "8", "2.7"]

@@ -369,9 +369,13 @@ def test_a_command_names_what_there_is(command: str) -> None:
         assert_is_module(arguments[1], arguments[2:])
     elif program == "python":
         assert_takes(arguments[0], arguments[1:])
+    elif program == "tensorboard":
+        # where the recipe before it writes
+        logger = f'TensorBoardLogger("{arguments[1]}"'
+        assert logger in (ROOT / "examples" / "recipes" / "monitored.py").read_text()
     else:
         raise AssertionError(
-            f"expected pip, nox, recon-aux or python, got {program}: check it here"
+            f"expected pip, nox, recon-aux, tensorboard or python, got {program}: check it here"
         )
 
 

@@ -233,10 +233,8 @@ def show(
             console.print(f"{key}: {value}", highlight=False, markup=False)
     saved = find_saved(tensors)
     try:
-        console.print(
-            f"encoder: {find_encoder(tensors, checkpoint, arch=arch, prefix=prefix)}",
-            highlight=False,
-        )
+        encoder = find_encoder(tensors, checkpoint, saved=saved, arch=arch, prefix=prefix)
+        console.print(f"encoder: {encoder}", highlight=False)
     except UserError as error:
         # the rest is worth showing nevertheless
         console.print(f"encoder: {error}", highlight=False, markup=False)
@@ -310,7 +308,8 @@ def _find(
     path: Path, arch: str | None, prefix: str | None, trust: bool
 ) -> tuple[Encoder, Saved | None]:
     tensors = tensors_in(open_checkpoint(path, trust=trust))
-    return find_encoder(tensors, path, arch=arch, prefix=prefix), find_saved(tensors)
+    saved = find_saved(tensors)
+    return find_encoder(tensors, path, saved=saved, arch=arch, prefix=prefix), saved
 
 
 def _check_output(path: Path | None, source: Path | None = None) -> None:

@@ -126,13 +126,19 @@ def find_saved(tensors: Mapping[str, Tensor]) -> Saved | None:
 
 
 def find_encoder(
-    tensors: Mapping[str, Tensor], path: Path, *, arch: str | None = None, prefix: str | None = None
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    saved: Saved | None = None,
+    arch: str | None = None,
+    prefix: str | None = None,
 ) -> Encoder:
     """Find the encoder among a checkpoint's tensors.
 
     Args:
         tensors: of the checkpoint, by dotted names.
         path: of the file, for messages.
+        saved: what :func:`find_saved` found among them: it names the trained encoder.
         arch: the architecture; by default likely ones are tried.
         prefix: what the encoder's names begin with; by default all are tried. Momentum encoders
             and teachers are taken only if there is no other.
@@ -156,7 +162,7 @@ def find_encoder(
                 f"expected --prefix to begin names in {path}, got {prefix!r}; there are: "
                 f"{describe(tensors)}. Pass one of these."
             )
-    name = getattr(find_saved(tensors), "values", {}).get("encoder", "")
+    name = saved.values.get("encoder", "") if saved is not None else ""
     below = _below(own)
     for candidate, options in [(arch, {})] if arch else likely(own):
         names = _names(candidate, options, own)

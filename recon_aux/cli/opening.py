@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,9 @@ def open_checkpoint(path: Path, *, trust: bool = False) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        # timm's and torchvision's scripts save their options as one, which runs no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
     except UnpicklingError as error:
         if code := re.search(r"(?:GLOBAL|unrecognized \w+|unsupported class) (\S+)", str(error)):
             raise UserError(

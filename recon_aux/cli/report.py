@@ -30,7 +30,8 @@ def side_by_side(results: Mapping[str, ProbeResult]) -> Table:
         for part_name, part in result.parts.items()
     ]
     grid = Table(box=box.SIMPLE_HEAD)
-    grid.add_column("")
+    # two rows begin with "translation"
+    grid.add_column("", no_wrap=True, min_width=max(map(len, TRANSFORMATIONS)))
     for heading, _ in columns:
         grid.add_column(heading, justify="right", overflow="fold")
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,14 @@ _ENCODERS = ("backbone", "encoder", "online_backbone", "student_backbone")
 
 _FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
 
+# type checkers can't see that it is a callback: for them it may be anything
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
 
-class Monitor:
+
+class Monitor(_Base):  # type: ignore[misc]
     """Measures the encoder every few epochs, on a few held-out images, and logs what it finds.
 
     It is a callback for ``lightning`` and ``pytorch_lightning``. Import either before the monitor

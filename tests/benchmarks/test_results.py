@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import natural_images, pair_check
+from benchmarks import curves, natural_images, pair_check
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
 from helpers.pages import text_of
@@ -24,8 +24,8 @@ RESULTS = ROOT / "examples" / "results"
 
 def made_of(folder: Path) -> str:
     """Make a folder's table anew."""
-    if folder.name == "pair-check":
-        return pair_check.table(kept(folder))
+    if folder.name in ("curves", "pair-check"):
+        return {"curves": curves, "pair-check": pair_check}[folder.name].table(kept(folder))
     make = natural_images.tables if folder.name.startswith("natural") else compare.table
     return make(kept(folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,6 +24,8 @@ from helpers.checkpoints import KINDS, lightlys, own_encoder, resnet18
 from helpers.running import run_python
 from recon_aux.cli.commands import app
 from recon_aux.cli.images import Normalization, digits, load_images
+from recon_aux.cli.report import side_by_side
+from recon_aux.probe import TRANSFORMATIONS, PartResult, ProbeResult
 
 COMMANDS = ["probe", "export", "strip", "show", "demo"]
 
@@ -272,6 +276,28 @@ def test_code_is_run_if_it_is_trusted(tmp_path: Path) -> None:
     torch.save({"model": resnet18(), "x": Wicked(str(tmp_path / "made"))}, tmp_path / "w.ckpt")
     assert "torchvision:resnet18" in succeed("show", tmp_path / "w.ckpt", "--trust-checkpoint")
     assert (tmp_path / "made").exists()
+
+
+def test_rows_keep_their_names_beside_many_checkpoints() -> None:
+    r2 = dict.fromkeys(TRANSFORMATIONS, 0.5)
+    part = PartResult(90.0, 80.0, alone=r2, combined=r2)
+    many = {f"run{i}/last.ckpt": ProbeResult({"whole": part}) for i in range(16)}
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(side_by_side(many))
+    printed = capture.get().split()
+    assert printed.count("translation_x") == printed.count("translation_y") == 2
+
+
+def test_options_that_scripts_of_timm_and_torchvision_save_are_no_code(tmp_path: Path) -> None:
+    saved = {"model": resnet18().state_dict(), "args": argparse.Namespace(lr=0.1, model="resnet18")}
+    torch.save(saved, tmp_path / "last.pth")
+    assert "torchvision:resnet18" in succeed("show", tmp_path / "last.pth")
+    # but what is in them may be
+    saved["args"].of = Wicked(str(tmp_path / "made"))
+    torch.save(saved, tmp_path / "last.pth")
+    assert "holds code" in fail("show", tmp_path / "last.pth")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is no checkpoint", "cut", "zip"])
