@@ -23,7 +23,7 @@ from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Trus
 from recon_aux.cli.picture import Rebuilder, check_picture, save_picture
 from recon_aux.cli.probing import probe_all, short_names
 from recon_aux.cli.report import in_megabytes, parts_table, saved_table, side_by_side
-from recon_aux.probe import compare
+from recon_aux.probe import REGRESSORS, compare
 
 
 class Commands(TyperGroup):
@@ -98,6 +98,10 @@ def probe_command(
     images: Annotated[
         int, typer.Option(min=20, help="Train on so many images at most, and test on half as many.")
     ] = 2000,
+    regressor: Annotated[
+        str,
+        typer.Option(help="What reads how an image was changed: ridge or mlp, which is slower."),
+    ] = "ridge",
     device: Device = None,
     trust: Trust = False,
 ) -> None:
@@ -117,6 +121,8 @@ def probe_command(
       recon-aux probe last.ckpt --data photos/ --arch my_code:build_encoder --normalize 0.5,0.25
     """
     normalization = Normalization.parse(normalize)
+    if regressor not in REGRESSORS:
+        raise UserError(f"expected --regressor ridge or mlp, got {regressor}. Pass one of them.")
     for output in (json_file, picture):
         _check_output(output)
     if picture is not None:
@@ -128,7 +134,12 @@ def probe_command(
         name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
     }
     probed = probe_all(
-        found, lambda own: load_images(data, size or own, images), normalization, where, console
+        found,
+        lambda own: load_images(data, size or own, images),
+        normalization,
+        where,
+        console,
+        regressor,
     )
     console.print(
         f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False

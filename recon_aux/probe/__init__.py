@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from recon_aux.probe.linear import linear_classifier, linear_regression
-from recon_aux.probe.measure import compare, probe
+from recon_aux.probe.measure import REGRESSORS, compare, probe
 from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import (
     PartResult,
@@ -34,6 +34,7 @@ from recon_aux.probe.transformations import (
 
 __all__ = [
     "COMBINED",
+    "REGRESSORS",
     "SETS",
     "TRANSFORMATIONS",
     "PartResult",

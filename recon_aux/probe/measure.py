@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean, stdev
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from recon_aux.task.checks import check_choice
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
 
-Regressor = Literal["ridge", "mlp"]
+REGRESSORS = ("ridge", "mlp")
 
 # an MLP's R² depends a little on its seed
 _MLP_SEEDS = 3
@@ -40,7 +40,7 @@ def probe(
     *,
     equivariant_dim: int = 0,
     normalize: Callable[[Tensor], Tensor] | None = None,
-    regressor: Regressor = "ridge",
+    regressor: str = "ridge",
     transformations: str = "standard",
     pairs: tuple[int, int] = (5000, 2000),
     batch_size: int = 256,
@@ -90,7 +90,7 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
-    check_choice("regressor", regressor, get_args(Regressor))
+    check_choice("regressor", regressor, REGRESSORS)
     check_choice("transformations", transformations, list(SETS))
     made = SETS[transformations]
     generator = torch.Generator().manual_seed(seed)
@@ -229,21 +229,21 @@ def _part_result(
 ) -> PartResult:
     """Give means over seeds, and standard deviations if there are several."""
     combined = scores.pop("combined", [])
-    runs = {
-        "alone": {task: [fmean(run.values()) for run in found] for task, found in scores.items()},
-        "combined": {name: [run[name] for run in combined] for name in dict(*combined[:1])},
-    }
-    means = {
-        kind: {name: fmean(values) for name, values in found.items()}
-        for kind, found in runs.items()
-    }
+    names = combined[0] if combined else {}
+    alone = {task: [fmean(run.values()) for run in runs] for task, runs in scores.items()}
+    together = {name: [run[name] for run in combined] for name in names}
     spread: dict[str, dict[str, float]] = {}
-    for kind, found in runs.items():
+    for kind, found in (("alone", alone), ("combined", together)):
         by_seed = [fmean(values) for values in zip(*found.values(), strict=True)]
         if len(by_seed) > 1:
             spread[kind] = {name: stdev(values) for name, values in found.items()}
             spread[kind]["mean"] = stdev(by_seed)
-    return PartResult(*accuracies, **means, spread=spread)
+    return PartResult(
+        *accuracies,
+        alone={name: fmean(values) for name, values in alone.items()},
+        combined={name: fmean(values) for name, values in together.items()},
+        spread=spread,
+    )
 
 
 def _accuracies(x: Sequence[Any], labels: Sequence[Tensor | None]) -> tuple[float, float]:

@@ -10,8 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recon_aux.probe.transformations import TRANSFORMATIONS
-
 
 @dataclass
 class PartResult:
@@ -131,7 +129,7 @@ def render(results: Mapping[str, ProbeResult]) -> str:
     """Return both tables as text, or one if no transformations are combined.
 
     Example:
-        >>> r2 = dict.fromkeys(TRANSFORMATIONS, 0.5)
+        >>> r2 = {"rotation": 0.5, "hue": 0.5}
         >>> part = PartResult(linear=90.0, knn=80.0, alone=r2, combined=r2)
         >>> print(render({"bare": ProbeResult({"whole": part})}).splitlines()[0])
         R² with all transformations combined

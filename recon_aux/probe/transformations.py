@@ -26,7 +26,6 @@ COMBINED = tuple(name for name in TRANSFORMATIONS if name != "blur")
 """The parameters of the combined transformation; they are drawn all at once."""
 
 
-
 @dataclass(frozen=True)
 class TransformationSet:
     """Transformations that the probe makes, and how their parameters are drawn.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from recon_aux.probe import (
     COMBINED,
     SETS,
-    TRANSFORMATIONS,
     draw_parameters,
     linear_regression,
     mlp_regression,
