@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import Record, file_name, keep, kept
-from benchmarks.resuming import is_done, refuse_mixed
+from benchmarks.resuming import is_done, needs_no_training, refuse_mixed
 
 
 def run_study(
@@ -36,7 +36,13 @@ def run_study(
     refuse_mixed(args.out, args)
     for which in runs:
         path = args.out / f"{file_name(**which)}.json"
-        if not is_done(path, args):
+        if args.remeasure:
+            if is_done(path, args) and needs_no_training(path):
+                print(f"measuring {path.stem}")
+                keep(path, run(which, path))
+            else:
+                print(f"{path.stem} isn't done, or its checkpoint is gone: left as it is")
+        elif not is_done(path, args):
             print(f"training {path.stem}")
             keep(path, run(which, path))
     done = kept(args.out)
