@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.images import CHANGE_DIM, denormalize, normalize
 from benchmarks.methods import Method, SimCLR, VICReg
 from benchmarks.sie import SIE
-from recon_aux.probe import SETS, draw_parameters, transform
+from recon_aux.probe import SETS, transform
 
 MakeMethod = Callable[[nn.Module, int, float], Method]
 
@@ -113,8 +113,8 @@ class Intermediate(Method):
         # from the step's number, so that an interrupted run goes on with the same ones
         seed = (self.seed + 1_000_003 * self.global_step) % 2**63
         generator = torch.Generator(x1.device).manual_seed(seed)
-        made = SETS["paper"].ranges
-        drawn = draw_parameters(len(images), list(made), generator=generator, ranges=made)
+        made = SETS["paper"]
+        drawn = made.draw(len(images), list(made.ranges), generator)
         y0, y1 = (self.backbone(x).flatten(1) for x in (x0, normalize(transform(images, drawn))))
         invariant = [self.projection_head(y[:, : self.split]) for y in (y0, y1)]
         loss: Tensor = self.criterion(*invariant)

@@ -17,13 +17,13 @@ import recon_aux
 from recon_aux.cli.demo import NORMALIZE, SimCLR, train
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved, find_encoder, find_saved
-from recon_aux.cli.images import Normalization, load_images
+from recon_aux.cli.images import Images, Normalization, load_images
 from recon_aux.cli.opening import open_checkpoint, tensors_in
-from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Trust
+from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Regressor, Trust
 from recon_aux.cli.picture import Rebuilder, check_picture, save_picture
 from recon_aux.cli.probing import probe_all, short_names
 from recon_aux.cli.report import in_megabytes, parts_table, saved_table, side_by_side
-from recon_aux.probe import REGRESSORS, compare
+from recon_aux.probe import compare
 
 
 class Commands(TyperGroup):
@@ -98,10 +98,7 @@ def probe_command(
     images: Annotated[
         int, typer.Option(min=20, help="Train on so many images at most, and test on half as many.")
     ] = 2000,
-    regressor: Annotated[
-        str,
-        typer.Option(help="What reads how an image was changed: ridge or mlp, which is slower."),
-    ] = "ridge",
+    regressor: Regressor = "ridge",
     device: Device = None,
     trust: Trust = False,
 ) -> None:
@@ -121,8 +118,6 @@ def probe_command(
       recon-aux probe last.ckpt --data photos/ --arch my_code:build_encoder --normalize 0.5,0.25
     """
     normalization = Normalization.parse(normalize)
-    if regressor not in REGRESSORS:
-        raise UserError(f"expected --regressor ridge or mlp, got {regressor}. Pass one of them.")
     for output in (json_file, picture):
         _check_output(output)
     if picture is not None:
@@ -133,14 +128,11 @@ def probe_command(
     found = {
         name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
     }
-    probed = probe_all(
-        found,
-        lambda own: load_images(data, size or own, images),
-        normalization,
-        where,
-        console,
-        regressor,
-    )
+
+    def load(own: int | None) -> Images:
+        return load_images(data, size or own, images)
+
+    probed = probe_all(found, load, normalization, where, console, regressor)
     console.print(
         f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False
     )

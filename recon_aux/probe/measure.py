@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from recon_aux.probe.linear import linear_classifier, linear_regression
 from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import PartResult, ProbeResult
-from recon_aux.probe.transformations import SETS, draw_parameters, transform
+from recon_aux.probe.transformations import SETS, transform
 from recon_aux.task.checks import check_choice
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
@@ -90,7 +91,7 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
-    check_choice("regressor", regressor, REGRESSORS)
+    regressions = _regressions(regressor, seed, device)
     check_choice("transformations", transformations, list(SETS))
     made = SETS[transformations]
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +99,6 @@ def probe(
         torch.randperm(len(images), generator=generator)[:count]
         for (images, _), count in zip((train, test), pairs, strict=True)
     ]
-    tasks = dict(made.alone) | ({"combined": made.combined} if made.combined else {})
 
     def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Parts:
         features: list[dict[str, Tensor]] = []
@@ -113,40 +113,28 @@ def probe(
             advance(len(rows))
         return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
 
-    work = len(train[0]) + len(test[0]) + len(tasks) * sum(len(rows) for rows in chosen)
+    work = len(train[0]) + len(test[0]) + len(made.tasks) * sum(len(rows) for rows in chosen)
     with _bar(progress, work) as advance, evaluating(encoder), torch.no_grad():
         clean = [encode(images) for images, _ in (train, test)]
-        parameters: dict[str, list[dict[str, Tensor]]] = {}
-        warped: dict[str, list[Parts]] = {}
-        for task, names in tasks.items():
-            drawn = [
-                draw_parameters(len(rows), names, generator=generator, ranges=made.ranges)
-                for rows in chosen
-            ]
-            warped[task] = [
+        pairs_of = {}
+        for task, names in made.tasks.items():
+            drawn = [made.draw(len(rows), names, generator) for rows in chosen]
+            changed = [
                 encode(images[rows], values)
                 for (images, _), rows, values in zip((train, test), chosen, drawn, strict=True)
             ]
-            parameters[task] = drawn
+            pairs_of[task] = drawn, changed
     parts = {}
     for part in clean[0]:
         x = [features[part] for features in clean]
-        # for each transformation, the R² of its parameters by each seed
-        scores: dict[str, list[dict[str, float]]] = {}
-        for task, both in warped.items():
-            pairs_x = [
+        scores = {}
+        for task, (drawn, changed) in pairs_of.items():
+            both = [
                 np.concatenate([original[rows], features[part]], axis=1)
-                for original, rows, features in zip(x, chosen, both, strict=True)
+                for original, rows, features in zip(x, chosen, changed, strict=True)
             ]
-            if regressor == "ridge":
-                scores[task] = [ridge_r2(pairs_x, parameters[task])]
-            else:
-                scores[task] = [
-                    mlp_r2(pairs_x, parameters[task], seed=seed + i, device=device)
-                    for i in range(_MLP_SEEDS)
-                ]
-        accuracies = _accuracies(x, [labels for _, labels in (train, test)])
-        parts[part] = _part_result(accuracies, scores)
+            scores[task] = [r2(both, drawn) for r2 in regressions]
+        parts[part] = _part_result(_accuracies(x, [y for _, y in (train, test)]), scores)
     return ProbeResult(parts)
 
 
@@ -194,6 +182,14 @@ def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part.numel()}
 
 
+def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:
+    """Give what scores pairs of features: ridge regression, or several MLPs."""
+    check_choice("regressor", regressor, REGRESSORS)
+    if regressor == "ridge":
+        return [ridge_r2]
+    return [partial(mlp_r2, seed=seed + i, device=device) for i in range(_MLP_SEEDS)]
+
+
 def ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Return for each parameter the test R² of ridge regression fitted on the train split."""
     train, test = _targets(parameters)
@@ -227,7 +223,12 @@ def _scores(wanted: np.ndarray, predicted: np.ndarray, names: Iterable[str]) -> 
 def _part_result(
     accuracies: tuple[float, float], scores: dict[str, list[dict[str, float]]]
 ) -> PartResult:
-    """Give means over seeds, and standard deviations if there are several."""
+    """Give means over the regressions, and standard deviations if there are several.
+
+    Args:
+        accuracies: on the labels.
+        scores: for each transformation, the R² of its parameters by each regression.
+    """
     combined = scores.pop("combined", [])
     names = combined[0] if combined else {}
     alone = {task: [fmean(run.values()) for run in runs] for task, runs in scores.items()}

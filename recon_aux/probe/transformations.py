@@ -40,6 +40,17 @@ class TransformationSet:
     alone: Mapping[str, Sequence[str]]
     combined: Sequence[str] = ()
 
+    @property
+    def tasks(self) -> dict[str, Sequence[str]]:
+        """The parameters of each transformation alone, and of ``"combined"`` if there is that."""
+        return dict(self.alone) | ({"combined": self.combined} if self.combined else {})
+
+    def draw(
+        self, n: int, names: Sequence[str], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Draw as :func:`draw_parameters` does, from the set's ranges."""
+        return draw_parameters(n, names, generator=generator, ranges=self.ranges)
+
 
 _PAPER = {
     "rotation": (-45.0, 45.0),
