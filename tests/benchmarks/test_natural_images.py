@@ -23,6 +23,7 @@ from benchmarks.options import note_options, options_of
 from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
 from benchmarks.rivals import RIVALS, WAY, Intermediate, part_of_the_way
+from benchmarks.sie import HyperPredictor
 from helpers.running import fail_once, rows, run_example
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, SETS, TRANSFORMATIONS, draw_parameters, transform
@@ -154,6 +155,13 @@ def test_what_changed_is_standardised_and_nothing_is_where_nothing_did() -> None
         True,
         *[False] * 3,
     ]
+
+
+def test_sie_begins_as_if_nothing_changed() -> None:
+    x, nothing = torch.randn(4, 8), torch.tensor([[1.0, 0, 0, 1, *[0] * 7]]).expand(4, -1)
+    assert torch.equal(HyperPredictor(8, CHANGE_DIM)(x, nothing), x)
+    given = RIVALS["SIE given rotation"](build_encoder("tiny-resnet18"), 256, 1e-3)
+    assert given.predictor.products.in_features == 4 * 512
 
 
 def test_all_views_are_the_same_whoever_is_given_what_changed() -> None:
