@@ -214,9 +214,7 @@ def measure(
     measured = partial(
         probe,
         encoder,
-        equivariant_dim=aux.splitter.equivariant_dim
-        if aux
-        else getattr(model, "equivariant_dim", 0),
+        equivariant_dim=(aux.splitter if aux else model).equivariant_dim,
         normalize=normalize,
         pairs=(args.pairs, args.pairs // 2),
         device=device,
