@@ -1616,8 +1616,8 @@ CASES |= {
 LABELLED = (torch.rand(16, 3, 8, 8), torch.arange(16) % 2)
 
 
-def probed(encode: Callable[[Tensor], Tensor]) -> None:
-    result = probe(encode, LABELLED, LABELLED, equivariant_dim=1, pairs=(8, 8))
+def probed(encode: Callable[[Tensor], Tensor], **options: Any) -> None:
+    result = probe(encode, LABELLED, LABELLED, equivariant_dim=1, pairs=(8, 8), **options)
     assert set(result.parts) == {"whole", "invariant", "equivariant"}
 
 
@@ -1634,6 +1634,16 @@ CASES |= {
         lambda: draw_parameters(2, ["shear"]),
         r"names among \['rotation', .*Pass some of those",
         lambda: draw_parameters(2, ["rotation"]),
+    ),
+    "a regressor that isn't there": Case(
+        lambda: probed(lambda x: x.mean((2, 3)), regressor="forest"),
+        r"regressor= to be one of \('ridge', 'mlp'\), got 'forest'. Pass one of them",
+        lambda: probed(lambda x: x.mean((2, 3)), regressor="ridge"),
+    ),
+    "a set of transformations that isn't there": Case(
+        lambda: probed(lambda x: x.mean((2, 3)), transformations="shear"),
+        r"transformations= to be one of \['standard', .*Pass one of them",
+        lambda: probed(lambda x: x.mean((2, 3)), transformations="unseen"),
     ),
     "features of five dimensions": Case(
         lambda: probed(lambda x: x.mean((2, 3))[..., None, None, None]),

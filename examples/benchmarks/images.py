@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import kornia
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -13,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
-from recon_aux.probe import draw_parameters, transform
+from recon_aux.probe import TRANSFORMATIONS, draw_parameters, transform
 
 Split = tuple[Tensor, Tensor]
 
@@ -107,25 +110,81 @@ class TwoViews:
 
     Args:
         flip: mirror each view at random, too.
+        changes: give what changed, too: ``[x0, x1], (labels, changes)``.
     """
 
-    def __init__(self, *, flip: bool) -> None:
+    def __init__(self, *, flip: bool, changes: bool = False) -> None:
         self.flip = flip
+        self.changes = changes
 
-    def __call__(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    def __call__(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Any]:
         images = torch.stack([image for image, _ in samples]).float() / 255
         labels = torch.stack([label for _, label in samples])
-        return [normalize(self._view(images)) for _ in range(2)], labels
+        (x0, first), (x1, second) = (self._view(images) for _ in range(2))
+        views = [normalize(x0), normalize(x1)]
+        return views, (labels, change_between(first, second)) if self.changes else labels
 
-    def _view(self, images: Tensor) -> Tensor:
+    def _view(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give a view of each image, and the parameters that it was made with."""
+        flipped = torch.zeros(len(images), dtype=torch.bool)
         if self.flip:
-            images = flip_half(images)
-        return transform(images, draw_parameters(len(images)))
+            flipped = torch.rand(len(images)) < 0.5
+        drawn = draw_parameters(len(images))
+        return transform(mirror(images, flipped), drawn), drawn | {"flipped": flipped}
 
 
-def flip_half(images: Tensor) -> Tensor:
-    """Mirror each image, or leave it, at random."""
-    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+CHANGE_DIM = 11
+"""How many numbers :func:`change_between` gives."""
+
+
+def change_between(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+    """Compute what changed between two views.
+
+    Args:
+        first: parameters of the first view: those of the probe's combined transformation, and
+            ``flipped``, whether it was mirrored before.
+        second: the same of the second view.
+
+    Returns:
+        ``(N, 11)``, about as large as standardised numbers. The first four are the rotation as an
+        orthogonal 2x2 matrix, with a reflection if one view alone is mirrored. Then come the shift,
+        the growth, and the differences of brightness, contrast, saturation and hue.
+    """
+    start, end = (_geometry(view) for view in (first, second))
+    relative = end @ torch.linalg.inv(start)
+    linear = relative[:, :2, :2]
+    growth = torch.linalg.det(linear).abs().sqrt()
+    rotation = linear / growth[:, None, None]
+    numbers = {
+        "translation_x": relative[:, 0, 2],
+        "translation_y": relative[:, 1, 2],
+        "scale": growth.log(),
+    }
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        numbers[name] = second[name] - first[name]
+    for name, values in numbers.items():
+        low, high = TRANSFORMATIONS[name]
+        # of the difference of two draws
+        numbers[name] = values / ((high - low) / 6**0.5)
+    return torch.cat([rotation.flatten(1), torch.stack(list(numbers.values()), dim=1)], dim=1)
+
+
+def _geometry(view: Mapping[str, Tensor]) -> Tensor:
+    """Give the matrices ``(N, 3, 3)`` of views, in fractions of the side, from the middle."""
+    count = len(view["rotation"])
+    matrix = kornia.geometry.get_affine_matrix2d(
+        torch.stack([view["translation_x"], view["translation_y"]], dim=1),
+        torch.zeros(count, 2),
+        view["scale"][:, None].expand(-1, 2),
+        view["rotation"],
+    )
+    mirrored = torch.where(view["flipped"], -1.0, 1.0)
+    return matrix @ torch.diag_embed(torch.stack([mirrored, *torch.ones(2, count)], dim=1))
+
+
+def mirror(images: Tensor, which: Tensor) -> Tensor:
+    """Mirror some images."""
+    return torch.where(which[:, None, None, None], images.flip(-1), images)
 
 
 def normalize(images: Tensor) -> Tensor:

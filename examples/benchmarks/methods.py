@@ -34,6 +34,9 @@ class StudyModule(LightningModule):
     optimizer_name = "AdamW"
     """``"AdamW"`` or ``"SGD"``; SGD is set up as in lightly's benchmarks for small images."""
 
+    equivariant_dim = 0
+    """How many of the feature's last channels are an equivariant part of the model's own."""
+
     def __init__(self, backbone: nn.Module, lr: float) -> None:
         super().__init__()
         self.backbone = backbone

@@ -2,12 +2,15 @@
 
 ``python examples/benchmarks/natural_images.py --data CIFAR=FOLDER TINY=FOLDER`` trains every method
 bare and attached, and a ceiling: the same encoder, supervised to regress the transformation's
-parameters. Each is measured by the probe, with few labels, and, frozen, on the other data set. Each
-run is kept as JSON in ``--out``, next to it a picture of what an attached encoder rebuilds. An
-interrupted run goes on from its last epoch. The tables and a picture are made of all records that
-are there. ``--arms`` compares others, such as ``"SimCLR, attached, context='both'"``, with any of
-attach's options, or ``"BYOL, momentum=0.9"``, with any of the method's own. Options may stand in a
-file, ``@FILE``, one a line.
+parameters. Each is measured by the probe, in the paper's protocol, on transformations that no view
+has, with few labels, and, frozen, on the other data set. Each run is kept as JSON in ``--out``,
+next to it a picture of what an attached encoder rebuilds. An interrupted run goes on from its last
+epoch. The tables and a picture are made of all records that are there.
+
+``--arms`` compares others, such as ``"SimCLR, attached, context='both'"``, with any of attach's
+options, ``"BYOL, momentum=0.9"``, with any of the method's own, or the rivals of rivals.py, such as
+``"SIE given all"``. ``@examples/benchmarks/field.args`` names all of them. Options may stand in a
+file, ``@FILE``, one a line. ``--remeasure`` measures arms again that are done.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,15 +45,17 @@ from recon_aux.probe import (
 
 # let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import field
 from benchmarks.arms import Arm, attached_with, build_model, read_arm
 from benchmarks.bars import Measure, draw
 from benchmarks.encoders import ENCODERS, build_encoder, width_of
-from benchmarks.images import Split, TwoViews, as_input, flip_half, load, normalize
+from benchmarks.images import Split, TwoViews, as_input, load, mirror, normalize
 from benchmarks.methods import METHODS, MORE_METHODS, SimCLR, StudyModule
 from benchmarks.options import study_parser
 from benchmarks.pictures import save_reconstructions
 from benchmarks.records import Record, as_text, record, results_of, with_spread
 from benchmarks.resuming import fit, trained_on
+from benchmarks.rivals import GIVEN, RIVALS
 from benchmarks.study import run_study
 
 CEILING = "ceiling"
@@ -79,6 +84,7 @@ MODELS: dict[str, Any] = {
     UNTRAINED: SimCLR,
     **METHODS,
     **MORE_METHODS,
+    **RIVALS,
     CEILING: ParameterRegression,
 }
 """What an arm's name stands for, in the order of the tables."""
@@ -87,7 +93,7 @@ MODELS: dict[str, Any] = {
 def transformed_pairs(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """Collate into images, the same transformed, and the standardised parameters of that."""
     images = torch.stack([image for image, _ in samples]).float() / 255
-    images = flip_half(images)
+    images = mirror(images, torch.rand(len(images)) < 0.5)
     drawn = draw_parameters(len(images))
     middle = [sum(TRANSFORMATIONS[name]) / 2 for name in COMBINED]
     spread = [(high - low) / 12**0.5 for low, high in (TRANSFORMATIONS[n] for n in COMBINED)]
@@ -113,9 +119,18 @@ class SimCLRViews:
         return views, torch.stack([label for _, label in samples])
 
 
+def load_splits(folder: str, args: argparse.Namespace) -> tuple[Split, Split]:
+    """Load train and test images; with ``--validate``, both from the train split."""
+    if not args.validate:
+        return load(folder, args.image_size, args.limit)
+    (images, labels), _ = load(folder, args.image_size, args.limit and args.limit + args.validate)
+    cut = len(images) - args.validate
+    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+
+
 def parse_arm(text: str) -> Arm:
     """Read one of ``--arms``."""
-    return read_arm(text, MODELS, attached=", attached", examples=[*ARMS, *MORE_METHODS])
+    return read_arm(text, MODELS, attached=", attached", examples=[*ARMS, *MORE_METHODS, *RIVALS])
 
 
 def collate(method: str, args: argparse.Namespace) -> Any:
@@ -123,8 +138,13 @@ def collate(method: str, args: argparse.Namespace) -> Any:
     if method == CEILING:
         return transformed_pairs
     if args.views == "lightly":
+        if method in GIVEN:
+            raise SystemExit(
+                f"expected views whose parameters are known for {method}, got --views lightly. "
+                "Pass --views probed or --views unflipped."
+            )
         return SimCLRViews(args.image_size)
-    return TwoViews(flip=args.views == "probed")
+    return TwoViews(flip=args.views == "probed", changes=method in GIVEN)
 
 
 def train(
@@ -150,6 +170,12 @@ def train(
 
 
 # --- measuring ---
+
+PROTOCOLS = {"paper": "mlp", "unseen": "ridge"}
+"""What else is measured: sets of transformations, and what reads them."""
+
+# what is kept of each
+KINDS = ("alone", "combined", "spread")
 
 
 @torch.no_grad()
@@ -181,20 +207,25 @@ def with_few_labels(features: list[np.ndarray], labels: list[np.ndarray]) -> dic
 def measure(
     model: Any, own: str, data: dict[str, tuple[Split, Split]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Probe; then classify with few labels, and the other data sets' images."""
+    """Probe in each protocol; classify with few labels, and the other data set's images."""
     device = trained_on(args)
     encoder = model.backbone.to(device).eval()
     aux = getattr(model, "recon_aux", None)
-    found = probe(
+    measured = partial(
+        probe,
         encoder,
-        *data[own],
-        equivariant_dim=aux.splitter.equivariant_dim if aux else 0,
+        equivariant_dim=(aux.splitter if aux else model).equivariant_dim,
         normalize=normalize,
         pairs=(args.pairs, args.pairs // 2),
         device=device,
         progress=True,
     )
-    results = found.to_dict()
+    results = measured(*data[own]).to_dict()
+    unlabelled = [(images, None) for images, _ in data[own]]
+    for name in args.protocols:
+        found = measured(*unlabelled, transformations=name, regressor=PROTOCOLS[name]).to_dict()
+        for part, values in found.items():
+            results[part][name] = {key: value for key, value in values.items() if key in KINDS}
     for name, splits in data.items():
         features = [encode(encoder, images, device) for images, _ in splits]
         labels = [labels.numpy() for _, labels in splits]
@@ -237,6 +268,7 @@ def tables(done: list[Record]) -> str:
         text += [as_text(_wholes(runs, shipped))]
         if others:
             text += [f"{own}: the same with other options", as_text(_wholes(runs, others))]
+        text += field.tables(own, runs, arms)
         text += [f"{own}: its parts", as_text(_parts(runs, arms, "combined", ["linear", "knn"]))]
         text += [f"{own}: R² with each transformation alone", as_text(_parts(runs, arms, "alone"))]
     return "\n".join(text)
@@ -345,6 +377,20 @@ def parse_options() -> argparse.Namespace:
     )
     add("--epochs", type=int, default=100)
     add("--optimizer", choices=["AdamW", "SGD"], default="AdamW", help="SGD: give --lr, too, 0.06")
+    add(
+        "--protocols",
+        nargs="*",
+        choices=list(PROTOCOLS),
+        default=list(PROTOCOLS),
+        help="what else is measured: the paper's protocol, and transformations that no view has",
+    )
+    add(
+        "--validate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="test on so many other train images, to choose options by",
+    )
     add("--pairs", type=int, default=5000, help="train images that the probe transforms")
     return parser.parse_args()
 
@@ -362,7 +408,7 @@ def main() -> None:
 
     @cache
     def data() -> dict[str, tuple[Split, Split]]:
-        return {name: load(folder, args.image_size, args.limit) for name, folder in folders.items()}
+        return {name: load_splits(folder, args) for name, folder in folders.items()}
 
     def run(which: dict[str, Any], path: Path) -> Record:
         own, seed = which["data"], which["seed"]

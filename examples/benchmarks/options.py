@@ -10,10 +10,11 @@ from pathlib import Path
 # options that say which runs there are and what computes them: runs that differ in these alone
 # are comparable
 _MAY_DIFFER = {"arms", "seeds", "out", "data", "folder", "lists"}
+_MAY_DIFFER |= {"remeasure", "protocols"}
 _MAY_DIFFER |= {"workers", "no_cache", "device", "precision"}
 
 # options that are younger than some records, and what those records were made with
-_BEFORE = {"views": "probed", "optimizer": "AdamW"}
+_BEFORE = {"views": "probed", "optimizer": "AdamW", "validate": "0"}
 
 
 def study_parser(
@@ -43,6 +44,11 @@ def study_parser(
     add("--workers", type=int, default=0)
     add("--precision", default="32-true")
     add("--device", default="auto", help="auto, cpu, gpu: Lightning's accelerator")
+    add(
+        "--remeasure",
+        action="store_true",
+        help="measure what is done once more, from its checkpoint; train nothing",
+    )
     return parser
 
 

@@ -74,7 +74,8 @@ def results_of(runs: list[Record], arm: str) -> list[dict[str, Any]]:
 
 def as_text(grid: Table) -> str:
     """Write a table as it is printed, whatever the terminal's width."""
-    console = Console(width=300)
+    # wider than any table: rich would cut cells off
+    console = Console(width=1000)
     with console.capture() as capture:
         console.print(grid)
     return capture.get()

@@ -1,7 +1,7 @@
 """Train with Lightning; after an interruption, go on from the last checkpoint.
 
-A run that is done keeps its last checkpoint. If its record is deleted, the run is measured again
-from that checkpoint, not trained again.
+A run that is done keeps its last checkpoint. With ``--remeasure``, or if its record is deleted, the
+run is measured again from that checkpoint, not trained again.
 """
 
 from __future__ import annotations
@@ -91,6 +91,13 @@ def is_done(path: Path, args: argparse.Namespace) -> bool:
         return False
     refuse_others(json.loads(path.read_text())["options"], args, path)
     return True
+
+
+def needs_no_training(path: Path) -> bool:
+    """Whether a run that is done can be measured again: its checkpoint is kept, or it had none."""
+    checkpoint = path.with_suffix("") / "checkpoints" / "last.ckpt"
+    seconds: int = json.loads(path.read_text())["seconds"]
+    return checkpoint.exists() or seconds == 0
 
 
 def refuse_mixed(out: Path, args: argparse.Namespace) -> None:

@@ -17,9 +17,9 @@ import recon_aux
 from recon_aux.cli.demo import NORMALIZE, SimCLR, train
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved, find_encoder, find_saved
-from recon_aux.cli.images import Normalization, load_images
+from recon_aux.cli.images import Images, Normalization, load_images
 from recon_aux.cli.opening import open_checkpoint, tensors_in
-from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Trust
+from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Regressor, Trust
 from recon_aux.cli.picture import Rebuilder, check_picture, save_picture
 from recon_aux.cli.probing import probe_all, short_names
 from recon_aux.cli.report import in_megabytes, parts_table, saved_table, side_by_side
@@ -98,6 +98,7 @@ def probe_command(
     images: Annotated[
         int, typer.Option(min=20, help="Train on so many images at most, and test on half as many.")
     ] = 2000,
+    regressor: Regressor = "ridge",
     device: Device = None,
     trust: Trust = False,
 ) -> None:
@@ -127,9 +128,11 @@ def probe_command(
     found = {
         name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
     }
-    probed = probe_all(
-        found, lambda own: load_images(data, size or own, images), normalization, where, console
-    )
+
+    def load(own: int | None) -> Images:
+        return load_images(data, size or own, images)
+
+    probed = probe_all(found, load, normalization, where, console, regressor)
     console.print(
         f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False
     )

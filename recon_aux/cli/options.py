@@ -7,6 +7,16 @@ from typing import Annotated
 
 import typer
 
+from recon_aux.cli.errors import UserError
+from recon_aux.probe import REGRESSORS
+
+
+def _one_of_the_regressors(name: str) -> str:
+    if name not in REGRESSORS:
+        raise UserError(f"expected --regressor ridge or mlp, got {name}. Pass one of them.")
+    return name
+
+
 Checkpoint = Annotated[Path, typer.Argument(help="A file that torch.save or a trainer wrote.")]
 Arch = Annotated[
     str | None,
@@ -33,5 +43,12 @@ Trust = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(help="cpu or cuda; by default cuda where there is one.", show_default=False),
+]
+Regressor = Annotated[
+    str,
+    typer.Option(
+        help="What reads how an image was changed: ridge, or mlp, which is slower.",
+        callback=_one_of_the_regressors,
+    ),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]

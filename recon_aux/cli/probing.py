@@ -54,6 +54,7 @@ def probe_all(
     normalization: Normalization,
     device: torch.device,
     console: Console,
+    regressor: str = "ridge",
 ) -> Probed:
     """Probe encoders, and say which.
 
@@ -63,6 +64,7 @@ def probe_all(
         normalization: what the images go through.
         device: where to encode.
         console: where to print.
+        regressor: what reads the transformations' parameters.
 
     Raises:
         UserError: if an encoder doesn't take the images.
@@ -78,7 +80,7 @@ def probe_all(
         images = loaded[size]
         console.print(f"{name}: {encoder}", highlight=False, markup=False)
         split = saved.equivariant_dim if saved is not None else 0
-        results[name] = _probe(module, images, name, split, normalization, device)
+        results[name] = _probe(module, images, name, split, normalization, device, regressor)
         aux = saved.build() if saved is not None else None
         if aux is not None:
             rebuilders[name] = Rebuilder(module, aux, normalization)
@@ -107,6 +109,7 @@ def _probe(
     equivariant_dim: int,
     normalization: Normalization,
     device: torch.device,
+    regressor: str,
 ) -> ProbeResult:
     blank = images.train[0][:2].float().to(device) / 255
     try:
@@ -130,6 +133,7 @@ def _probe(
         images.test,
         equivariant_dim=equivariant_dim,
         normalize=normalization,
+        regressor=regressor,
         device=device,
         progress=True,
     )

@@ -13,7 +13,8 @@ except ImportError as error:
     ) from error
 
 from recon_aux.probe.linear import linear_classifier, linear_regression
-from recon_aux.probe.measure import compare, probe
+from recon_aux.probe.measure import REGRESSORS, compare, probe
+from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import (
     PartResult,
     ProbeResult,
@@ -24,22 +25,28 @@ from recon_aux.probe.results import (
 )
 from recon_aux.probe.transformations import (
     COMBINED,
+    SETS,
     TRANSFORMATIONS,
+    TransformationSet,
     draw_parameters,
     transform,
 )
 
 __all__ = [
     "COMBINED",
+    "REGRESSORS",
+    "SETS",
     "TRANSFORMATIONS",
     "PartResult",
     "ProbeResult",
+    "TransformationSet",
     "alone_table",
     "compare",
     "draw_parameters",
     "linear_classifier",
     "linear_regression",
     "markdown_table",
+    "mlp_regression",
     "probe",
     "render",
     "table",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from recon_aux.probe.linear import linear_classifier, linear_regression
+from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import PartResult, ProbeResult
-from recon_aux.probe.transformations import COMBINED, TRANSFORMATIONS, draw_parameters, transform
+from recon_aux.probe.transformations import SETS, transform
+from recon_aux.task.checks import check_choice
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
+
+REGRESSORS = ("ridge", "mlp")
+
+# an MLP's R² depends a little on its seed
+_MLP_SEEDS = 3
 
 # features ``(N, D)`` of each part
 Parts = dict[str, np.ndarray]
@@ -32,6 +41,8 @@ def probe(
     *,
     equivariant_dim: int = 0,
     normalize: Callable[[Tensor], Tensor] | None = None,
+    regressor: str = "ridge",
+    transformations: str = "standard",
     pairs: tuple[int, int] = (5000, 2000),
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -40,10 +51,12 @@ def probe(
 ) -> ProbeResult:
     """Measure what an encoder's features know of classes and of transformations.
 
-    Each transformation is applied to ``pairs`` images with known random parameters. Ridge
-    regression predicts the parameters from the features of the original and of the transformed
-    image, concatenated. Its strength is chosen for each parameter, by leave-one-out on the train
-    split.
+    Each transformation is applied to ``pairs`` images with known random parameters. A regression
+    predicts the parameters from the features of the original and of the transformed image,
+    concatenated.
+
+    To measure as Wang et al. do (2025, arXiv 2503.18753), pass ``regressor="mlp"`` and
+    ``transformations="paper"``.
 
     Args:
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
@@ -54,6 +67,10 @@ def probe(
         equivariant_dim: if the features are split, how many of their last channels are
             equivariant. The parts are then measured, too.
         normalize: applied to images after the transformation, before the encoder.
+        regressor: ``"ridge"`` for ridge regression. Its strength is chosen for each parameter, by
+            leave-one-out on the train split. ``"mlp"`` for a light MLP with three seeds, see
+            :func:`mlp_regression`.
+        transformations: which are made, a key of :data:`SETS`.
         pairs: how many train and how many test images the regression sees.
         batch_size: images in one call of the encoder.
         device: where images are transformed and encoded.
@@ -66,7 +83,7 @@ def probe(
 
     Raises:
         ValueError: if ``equivariant_dim`` is larger than the feature, or the feature has another
-            rank.
+            rank, or there is no such regressor or set of transformations.
 
     Example:
         >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
@@ -74,12 +91,14 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
+    regressions = _regressions(regressor, seed, device)
+    check_choice("transformations", transformations, list(SETS))
+    made = SETS[transformations]
     generator = torch.Generator().manual_seed(seed)
     chosen = [
         torch.randperm(len(images), generator=generator)[:count]
         for (images, _), count in zip((train, test), pairs, strict=True)
     ]
-    tasks = {name: (name,) for name in TRANSFORMATIONS} | {"combined": COMBINED}
 
     def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Parts:
         features: list[dict[str, Tensor]] = []
@@ -94,32 +113,28 @@ def probe(
             advance(len(rows))
         return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
 
-    work = len(train[0]) + len(test[0]) + len(tasks) * sum(len(rows) for rows in chosen)
+    work = len(train[0]) + len(test[0]) + len(made.tasks) * sum(len(rows) for rows in chosen)
     with _bar(progress, work) as advance, evaluating(encoder), torch.no_grad():
         clean = [encode(images) for images, _ in (train, test)]
-        parameters: dict[str, list[dict[str, Tensor]]] = {}
-        warped: dict[str, list[Parts]] = {}
-        for task, names in tasks.items():
-            drawn = [draw_parameters(len(rows), names, generator=generator) for rows in chosen]
-            warped[task] = [
+        pairs_of = {}
+        for task, names in made.tasks.items():
+            drawn = [made.draw(len(rows), names, generator) for rows in chosen]
+            changed = [
                 encode(images[rows], values)
                 for (images, _), rows, values in zip((train, test), chosen, drawn, strict=True)
             ]
-            parameters[task] = drawn
+            pairs_of[task] = drawn, changed
     parts = {}
     for part in clean[0]:
         x = [features[part] for features in clean]
-        r2 = {}
-        for task, both in warped.items():
-            pairs_x = [
+        scores = {}
+        for task, (drawn, changed) in pairs_of.items():
+            both = [
                 np.concatenate([original[rows], features[part]], axis=1)
-                for original, rows, features in zip(x, chosen, both, strict=True)
+                for original, rows, features in zip(x, chosen, changed, strict=True)
             ]
-            r2[task] = ridge_r2(pairs_x, parameters[task])
-        combined = r2.pop("combined")
-        alone = {name: scores[name] for name, scores in r2.items()}
-        accuracies = _accuracies(x, [labels for _, labels in (train, test)])
-        parts[part] = PartResult(*accuracies, alone=alone, combined=combined)
+            scores[task] = [r2(both, drawn) for r2 in regressions]
+        parts[part] = _part_result(_accuracies(x, [y for _, y in (train, test)]), scores)
     return ProbeResult(parts)
 
 
@@ -167,13 +182,69 @@ def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part.numel()}
 
 
+def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:
+    """Give what scores pairs of features: ridge regression, or several MLPs."""
+    check_choice("regressor", regressor, REGRESSORS)
+    if regressor == "ridge":
+        return [ridge_r2]
+    return [partial(mlp_r2, seed=seed + i, device=device) for i in range(_MLP_SEEDS)]
+
+
 def ridge_r2(x: Sequence[Any], parameters: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return for each parameter the test R² of a regression fitted on the train split."""
-    targets = [torch.stack(list(p.values()), dim=1).numpy() for p in parameters]
-    model = linear_regression().fit(x[0], targets[0])
-    predicted = model.predict(x[1]).reshape(targets[1].shape)
-    scores = r2_score(targets[1], predicted, multioutput="raw_values")
-    return dict(zip(parameters[0], scores.tolist(), strict=True))
+    """Return for each parameter the test R² of ridge regression fitted on the train split."""
+    train, test = _targets(parameters)
+    model = linear_regression().fit(x[0], train)
+    predicted = model.predict(x[1]).reshape(test.shape)
+    return _scores(test, predicted, parameters[0])
+
+
+def mlp_r2(
+    x: Sequence[Any],
+    parameters: Sequence[Mapping[str, Tensor]],
+    *,
+    seed: int,
+    device: torch.device | str,
+) -> dict[str, float]:
+    """Return for each parameter the test R² of an MLP trained on the train split."""
+    train, test = _targets(parameters)
+    return _scores(test, mlp_regression(x[0], train, x[1], seed=seed, device=device), parameters[0])
+
+
+def _targets(parameters: Sequence[Mapping[str, Tensor]]) -> list[np.ndarray]:
+    return [torch.stack(list(p.values()), dim=1).numpy() for p in parameters]
+
+
+def _scores(wanted: np.ndarray, predicted: np.ndarray, names: Iterable[str]) -> dict[str, float]:
+    """Give the R² of each parameter."""
+    scores = r2_score(wanted, predicted, multioutput="raw_values")
+    return dict(zip(names, scores.tolist(), strict=True))
+
+
+def _part_result(
+    accuracies: tuple[float, float], scores: dict[str, list[dict[str, float]]]
+) -> PartResult:
+    """Give means over the regressions, and standard deviations if there are several.
+
+    Args:
+        accuracies: on the labels.
+        scores: for each transformation, the R² of its parameters by each regression.
+    """
+    combined = scores.pop("combined", [])
+    names = combined[0] if combined else {}
+    alone = {task: [fmean(run.values()) for run in runs] for task, runs in scores.items()}
+    together = {name: [run[name] for run in combined] for name in names}
+    spread: dict[str, dict[str, float]] = {}
+    for kind, found in (("alone", alone), ("combined", together)):
+        by_seed = [fmean(values) for values in zip(*found.values(), strict=True)]
+        if len(by_seed) > 1:
+            spread[kind] = {name: stdev(values) for name, values in found.items()}
+            spread[kind]["mean"] = stdev(by_seed)
+    return PartResult(
+        *accuracies,
+        alone={name: fmean(values) for name, values in alone.items()},
+        combined={name: fmean(values) for name, values in together.items()},
+        spread=spread,
+    )
 
 
 def _accuracies(x: Sequence[Any], labels: Sequence[Tensor | None]) -> tuple[float, float]:

@@ -10,8 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recon_aux.probe.transformations import COMBINED, TRANSFORMATIONS
-
 
 @dataclass
 class PartResult:
@@ -20,14 +18,22 @@ class PartResult:
     Attributes:
         linear: test accuracy of logistic regression on the labels, in percent; ``nan`` without.
         knn: test accuracy of a 20-nearest-neighbour vote by cosine similarity, in percent.
-        alone: test R² of ridge regression for each parameter, with its transformation alone.
-        combined: the same with all transformations of :data:`COMBINED` at once.
+        alone: test R² of each transformation alone, the mean over its parameters.
+        combined: test R² of each parameter of all transformations at once; empty without.
+        spread: standard deviations over the seeds of the MLP: of ``"alone"`` and ``"combined"``,
+            for each name in them and for their ``"mean"``. Empty for ridge regression.
     """
 
     linear: float
     knn: float
     alone: dict[str, float] = field(default_factory=dict)
     combined: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def mean_alone(self) -> float:
+        """Mean R² over the transformations that are made alone."""
+        return sum(self.alone.values()) / len(self.alone)
 
     @property
     def mean_combined(self) -> float:
@@ -48,7 +54,10 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, ready for JSON."""
-        return {name: asdict(part) for name, part in self.parts.items()}
+        return {
+            name: {key: value for key, value in asdict(part).items() if value != {}}
+            for name, part in self.parts.items()
+        }
 
     def __str__(self) -> str:
         return render({"": self})
@@ -58,28 +67,45 @@ def table(results: Mapping[str, ProbeResult]) -> Table:
     """Put results side by side as a Markdown table, with one row for each part of each encoder.
 
     Args:
-        results: results by the name of their encoder.
+        results: results by the name of their encoder, all with a combined transformation.
 
     Returns:
         A table for rich's ``print``: accuracies, and R² of the combined transformation.
     """
-    grid = markdown_table(["linear %", "k-NN %", "mean R²", *COMBINED])
-    for name, result in results.items():
-        for part_name, part in result.parts.items():
-            numbers = [f"{part.linear:.1f}", f"{part.knn:.1f}", f"{part.mean_combined:.3f}"]
-            numbers += [f"{part.combined[parameter]:.2f}" for parameter in COMBINED]
-            grid.add_row(f"{name} {part_name}".strip(), *numbers)
+    rows = _rows(results)
+    grid = markdown_table(["linear %", "k-NN %", "mean R²", *rows[0][1].combined])
+    for name, part in rows:
+        spread = part.spread.get("combined", {})
+        numbers = [f"{part.linear:.1f}", f"{part.knn:.1f}"]
+        numbers += [_cell(part.mean_combined, spread.get("mean"), 3)]
+        numbers += [_cell(r2, spread.get(key)) for key, r2 in part.combined.items()]
+        grid.add_row(name, *numbers)
     return grid
 
 
 def alone_table(results: Mapping[str, ProbeResult]) -> Table:
     """Like :func:`table`, with R² of each transformation alone."""
-    grid = markdown_table(TRANSFORMATIONS)
-    for name, result in results.items():
-        for part_name, part in result.parts.items():
-            numbers = [f"{r2:.2f}" for r2 in part.alone.values()]
-            grid.add_row(f"{name} {part_name}".strip(), *numbers)
+    rows = _rows(results)
+    grid = markdown_table([*rows[0][1].alone, "mean"])
+    for name, part in rows:
+        spread = part.spread.get("alone", {})
+        scores = part.alone | {"mean": part.mean_alone}
+        grid.add_row(name, *(_cell(r2, spread.get(key)) for key, r2 in scores.items()))
     return grid
+
+
+def _rows(results: Mapping[str, ProbeResult]) -> list[tuple[str, PartResult]]:
+    """Give each part of each encoder, with its name."""
+    return [
+        (f"{name} {part_name}".strip(), part)
+        for name, result in results.items()
+        for part_name, part in result.parts.items()
+    ]
+
+
+def _cell(r2: float, spread: float | None, digits: int = 2) -> str:
+    """Write R², with its standard deviation where there is one."""
+    return f"{r2:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
 def markdown_table(columns: Iterable[str]) -> Table:
@@ -100,16 +126,18 @@ def markdown_table(columns: Iterable[str]) -> Table:
 
 
 def render(results: Mapping[str, ProbeResult]) -> str:
-    """Return both tables as text.
+    """Return both tables as text, or one if no transformations are combined.
 
     Example:
-        >>> r2 = dict.fromkeys(TRANSFORMATIONS, 0.5)
+        >>> r2 = {"rotation": 0.5, "hue": 0.5}
         >>> part = PartResult(linear=90.0, knn=80.0, alone=r2, combined=r2)
         >>> print(render({"bare": ProbeResult({"whole": part})}).splitlines()[0])
         R² with all transformations combined
     """
-    console = Console(width=140)
+    # as wide as the widest table: a narrow one would lose its columns
+    console = Console(width=300)
     with console.capture() as capture:
-        console.print("R² with all transformations combined", table(results))
+        if any(part.combined for _, part in _rows(results)):
+            console.print("R² with all transformations combined", table(results))
         console.print("R² with each transformation alone", alone_table(results))
     return capture.get()

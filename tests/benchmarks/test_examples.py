@@ -95,7 +95,7 @@ def test_a_template_compares_bare_and_attached(template: str) -> None:
 def test_the_study_makes_the_numbers_of_the_first_template_and_keeps_them(tmp_path: Path) -> None:
     arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, weight=2, equivariant_dim=32"]
     options = ["--views", "unflipped", "--image-size", "16", "--epochs", "1", "--device", "cpu"]
-    options += ["--seeds", "0", "--out", str(tmp_path)]
+    options += ["--seeds", "0", "--out", str(tmp_path), "--protocols"]
     study = "benchmarks/natural_images.py"
     run_example(study, "--data", "digits=digits", *options, "--arms", *arms)
     runs = {

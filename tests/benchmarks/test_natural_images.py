@@ -10,18 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import seed_everything
 from test_examples import pictures
 from torch import Tensor
 
-from benchmarks import natural_images
+from benchmarks import field, natural_images
+from benchmarks.arms import build_model
 from benchmarks.encoders import build_encoder
+from benchmarks.images import CHANGE_DIM, TwoViews, change_between, load, mirror
 from benchmarks.methods import MORE_METHODS, SimCLR
 from benchmarks.options import note_options, options_of
 from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
+from benchmarks.rivals import RIVALS, WAY, Intermediate, part_of_the_way
+from benchmarks.sie import HyperPredictor
 from helpers.running import fail_once, rows, run_example
 from recon_aux.integrations.lightly import attach
-from recon_aux.probe import COMBINED, TRANSFORMATIONS
+from recon_aux.probe import COMBINED, SETS, TRANSFORMATIONS, draw_parameters, transform
 
 
 def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
@@ -32,7 +37,7 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     # what the table was made with, but smaller
     options: list[Any] = [f"@{Path(natural_images.__file__).with_suffix('.args')}"]
     options += ["--out", out, "--seeds", "0", "--epochs", "1", "--batch-size", "8"]
-    options += ["--pairs", "16", "--image-size", "16", "--device", "cpu"]
+    options += ["--pairs", "16", "--image-size", "16", "--device", "cpu", "--protocols"]
     data = [f"{name}={folder}" for name, folder in folders.items()]
     ends = ["untrained", "ceiling"]
     arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
@@ -105,6 +110,69 @@ def test_the_table_says_how_much_of_the_gap_to_the_ceiling_is_closed(tmp_path: P
     assert (shown[5][0], shown[5][gap]) == ("SimCLR, attached, weight=3", "50 %")
 
 
+def test_what_changed_maps_the_first_view_onto_the_second() -> None:
+    torch.manual_seed(0)
+    size, count = 65, 16
+    # a spot right of the middle and above it
+    place = (torch.arange(size) - 32) / size
+    spot = torch.exp(-500 * ((place - 0.1) ** 2 + (place[:, None] + 0.05) ** 2))
+    # a smaller image would show the spot's reflection, too
+    ranges = TRANSFORMATIONS | {"scale": (1.0, 1.3)}
+    views = [
+        draw_parameters(count, ranges=ranges) | {"flipped": torch.rand(count) < 0.5}
+        for _ in range(2)
+    ]
+    x0, x1 = (transform(mirror(spot.expand(count, 3, -1, -1), v["flipped"]), v) for v in views)
+    change = change_between(*views)
+    assert change.shape == (count, CHANGE_DIM)
+
+    def center(view: Tensor) -> Tensor:
+        weight = view.mean(1) ** 4
+        sides = [(weight.sum(side) * place).sum(1) / weight.sum((1, 2)) for side in (1, 2)]
+        return torch.stack(sides, dim=1)
+
+    rotation = change[:, :4].unflatten(1, (2, 2))
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(2).expand_as(rotation))
+    assert set(torch.linalg.det(rotation).round().tolist()) == {-1, 1}
+    shift, growth = change[:, 4:6] * 0.4 / 6**0.5, (change[:, 6] * 0.6 / 6**0.5).exp()
+    moved = growth[:, None] * (rotation @ center(x0)[:, :, None])[:, :, 0] + shift
+    torch.testing.assert_close(moved, center(x1), atol=5e-3, rtol=0)
+
+
+def test_what_changed_is_standardised_and_nothing_is_where_nothing_did() -> None:
+    torch.manual_seed(0)
+    first, second = (
+        draw_parameters(2000) | {"flipped": torch.zeros(2000, dtype=torch.bool)} for _ in range(2)
+    )
+    same = change_between(first, first)
+    expected = torch.tensor([1.0, 0, 0, 1, *[0] * 7])
+    torch.testing.assert_close(same, expected.expand_as(same), atol=1e-5, rtol=0)
+    spread = change_between(first, second)[:, 4:].std(0)
+    assert (spread - 1).abs().max() < 0.2
+    brighter = change_between(first, first | {"brightness": first["brightness"] + 0.1})
+    assert ((brighter - expected).abs().sum(0) > 1e-2).tolist() == [
+        *[False] * 7,
+        True,
+        *[False] * 3,
+    ]
+
+
+def test_sie_begins_as_if_nothing_changed() -> None:
+    x, nothing = torch.randn(4, 8), torch.tensor([[1.0, 0, 0, 1, *[0] * 7]]).expand(4, -1)
+    assert torch.equal(HyperPredictor(8, CHANGE_DIM)(x, nothing), x)
+    given = RIVALS["SIE given rotation"](build_encoder("tiny-resnet18"), 256, 1e-3)
+    assert given.predictor.products.in_features == 4 * 512
+
+
+def test_all_views_are_the_same_whoever_is_given_what_changed() -> None:
+    samples = [(image, torch.tensor(0)) for image in training()[1][0]]
+    views = []
+    for changes in (False, True):
+        torch.manual_seed(0)
+        views.append(TwoViews(flip=True, changes=changes)(samples)[0])
+    assert torch.equal(torch.stack(views[0]), torch.stack(views[1]))
+
+
 def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]:
     """Options and data of a small run."""
     small = {"backbone": "tiny-resnet18", "image_size": 16, "batch_size": 8, "lr": 1e-3}
@@ -121,6 +189,142 @@ def test_more_methods_train_bare_and_attached(tmp_path: Path, method: str) -> No
         model, _ = natural_images.train(arm, data, 0, tmp_path / f"{arm}.json", args)
         assert torch.isfinite(model.trainer.callback_metrics["loss"])
     assert "recon_aux/loss" in model.trainer.callback_metrics
+
+
+PAPERS = "SimCLR, attached, preset='paper'"
+
+
+@pytest.mark.parametrize("arm", [*RIVALS, PAPERS])
+def test_every_parameter_of_every_rival_is_trained(tmp_path: Path, arm: str) -> None:
+    args, data = training()
+    seed_everything(0, verbose=False)
+    encoder = build_encoder("tiny-resnet18")
+    made = build_model(natural_images.parse_arm(arm), natural_images.MODELS, encoder, 256, 1e-3)
+    before = {name: p.detach().clone() for name, p in made.named_parameters()}
+    model, _ = natural_images.train(arm, data, 0, tmp_path / "x.json", args)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    trained = [name for name, p in after.items() if p.requires_grad]
+    # weight decay alone would change them, too
+    assert [name for name in trained if after[name].grad is None] == []
+    assert [name for name in trained if torch.equal(after[name], before[name])] == []
+    assert all(p.isfinite().all() for p in after.values())
+
+
+def test_the_images_on_the_way_are_a_third_and_two_thirds_of_it() -> None:
+    assert WAY == (1 / 3, 2 / 3)
+    ranges = SETS["paper"].ranges
+    drawn = draw_parameters(2, list(ranges), ranges=ranges)
+    third = part_of_the_way(drawn, 1 / 3)
+    assert third.keys() == drawn.keys()
+    torch.testing.assert_close(third["rotation"] * 3, drawn["rotation"])
+    torch.testing.assert_close(1 + 3 * (third["contrast"] - 1), drawn["contrast"])
+    for name, values in part_of_the_way(drawn, 1).items():
+        torch.testing.assert_close(values, drawn[name])
+    image = torch.rand(2, 3, 16, 16)
+    still = part_of_the_way(drawn, 1e-6)
+    torch.testing.assert_close(transform(image, still), image, atol=1e-4, rtol=0)
+
+
+def test_the_method_sees_the_invariant_part_and_the_decoders_the_other() -> None:
+    model = RIVALS["SimCLR + intermediate"](build_encoder("tiny-resnet18"), 256, 1e-3)
+    seen: dict[str, Tensor] = {}
+    for name, module in (("head", model.projection_head), ("decoder", model.decoders[1])):
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, x[0]))
+    features = []
+    model.backbone.register_forward_hook(lambda _, __, y: features.append(y))
+    views = list(torch.randn(2, 4, 3, 32, 32))
+    state = torch.random.get_rng_state()
+    losses = [model.training_step((views, torch.zeros(4)), 0) for _ in range(2)]
+    # its own generator, from the step's number
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(losses[0], losses[1])
+    assert torch.equal(seen["head"], features[0][:, :128])
+    equivariant = torch.cat([y[:, 128:] for y in features[:2]], dim=1)
+    assert torch.equal(seen["decoder"], equivariant)
+
+
+def test_methods_that_are_given_what_changed_need_views_that_have_it() -> None:
+    args, _ = training(views="lightly")
+    with pytest.raises(SystemExit, match=r"got --views lightly\. Pass --views probed"):
+        natural_images.collate("SIE given all", args)
+    args, _ = training(views="probed")
+    samples = [(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor(0))] * 2
+    _, (_, change) = natural_images.collate("SIE given all", args)(samples)
+    assert change.shape == (2, CHANGE_DIM)
+
+
+def test_an_arm_is_measured_again_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("recon_aux.probe.mlp._STEPS", 2)
+    options = ["--data", "digits=digits", "--out", str(tmp_path), "--seeds", "0", "--epochs", "1"]
+    options += ["--batch-size", "8", "--pairs", "16", "--image-size", "16", "--device", "cpu"]
+    options += ["--limit", "30"]
+    arms = ["untrained", "SimCLR + intermediate"]
+
+    def study(*more: str) -> None:
+        monkeypatch.setattr("sys.argv", ["natural_images.py", *options, *more])
+        natural_images.main()
+
+    study("--arms", *arms, "--protocols")
+    path = tmp_path / "digits-SimCLR-intermediate-0.json"
+    first = json.loads(path.read_text())
+    # of another data set, which isn't given again
+    first["results"]["whole"]["transfer"] = 30.0
+    path.write_text(json.dumps(first))
+    assert "protocol" not in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit, match=r"found none. Run natural_images.py --remeasure on them"):
+        field_of(monkeypatch, tmp_path)
+
+    def training_step(*_: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Intermediate, "training_step", training_step)
+    capsys.readouterr()
+    study("--arms", *arms, "VICReg", "--remeasure")
+    assert "digits-VICReg-0 isn't done" in capsys.readouterr().out
+    again = json.loads(path.read_text())
+    for part in ("whole", "invariant", "equivariant"):
+        found, was = again["results"][part], first["results"][part]
+        assert {key: found[key] for key in was} == was
+        assert list(found["paper"]["alone"]) == ["rotation", "colour", "blur", "translation"]
+        assert found["paper"]["spread"]["alone"]["mean"] > 0
+        assert list(found["unseen"]["alone"]) == list(SETS["unseen"].alone)
+        assert list(found["unseen"]["combined"]) == list(SETS["unseen"].combined)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| SimCLR + intermediate ") == 3
+    # the same tables by themselves, and drawn
+    field_of(monkeypatch, tmp_path, "--figure", str(tmp_path / "field.png"))
+    printed = rows(capsys.readouterr().out)
+    names = [row[0] for row in printed]
+    assert names == ["encoder", *sorted(arms), "encoder", *sorted(arms)]
+    whole = again["results"]["whole"]
+    shown = dict(zip(printed[0], printed[1], strict=True))
+    for name, value in whole["paper"]["alone"].items():
+        assert shown[name] == f"{value:.3f}"
+    mean = np.mean(list(whole["paper"]["alone"].values()))
+    assert shown["R² paper"] == f"{mean:.3f}"
+    assert (tmp_path / "field.png").is_file()
+
+
+def field_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> None:
+    """Run field.py on a folder of records."""
+    monkeypatch.setattr("sys.argv", ["field.py", str(folder), *options])
+    field.main()
+
+
+def test_options_are_chosen_by_other_train_images(tmp_path: Path) -> None:
+    pictures(tmp_path, ("train", "test"), classes=2, count=12)
+    args, _ = training(limit=10, validate=6)
+    whole, _ = load(str(tmp_path), 16)
+    train, test = natural_images.load_splits(str(tmp_path), args)
+    usual, _ = load(str(tmp_path), 16, 10)
+    # training sees the same images as without
+    assert torch.equal(train[0], usual[0])
+    assert len(test[0]) == 6
+    together = torch.cat([train[0], test[0]])
+    assert torch.equal(whole[0][:16], together)
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])

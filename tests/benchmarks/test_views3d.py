@@ -19,10 +19,10 @@ from helpers.running import fail_once, rows, run_example
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 from lightly.loss.vicreg_loss import covariance_loss
 
+from benchmarks.sie import SIE, HyperPredictor, variance_loss
 from benchmarks.views3d import compare, render
 from benchmarks.views3d.data import Objects, targets
 from benchmarks.views3d.objects import OBJECTS, make
-from benchmarks.views3d.sie import SIE, HyperPredictor, variance_loss
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,18 @@ def test_six_checkpoints_one_of_each_kind_need_no_option(tmp_path: Path, photos:
         assert name in printed
 
 
+def test_an_mlp_reads_instead_of_ridge_regression(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recon_aux.probe.mlp._STEPS", 2)
+    numbers = tmp_path / "n.json"
+    path = save("plain", tmp_path)
+    options = ["--images", 20, "--regressor", "mlp", "--json", numbers]
+    assert "mean" in succeed("probe", path, "--data", photos, *options)
+    part = json.loads(numbers.read_text())["checkpoints"]["plain.ckpt"]["parts"]["whole"]
+    assert part["spread"]["alone"].keys() == {*part["alone"], "mean"}
+
+
 def test_a_flat_folder_has_no_accuracies(tmp_path: Path) -> None:
     save_images(tmp_path / "flat", 30)
     numbers = tmp_path / "n.json"
@@ -325,6 +337,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "normalize": ("probe good.pt --data digits --normalize 1", "as --normalize 0.5,0.25"),
     "picture": ("probe good.pt --data digits --picture a.doc", "Pass one that ends in .png"),
     "json": ("probe good.pt --data digits --json no/a.json", "in no, which doesn't exist"),
+    "regressor": ("probe good.pt --data digits --regressor knn", "got knn. Pass one of them"),
     "device": ("probe good.pt --data digits --device tpu0", "Pass cpu"),
     "output": ("export good.pt -o empty", "is a folder"),
     "itself": ("strip good.pt -o good.pt", "another file than"),

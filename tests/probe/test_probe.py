@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from recon_aux.probe import (
     COMBINED,
-    TRANSFORMATIONS,
+    SETS,
     draw_parameters,
     linear_regression,
+    mlp_regression,
     probe,
     render,
     transform,
@@ -38,10 +40,13 @@ def labelled(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return photographs(n, seed=seed), torch.arange(n) % 3
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+RANGES = {name: limits for made in SETS.values() for name, limits in made.ranges.items()}
+
+
+@pytest.mark.parametrize("name", RANGES)
 def test_each_transformation_changes_images_and_none_leaves_them(name: str) -> None:
     images = photographs(4)
-    high = {name: torch.full((4,), TRANSFORMATIONS[name][1])}
+    high = {name: torch.full((4,), RANGES[name][1])}
     assert transform(images, high).shape == images.shape
     assert not torch.allclose(transform(images, high), images, atol=1e-2)
     assert torch.equal(transform(images, {}), images)
@@ -63,9 +68,41 @@ def test_parameters_mean_what_their_names_say() -> None:
     assert (back[centre] - photographs(1)[centre]).abs().max() < 0.05
 
 
-def test_each_image_gets_its_own_parameters() -> None:
+def test_unseen_parameters_mean_what_their_names_say() -> None:
+    def made(images: Tensor, **values: float) -> Tensor:
+        return transform(images, {n: torch.full((len(images),), v) for n, v in values.items()})
+
+    images = photographs(2)
+    assert torch.equal(made(images, upside_down=1), images.flip(2))
+    assert torch.equal(made(images, upside_down=0), images)
+    torch.testing.assert_close(made(images, gamma=2), images**2)
+    torch.testing.assert_close(made(images, red=0.6)[:, 0], images[:, 0] * 0.6)
+    assert torch.equal(made(images, red=0.6)[:, 1:], images[:, 1:])
+    assert torch.equal(made(images, noise=0), images)
+    middle = torch.full((8, 3, 32, 32), 0.5)
+    assert made(middle, noise=0.1).std().item() == pytest.approx(0.1, rel=0.03)
+    # a quarter of the side, to the right of the middle and above it
+    covered = made(torch.zeros(1, 3, 16, 16), occluder_x=0.25, occluder_y=-0.25) > 0
+    assert covered.sum() == 3 * 4 * 4
+    assert covered[:, :, 2:6, 10:14].all()
+    point = torch.zeros(1, 3, 17, 17)
+    point[:, :, 4, 8] = 1
+    # four pixels above the middle, along a slope of one half
+    sheared = made(point, shear=float(np.degrees(np.arctan(0.5))))
+    assert sheared[0, 0].argmax().item() == 4 * 17 + 6
+    # what is nearer is farther from the middle, by 1 / (1 - 0.25 * 0.5) there
+    point = torch.zeros(1, 3, 33, 33)
+    point[:, :, 16, 23:26] = 1
+    nearer = made(point, perspective_x=0.25)
+    place = (nearer[0, 0, 16] * torch.arange(33)).sum() / nearer[0, 0, 16].sum() - 16
+    assert place.item() == pytest.approx(8 / (1 - 0.25 * 0.5), abs=0.2)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_each_image_gets_its_own_parameters(name: str) -> None:
     images = photographs(1).repeat(2, 1, 1, 1)
-    both = {name: values for name, values in draw_parameters(2).items()}
+    ranges = SETS[name].ranges
+    both = draw_parameters(2, list(ranges), ranges=ranges)
     first = transform(images[:1], {name: values[:1] for name, values in both.items()})
     together = transform(images, both)
     assert torch.allclose(together[:1], first, atol=1e-5)
@@ -73,9 +110,12 @@ def test_each_image_gets_its_own_parameters() -> None:
 
 
 def test_drawn_parameters_stay_in_range_and_unknown_names_are_refused() -> None:
-    for name, values in draw_parameters(100, list(TRANSFORMATIONS)).items():
-        low, high = TRANSFORMATIONS[name]
-        assert low <= values.min() < values.max() <= high
+    for made in SETS.values():
+        for name, values in draw_parameters(100, list(made.ranges), ranges=made.ranges).items():
+            low, high = made.ranges[name]
+            assert low <= values.min() < values.max() <= high
+    binary = draw_parameters(100, ["upside_down"], ranges=SETS["unseen"].ranges)["upside_down"]
+    assert binary.unique().tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"expected names among .*rotation.*got \['shear'\]"):
         draw_parameters(2, ["shear"])
 
@@ -90,6 +130,80 @@ def test_pixels_know_colour_changes_and_noise_knows_nothing() -> None:
     assert 0.5 < knows.combined["brightness"] < knows.alone["brightness"] - 0.02
     assert abs(ignorant.parts["whole"].mean_combined) < 0.1
     assert ignorant.parts["whole"].linear < 45
+
+
+def test_an_mlp_reads_what_is_there_and_no_more() -> None:
+    random = np.random.default_rng(0)
+    hidden = random.normal(size=(1500, 20))
+    numbers = np.stack([30 * hidden[:, 0], 0.5 + 0.1 * np.square(hidden[:, 1])], axis=1)
+    state = torch.random.get_rng_state()
+    # probe() may be called where gradients are off
+    with torch.inference_mode():
+        predicted, again, other = (
+            mlp_regression(hidden[:1000], numbers[:1000], hidden[1000:], seed=seed)
+            for seed in (0, 0, 1)
+        )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (predicted == again).all()
+    assert (predicted != other).any()
+    linear, curved = r2_score(numbers[1000:], predicted, multioutput="raw_values")
+    assert linear > 0.95
+    # a linear map would have 0
+    assert curved > 0.7
+    noise = random.normal(size=(1500, 20))
+    guessed = mlp_regression(noise[:1000], numbers[:1000], noise[1000:])
+    assert -0.5 < r2_score(numbers[1000:], guessed) < 0.05
+
+
+@pytest.fixture
+def quick_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recon_aux.probe.mlp._STEPS", 60)
+
+
+@pytest.mark.usefixtures("quick_mlp")
+def test_the_papers_protocol() -> None:
+    train, test = labelled(300, 0), labelled(100, 1)
+    result = probe(
+        pixels, train, test, regressor="mlp", transformations="paper", equivariant_dim=24
+    )
+    assert list(result.parts) == ["whole", "invariant", "equivariant"]
+    part = result.parts["whole"]
+    assert list(part.alone) == ["rotation", "colour", "blur", "translation"]
+    assert part.combined == {}
+    assert part.mean_alone == pytest.approx(np.mean(list(part.alone.values())))
+    assert part.spread.keys() == {"alone"}
+    assert part.spread["alone"].keys() == {*part.alone, "mean"}
+    assert all(0 < spread < 0.2 for spread in part.spread["alone"].values())
+    assert "combined" not in result.to_dict()["whole"]
+    text = str(result)
+    assert "combined" not in text
+    assert f"{part.mean_alone:.2f} ± {part.spread['alone']['mean']:.2f}" in text
+
+
+def test_a_transformations_r2_is_the_mean_over_its_parameters() -> None:
+    def feature(images: Tensor) -> Tensor:
+        # knows how far the point is to the right, not how far down
+        weight = images.mean(1)
+        return (weight.sum(1) * torch.arange(16)).sum(1, keepdim=True) / weight.sum((1, 2))[:, None]
+
+    point = torch.zeros(200, 3, 16, 16)
+    point[:, :, 7:9, 7:9] = 1
+    both = ((point, None), (point, None))
+    paper = probe(feature, *both, transformations="paper").parts["whole"]
+    assert paper.alone["translation"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.usefixtures("quick_mlp")
+@pytest.mark.parametrize("regressor", ["ridge", "mlp"])
+def test_unseen_transformations_alone_and_all_at_once(regressor: Any) -> None:
+    data = labelled(200, 0), labelled(100, 1)
+    result = probe(pixels, *data, transformations="unseen", regressor=regressor)
+    part = result.parts["whole"]
+    assert list(part.alone) == list(SETS["unseen"].alone)
+    assert list(part.combined) == list(SETS["unseen"].ranges)
+    assert part.alone["upside down"] > 0.5
+    assert bool(part.spread) == (regressor == "mlp")
+    assert str(result).count("perspective_x") == 1
 
 
 def test_the_parts_know_what_stands_in_them() -> None:

@@ -37,10 +37,10 @@ from benchmarks.methods import SimCLR, StudyModule, VICReg
 from benchmarks.options import study_parser
 from benchmarks.records import Record, as_text, record, results_of, with_spread
 from benchmarks.resuming import fit, trained_on
+from benchmarks.sie import SIE
 from benchmarks.study import run_study
 from benchmarks.views3d import steering
 from benchmarks.views3d.data import Objects, targets
-from benchmarks.views3d.sie import SIE
 
 
 class Supervised(StudyModule):

@@ -1,4 +1,4 @@
-"""SIE, which is given how the object turned between the views.
+"""SIE, which is given what changed between the views, as how an object turned.
 
 Garrido, Najman, LeCun, "Self-Supervised Learning of Split Invariant Equivariant Representations",
 ICML 2023, arXiv 2302.10283, written from the paper (section 3). The weights are those of the
@@ -24,17 +24,22 @@ from benchmarks.methods import StudyModule
 class HyperPredictor(nn.Module):
     """Predicts the second view's equivariant embedding from the first's and what changed.
 
-    A linear hypernetwork makes the matrix of a linear map from the relative rotation, so that the
-    change can't be ignored. The result is linear in both: a linear map of their products.
+    A linear hypernetwork makes the matrix of a linear map from what changed, so that the change
+    can't be ignored. The result is linear in both: a linear map of their products.
+
+    Args:
+        dim: channels of the embedding.
+        change_dim: how many numbers say what changed. The fourth is 1 where nothing did, as the
+            last number of a quaternion, or of a 2x2 matrix.
     """
 
     def __init__(self, dim: int, change_dim: int = 4) -> None:
         super().__init__()
         self.products = nn.Linear(change_dim * dim, dim, bias=False)
-        # begin as if nothing turned (the quaternion's last number): torch's own first weights
-        # predict several times the embedding's size
+        # begin as if nothing changed: torch's own first weights predict several times the
+        # embedding's size
         nn.init.zeros_(self.products.weight)
-        nn.init.eye_(self.products.weight[:, -dim:])
+        nn.init.eye_(self.products.weight[:, 3 * dim : 4 * dim])
 
     def forward(self, embedding: Tensor, change: Tensor) -> Tensor:
         """``(B, dim)``, ``(B, change_dim)`` -> ``(B, dim)``."""
@@ -55,6 +60,7 @@ class SIE(StudyModule):
         lr: AdamW's highest learning rate.
         dim: channels of the embeddings.
         layers: of the heads.
+        change_dim: how many numbers of what changed are given: the first 4 are the rotation.
         invariance: weight of the invariant parts' distance.
         equivariance: weight of the predictions' distance.
         variance: weight of the variance terms, including that of the predictor's output.
@@ -70,6 +76,7 @@ class SIE(StudyModule):
         *,
         dim: int = 512,
         layers: int = 2,
+        change_dim: int = 4,
         invariance: float = 10.0,
         equivariance: float = 4.5,
         variance: float = 10.0,
@@ -77,10 +84,12 @@ class SIE(StudyModule):
     ) -> None:
         super().__init__(backbone, lr)
         self.split = feature_dim // 2
+        self.equivariant_dim = feature_dim - self.split
         self.heads = nn.ModuleList(
             VICRegProjectionHead(self.split, dim, dim, num_layers=layers) for _ in range(2)
         )
-        self.predictor = HyperPredictor(dim)
+        self.change_dim = change_dim
+        self.predictor = HyperPredictor(dim, change_dim)
         self.weights = (invariance, equivariance, variance, covariance)
 
     def embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +101,7 @@ class SIE(StudyModule):
         """The loss of a batch of two views, labels and changes."""
         (x0, x1), (_, change) = batch
         (i0, e0), (i1, e1) = self.embed(x0), self.embed(x1)
-        predicted = self.predictor(e0, change[:, :4])
+        predicted = self.predictor(e0, change[:, : self.change_dim])
         # both parts together, so that what is in one isn't repeated in the other
         whole = [torch.cat(pair, dim=1).float() for pair in ((i0, e0), (i1, e1))]
         terms = (
