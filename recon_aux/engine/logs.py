@@ -96,7 +96,8 @@ class Logs:
         self.sum = output.loss.detach(), loss.detach()
         # of a step before
         ratio = self.norms.ratio()
-        is_full = ratio is not None or self.logged % _LOG_EVERY == 0
+        # Lightning's loggers take what comes in each tenth or fiftieth step
+        is_full = ratio is not None or self.logged == 0 or (self.logged + 1) % _LOG_EVERY == 0
         self.ratio, self.logged = self.ratio if ratio is None else ratio, self.logged + 1
         try:
             trainer = getattr(model, "trainer", None)

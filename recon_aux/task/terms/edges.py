@@ -47,8 +47,9 @@ class Edges(PredictionTarget):
         # at each pixel the channel counts that is steepest there
         squares = torch.addcmul(x.square(), y, y)
         steepest = squares.amax(dim=1, keepdim=True)
-        other = squares != steepest
-        x, y = (steps.masked_fill(other, 0).sum(dim=1) for steps in (x, y))
+        # masked_fill takes ten times as long on a CPU
+        counts = (squares == steepest).to(x.dtype)
+        x, y = ((steps * counts).sum(dim=1) for steps in (x, y))
         turn = torch.atan2(y, x)
         turn = turn * (_DIRECTIONS / (2 * math.pi))
         # the two nearest directions share the steepness
