@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "recon_aux.integrations.lightly needs lightly; "
-        "install it with: pip install 'recon-aux[lightly]'"
+        "install it with, in a clone: pip install '.[lightly]'"
     ) from error
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"recon_aux.integrations.lightly_train needs LightlyTrain ({error}); "
-        "install it with: pip install 'recon-aux[lightly-train]'"
+        "install it with, in a clone: pip install '.[lightly-train]'"
     ) from error
 
 _GOT_ANOTHER = (

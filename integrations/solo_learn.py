@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "recon_aux.integrations.solo_learn needs solo-learn and what it imports "
-        f"({error}); install them with: pip install 'recon-aux[solo-learn]' && {_INSTALL}"
+        f"({error}); install them with, in a clone: pip install '.[solo-learn]' && {_INSTALL}"
     ) from error
 
 Model = TypeVar("Model", bound=nn.Module)

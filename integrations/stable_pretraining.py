@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"recon_aux.integrations.stable_pretraining needs stable-pretraining ({error}); "
-        "install it with: pip install 'recon-aux[stable-pretraining]'"
+        "install it with, in a clone: pip install '.[stable-pretraining]'"
     ) from error
 
 Model = TypeVar("Model", bound=nn.Module)

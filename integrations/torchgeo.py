@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "recon_aux.integrations.torchgeo needs torchgeo; "
-        "install it with: pip install 'recon-aux[torchgeo]'"
+        "install it with, in a clone: pip install '.[torchgeo]'"
     ) from error
 
 Task = TypeVar("Task", bound=nn.Module)

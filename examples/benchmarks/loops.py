@@ -125,12 +125,15 @@ class OwnLoop:
         for _ in range(WARM_UP):
             self.step()
 
+    def loss(self) -> Tensor:
+        """Give the loss of one step."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss: Tensor = self.model.loss(self.views)
+            return add_loss(self.model, loss) if self.attached else loss
+
     def step(self) -> None:
         """Train for one step."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.model.loss(self.views)
-            if self.attached:
-                loss = add_loss(self.model, loss)
+        loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

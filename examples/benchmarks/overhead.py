@@ -1,9 +1,10 @@
 """What attaching costs: the bare and the attached model train in turn, in one run.
 
 ``python examples/benchmarks/overhead.py`` prints time, FLOPs and peak memory of a training step,
-attached over bare, and the time of the encoder's inference. It also prints which operations the
-added time goes to. The numbers are kept as JSON. ``--grow`` instead follows the cost as the batch,
-the images, the feature or the number of crops grow, and draws it.
+attached over bare, and the time of the encoder's inference. It counts the operations that attaching
+adds, forward and backward, and prints which of them take the added time. The numbers are kept as
+JSON. ``--grow`` instead follows the cost as the batch, the images, the feature or the number of
+crops grow, and draws it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.growth import draw, grown
 from benchmarks.loops import MODELS, Case, LightningLoop, OwnLoop, now
 from benchmarks.methods import METHODS
+from benchmarks.operations import Begun
 from benchmarks.records import Record, as_text, record
 from benchmarks.resuming import trained_on
 
@@ -86,6 +88,23 @@ def flops(case: Case, args: argparse.Namespace) -> dict[str, float]:
         "GFLOPs per pair": counted[0] / case.batch_size / 1e9,
         "FLOPs": counted[1] / counted[0],
     }
+
+
+def operations(case: Case, args: argparse.Namespace) -> dict[str, list[int]]:
+    """Count the operations that the sixth step begins, forward and backward, bare and attached."""
+    found = {}
+    for name in ("bare", "attached"):
+        arm = OwnLoop(case, args, attached=name == "attached")
+        # by then the checks of the first steps are done
+        for _ in range(5):
+            arm.step()
+        with Begun() as forward:
+            loss = arm.loss()
+        arm.optimizer.zero_grad()
+        with Begun() as backward:
+            loss.backward()
+        found[f"{name} operations"] = [forward.count, backward.count]
+    return found
 
 
 def inference_time(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -198,9 +217,9 @@ def waits(case: Case, args: argparse.Namespace) -> dict[str, float]:
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything, or only what is the same on any machine."""
     if args.count_only:
-        return flops(case, args)
+        return flops(case, args) | operations(case, args)
     times = {loop: step_time(case, args, loop) for loop in LOOPS}
-    kinds = (flops, memory, inference_time, waits, added)
+    kinds = (flops, operations, memory, inference_time, waits, added)
     return {"time": times} | {k: value for kind in kinds for k, value in kind(case, args).items()}
 
 
@@ -214,6 +233,7 @@ def table(runs: list[Record]) -> str:
         "time, Lightning": lambda found: _ratio(found["time"]["Lightning"]),
         "time, own loop": lambda found: _ratio(found["time"]["own loop"]),
         "FLOPs": lambda found: f"{found['FLOPs']:.4f}",
+        "operations added": _operations,
         "memory": lambda found: f"{found['memory']:.3f}",
         "inference": lambda found: f"{found['inference']:.3f}",
         "same operations": lambda found: "yes" if found["same operations"] else "NO",
@@ -255,6 +275,11 @@ def _cell(column: Callable[[dict[str, Any]], str], run: Record) -> str:
         return ""
 
 
+def _operations(found: dict[str, Any]) -> str:
+    pairs = zip(found["bare operations"], found["attached operations"], strict=True)
+    return " + ".join(str(attached - bare) for bare, attached in pairs)
+
+
 def _ratio(time: dict[str, float]) -> str:
     return f"{time['ratio']:.3f} ({time['least']:.3f} to {time['most']:.3f})"
 
@@ -274,7 +299,7 @@ def parse_options() -> argparse.Namespace:
     add("--batch-size", type=int, help="256 on a GPU, 32 on a CPU if not given")
     add("--rounds", type=int, default=5, help="of steps, bare and attached in turn")
     add("--steps", type=int, default=5, help="in each round, after two that don't count")
-    add("--count-only", action="store_true", help="count FLOPs, measure no time")
+    add("--count-only", action="store_true", help="count FLOPs and operations, measure no time")
     add("--grow", action="store_true", help="follow the cost of one case as it grows, instead")
     add("--small", action="store_true", help="the first point of each curve alone")
     add("--precision", choices=["32-true", "bf16-mixed"], help="the latter on a GPU")

@@ -1,6 +1,6 @@
 """The command ``recon-aux``: probe, export, strip, show, demo.
 
-Needs typer, and what the probe and the pictures need: ``pip install 'recon-aux[cli]'``.
+Needs typer, and what the probe and the pictures need: ``pip install '.[cli]'``.
 """
 
 import importlib
@@ -17,5 +17,5 @@ def main() -> None:
         if missing.startswith("recon_aux"):
             raise
         missing = missing.split(".")[0]
-        sys.exit(f"recon-aux needs {missing}; install it with: pip install 'recon-aux[cli]'")
+        sys.exit(f"recon-aux needs {missing}; install it with, in a clone: pip install '.[cli]'")
     commands.app()

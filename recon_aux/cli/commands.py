@@ -139,6 +139,7 @@ def probe_command(
     console.print(side_by_side(probed.results))
     if json_file is not None:
         json_file.write_text(json.dumps(probed.to_dict(), indent=2))
+        console.print(f"The numbers are {json_file}.", highlight=False)
     if picture is not None:
         save_picture(picture, probed.results, probed.rebuilders, probed.images.test[0])
         console.print(f"The picture is {picture}.", highlight=False)

@@ -171,10 +171,15 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
             for kept in (True, False)
         ]
         said = f"{root}; a fifth of its {len(samples)} images, drawn at random, is held out"
+    if not any(splits):
+        raise UserError(
+            f"expected {_FORMS}, got {root} without images. Pass a folder with files that end in "
+            f"{', '.join(sorted(_ENDINGS))}."
+        )
     if min(map(len, splits)) < 2:
         raise UserError(
             f"expected {_FORMS}, got {root} with {len(splits[0])} images to train on and "
-            f"{len(splits[1])} to test on. Pass a folder with more images."
+            f"{len(splits[1])} to test on. Pass a folder with two of each, or more."
         )
     if splits[0][0][1] is None:
         said += "; there are no class folders, so no accuracies"

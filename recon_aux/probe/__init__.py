@@ -1,6 +1,6 @@
 """Measure what an encoder's features know of classes and of transformations of the image.
 
-Needs kornia, scikit-learn and rich: ``pip install 'recon-aux[probe]'``.
+Needs kornia, scikit-learn and rich: ``pip install '.[probe]'``.
 """
 
 try:
@@ -9,7 +9,7 @@ try:
     import sklearn  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"recon_aux.probe needs {error.name}; install it with: pip install 'recon-aux[probe]'"
+        f"recon_aux.probe needs {error.name}; install it with, in a clone: pip install '.[probe]'"
     ) from error
 
 from recon_aux.probe.linear import linear_classifier, linear_regression

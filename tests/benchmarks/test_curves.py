@@ -107,7 +107,7 @@ def test_other_bad_runs_are_as_the_page_says() -> None:
     assert round(last(shipped, "recon_aux/registration"), 1) == 1.2
     assert last(others, "monitor/invariant/std") < last(shipped, "monitor/invariant/std") - 0.1
     loss = KEPT[simsiam]["results"]["curves"]["loss"]
-    assert max(value for step, value in loss if step >= 100) < -0.9
+    assert max(value for step, value in loss if step >= 100) < -0.85
     assert values(simsiam, "monitor/invariant/std")[-1] > 0.3
     assert values(simsiam, "recon_aux/gradient_ratio")[-1] > 1000
     for arm in (frozen, others):

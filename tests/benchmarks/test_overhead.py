@@ -19,6 +19,10 @@ def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
     # what is added is there, and small
     assert 1 < found["FLOPs"] < 1.03
     assert found["same operations"]
+    pairs = zip(found["bare operations"], found["attached operations"], strict=True)
+    forward, backward = (attached - bare for bare, attached in pairs)
+    # with few pairs the check of pairs takes its time
+    assert 0 < backward <= 20 < forward <= 400
     assert [time["bare ms"] > 0 for time in found["time"].values()] == [True, True]
     assert min(found["bare MiB"], found["inference"]) > 0
     # their sum, and the eight that take longest

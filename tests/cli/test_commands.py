@@ -397,7 +397,7 @@ recon_aux.cli.main()
         return
     assert result.returncode == 1
     assert result.stderr == (
-        f"recon-aux needs {package}; install it with: pip install 'recon-aux[cli]'\n"
+        f"recon-aux needs {package}; install it with, in a clone: pip install '.[cli]'\n"
     )
 
 

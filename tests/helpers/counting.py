@@ -1,4 +1,4 @@
-"""Count the operations that a step begins, as a GPU would have to."""
+"""Count the operations that a training step begins."""
 
 from __future__ import annotations
 
@@ -6,24 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-
-class Begun(TorchDispatchMode):
-    """Counts the operations that are begun, without views and without compiled kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Let compiled code run compiled."""
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
+from benchmarks.operations import Begun
 
 
 def operations_begun(model: Any, pictures: Tensor) -> tuple[int, int]:

@@ -456,7 +456,7 @@ import recon_aux.integrations.lightly_train
 """
     result = run_python("-c", code)
     message = result.stderr.strip().splitlines()[-1]
-    assert message.endswith("install it with: pip install 'recon-aux[lightly-train]'")
+    assert message.endswith("install it with, in a clone: pip install '.[lightly-train]'")
 
 
 @pytest.mark.slow

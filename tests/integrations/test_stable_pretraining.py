@@ -460,7 +460,7 @@ import recon_aux.integrations.stable_pretraining
 """
     result = run_python("-c", code)
     assert "ImportError: recon_aux.integrations.stable_pretraining needs" in result.stderr
-    assert "pip install 'recon-aux[stable-pretraining]'" in result.stderr
+    assert "pip install '.[stable-pretraining]'" in result.stderr
 
 
 # --- optimizers ---

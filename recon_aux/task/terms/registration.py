@@ -227,10 +227,16 @@ class _Constants(NamedTuple):
     share: Tensor
 
 
+# compiled code keeps them, and doesn't look into a cached function without a warning
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constants(device: torch.device) -> _Constants:
+    return _made_constants(device)
+
+
+# a tensor that is made in inference mode can't be saved for a backward pass
 @cache
 @torch.inference_mode(False)
-def _constants(device: torch.device) -> _Constants:
+def _made_constants(device: torch.device) -> _Constants:
     outside = sum(side**2 for side in _SIDES)
     grids: list[Tensor] = []
     mirrored, corners, begin = [], [], 0

@@ -65,8 +65,14 @@ class Statistics(PredictionTarget):
         return torch.cat([colors.mean(dim=2), correlations, logarithms], dim=1)
 
 
+# compiled code keeps them, and doesn't look into a cached function without a warning
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _pairs(channels: int, device: torch.device) -> Tensor:
+    return _made_pairs(channels, device)
+
+
+# a tensor that is made in inference mode can't be saved for a backward pass
 @cache
 @torch.inference_mode(False)
-def _pairs(channels: int, device: torch.device) -> Tensor:
+def _made_pairs(channels: int, device: torch.device) -> Tensor:
     return torch.triu_indices(channels, channels, offset=1, device=device)
