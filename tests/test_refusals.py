@@ -1640,6 +1640,13 @@ CASES |= {
         r"regressor= to be one of \('ridge', 'mlp'\), got 'forest'. Pass one of them",
         lambda: probed(lambda x: x.mean((2, 3)), regressor="ridge"),
     ),
+    "images without their labels": Case(
+        lambda: probe(lambda x: x.mean((2, 3)), LABELLED[0], LABELLED[0], pairs=(8, 8)),  # type: ignore[arg-type]
+        r"train as \(images, labels\), got Tensor. Pass a tuple .*or \(images, None\)",
+        lambda: probe(
+            lambda x: x.mean((2, 3)), (LABELLED[0], None), (LABELLED[0], None), pairs=(8, 8)
+        ),
+    ),
     "a set of transformations that isn't there": Case(
         lambda: probed(lambda x: x.mean((2, 3)), transformations="shear"),
         r"transformations= to be one of \['standard', .*Pass one of them",
@@ -1652,17 +1659,17 @@ CASES |= {
     ),
     "the probe without its packages": Case(
         lambda: imported("recon_aux.probe", without="kornia"),
-        r"install it with: pip install 'recon-aux\[probe\]'",
+        r"install it with, in a clone: pip install '\.\[probe\]'",
         lambda: imported("recon_aux.probe"),
     ),
     "lightly's adapter without lightly": Case(
         lambda: imported("recon_aux.integrations.lightly", without="lightly.models.modules.heads"),
-        r"install it with: pip install 'recon-aux\[lightly\]'",
+        r"install it with, in a clone: pip install '\.\[lightly\]'",
         lambda: imported("recon_aux.integrations.lightly"),
     ),
     "torchgeo isn't installed": Case(
         lambda: imported("recon_aux.integrations.torchgeo", without="torchgeo"),
-        r"install it with: pip install 'recon-aux\[torchgeo\]'",
+        r"install it with, in a clone: pip install '\.\[torchgeo\]'",
         lambda: imported("recon_aux.integrations.torchgeo"),
     ),
     # these say what was done, and ask for nothing

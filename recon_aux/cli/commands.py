@@ -151,7 +151,10 @@ def export(
     output: Output,
     like: Annotated[
         str | None,
+        # messages of finding an encoder say --arch
         typer.Option(
+            "--like",
+            "--arch",
             help="Name the weights as this architecture does: timm:NAME, torchvision:NAME, or "
             "package.module:function. By default the one that is found.",
             show_default=False,

@@ -82,6 +82,7 @@ def probe(
         Accuracies in percent and R², see :class:`PartResult`.
 
     Raises:
+        TypeError: if ``train`` or ``test`` isn't a pair of images and labels.
         ValueError: if ``equivariant_dim`` is larger than the feature, or the feature has another
             rank, or there is no such regressor or set of transformations.
 
@@ -91,6 +92,8 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
+    for name, given in (("train", train), ("test", test)):
+        _check_pair(name, given)
     regressions = _regressions(regressor, seed, device)
     check_choice("transformations", transformations, list(SETS))
     made = SETS[transformations]
@@ -180,6 +183,15 @@ def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     invariant, equivariant = FeatureSplitter(channels, equivariant_dim)(feature)
     parts = {"whole": feature, "invariant": invariant, "equivariant": equivariant}
     return {name: part for name, part in parts.items() if part.numel()}
+
+
+def _check_pair(name: str, given: Any) -> None:
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+    if not is_pair or not isinstance(given[0], Tensor) or given[0].ndim != 4:
+        raise TypeError(
+            f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
+            "images (N, 3, H, W) and labels (N,), or (images, None)."
+        )
 
 
 def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:

@@ -670,7 +670,7 @@ def test_a_missing_framework_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", without)
     for module, extra in (("integrations.lightly", "lightly"), ("probe", "probe")):
         monkeypatch.delitem(sys.modules, f"recon_aux.{module}", raising=False)
-        with pytest.raises(ImportError, match=rf"pip install 'recon-aux\[{extra}\]'"):
+        with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]'"):
             importlib.import_module(f"recon_aux.{module}")
 
 

@@ -158,5 +158,5 @@ def test_tasks_with_labels_are_refused_by_name(name: str) -> None:
 def test_without_torchgeo_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchgeo", None)
     monkeypatch.delitem(sys.modules, "recon_aux.integrations.torchgeo")
-    with pytest.raises(ImportError, match=r"pip install 'recon-aux\[torchgeo\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[torchgeo\]'"):
         importlib.import_module("recon_aux.integrations.torchgeo")

@@ -548,7 +548,7 @@ def test_two_processes_log_what_the_first_found(tmp_path: Path) -> None:
 def test_without_kornia_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kornia", None)
     monkeypatch.delitem(sys.modules, "recon_aux.probe", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'recon-aux\[probe\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[probe\]'"):
         monitor()
 
 
