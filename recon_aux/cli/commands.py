@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,9 +130,7 @@ def probe_command(
         name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
     }
 
-    def load(own: int | None) -> Images:
-        return load_images(data, size or own, images)
-
+    load = partial(_load_images, data, size, images)
     probed = probe_all(found, load, normalization, where, console, regressor)
     console.print(
         f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False
@@ -139,10 +138,14 @@ def probe_command(
     console.print(side_by_side(probed.results))
     if json_file is not None:
         json_file.write_text(json.dumps(probed.to_dict(), indent=2))
-        console.print(f"The numbers are {json_file}.", highlight=False)
     if picture is not None:
         save_picture(picture, probed.results, probed.rebuilders, probed.images.test[0])
-        console.print(f"The picture is {picture}.", highlight=False)
+    for saved in filter(None, (json_file, picture)):
+        console.print(f"Saved {saved}.", highlight=False)
+
+
+def _load_images(data: str, size: int | None, count: int, own: int | None) -> Images:
+    return load_images(data, size or own, count)
 
 
 @app.command()

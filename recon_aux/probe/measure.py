@@ -92,12 +92,10 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
-    for name, given in (("train", train), ("test", test)):
-        _check_pair(name, given)
+    _check_pairs(train=train, test=test)
     regressions = _regressions(regressor, seed, device)
     check_choice("transformations", transformations, list(SETS))
-    made = SETS[transformations]
-    generator = torch.Generator().manual_seed(seed)
+    made, generator = SETS[transformations], torch.Generator().manual_seed(seed)
     chosen = [
         torch.randperm(len(images), generator=generator)[:count]
         for (images, _), count in zip((train, test), pairs, strict=True)
@@ -185,13 +183,14 @@ def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part.numel()}
 
 
-def _check_pair(name: str, given: Any) -> None:
-    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
-    if not is_pair or not isinstance(given[0], Tensor) or given[0].ndim != 4:
-        raise TypeError(
-            f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
-            "images (N, 3, H, W) and labels (N,), or (images, None)."
-        )
+def _check_pairs(**splits: Any) -> None:
+    for name, given in splits.items():
+        is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+        if not is_pair or not isinstance(given[0], Tensor) or given[0].ndim != 4:
+            raise TypeError(
+                f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
+                "images (N, 3, H, W) and labels (N,), or (images, None)."
+            )
 
 
 def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:

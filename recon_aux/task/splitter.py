@@ -70,7 +70,8 @@ class FeatureSplitter(nn.Module):
         super().__init__()
         check_whole("feature_dim", feature_dim, least=1)
         if equivariant_dim is None:
-            equivariant_dim = feature_dim // 2
+            # one channel is no part: it can't be normalised
+            equivariant_dim = feature_dim // 2 if feature_dim > 3 else 0
         if not 0 <= equivariant_dim <= feature_dim:
             raise ValueError(
                 f"expected equivariant_dim from 0 to the feature's {feature_dim} channels, "
