@@ -213,7 +213,7 @@ def takes(
         >>> Task(512, wieght=2.0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        TypeError: expected options among ['context', ...], got wieght=; did you mean weight=?
+        TypeError: expected options among ['compile', ...], got wieght=; did you mean weight=?
     """
     parameters = inspect.signature(options).parameters
 
