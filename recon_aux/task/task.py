@@ -24,10 +24,7 @@ from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pac
 from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
 from recon_aux.task.terms.edges import Edges
 from recon_aux.task.terms.prediction import PredictionTerm, read
-from recon_aux.task.terms.reconstruction import (
-    ReconstructionLoss,
-    resize_view,
-)
+from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
 from recon_aux.task.turns import forget_turns, takes_turn
@@ -349,9 +346,10 @@ def _losses(
 
 def _may_compile(aux: ReconAux) -> bool:
     """Whether a call may run compiled code. Those that set the units may not."""
-    units = [m.has_units for m in aux.modules() if isinstance(m, Calibrated)]
-    is_outermost = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return aux._options.compile and is_outermost and all(units)
+    # first what is cheap: each step asks
+    if not (aux._options.compile and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    return all(m.has_units for m in aux.modules() if isinstance(m, Calibrated))
 
 
 @cache
