@@ -52,12 +52,11 @@ def fit(
             model.load_state_dict(saved["state_dict"])
             return float(saved["callbacks"]["Timer"]["time_elapsed"]["train"])
     timer = Timer()
-    # at each epoch's last step: before the next epoch's order is drawn
+    # after the epoch's end: Lightning takes an epoch that is saved in its last step for unfinished
     checkpoint = ModelCheckpoint(
         checkpoints,
-        save_last=True,
-        save_top_k=0,
-        every_n_train_steps=len(loader),
+        filename=last.stem,
+        save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
     options: dict[str, Any] = dict(budget)
