@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
+from torchvision import transforms
 
 import recon_aux
 from helpers.running import ROOT
@@ -179,7 +180,7 @@ CASES |= {
     "an option that is misspelt": Case(
         lambda: fit(wieght=2.0), r"did you mean weight=\?", lambda: fit(weight=2.0)
     ),
-    "an option like none": Case(lambda: fit(zzz=2.0), r"zzz=\. Leave it out\.", fit),
+    "an option like none": Case(lambda: fit(zzz=2.0), r"zzz=; leave it out\.", fit),
     "patches of one number": Case(
         lambda: fit(Method(backbone=encoder(1)), views(channels=1), patch_size=1, image_channels=1),
         "Pass a larger patch_size=",
@@ -1621,6 +1622,11 @@ def probed(encode: Callable[[Tensor], Tensor], **options: Any) -> None:
     assert set(result.parts) == {"whole", "invariant", "equivariant"}
 
 
+def probe_images(images: Tensor, **options: Any) -> None:
+    split = (images, None)
+    probe(lambda x: x.mean((2, 3)), split, split, pairs=(8, 8), **options)
+
+
 def imported(name: str, without: str = "") -> None:
     """Import a module anew, as if something weren't installed."""
     missing = {without: None} if without else {}
@@ -1646,6 +1652,26 @@ CASES |= {
         lambda: probe(
             lambda x: x.mean((2, 3)), (LABELLED[0], None), (LABELLED[0], None), pairs=(8, 8)
         ),
+    ),
+    "images from 0 to 255 as floats": Case(
+        lambda: probe_images(LABELLED[0] * 255),
+        r"floats from 0 to 1, got torch.float32 from .* to 25\d.*\. Divide them by 255",
+        lambda: probe_images(LABELLED[0] * 255 / 255),
+    ),
+    "images from 0 to 255 as whole numbers": Case(
+        lambda: probe_images((LABELLED[0] * 255).long()),
+        r"got torch.int64 .*Pass images\.to\(torch\.uint8\)",
+        lambda: probe_images((LABELLED[0] * 255).long().to(torch.uint8)),
+    ),
+    "normalised images": Case(
+        lambda: probe_images(transforms.Normalize([0.5] * 3, [0.25] * 3)(LABELLED[0])),
+        "Leave Normalize out of their transform, and pass it as normalize=",
+        lambda: probe_images(LABELLED[0], normalize=transforms.Normalize([0.5] * 3, [0.25] * 3)),
+    ),
+    "a mean and a deviation for normalize=": Case(
+        lambda: probe_images(LABELLED[0], normalize=([0.5] * 3, [0.25] * 3)),
+        r"normalize= as a function of images, got tuple. Pass normalize=torchvision.transforms",
+        lambda: probe_images(LABELLED[0], normalize=transforms.Normalize([0.5] * 3, [0.25] * 3)),
     ),
     "a set of transformations that isn't there": Case(
         lambda: probed(lambda x: x.mean((2, 3)), transformations="shear"),
@@ -1691,7 +1717,7 @@ CASES |= {
 IMPERATIVE = re.compile(
     r"\b([Pp]ass|[Mm]ake|[Cc]all|[Ll]eave|[Bb]uild|[Rr]eturn|[Gg]ive|[Pp]ut|[Ee]ncode|[Rr]eplace|"
     r"[Mm]ove|[Ll]ist|[Ll]oad|[Ll]et|[Ll]ook|[Ll]ower|[Ii]nstall|attach|use|needs|did you mean|"
-    r"has to|recon_aux\.detach)\b"
+    r"[Dd]ivide|has to|recon_aux\.detach)\b"
 )
 # notices that ask for nothing, and what has no way out of it
 WITHOUT_ADVICE = {

@@ -22,7 +22,7 @@ from recon_aux.cli.images import Images, Normalization, load_images
 from recon_aux.cli.opening import open_checkpoint, tensors_in
 from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Regressor, Trust
 from recon_aux.cli.picture import Rebuilder, check_picture, save_picture
-from recon_aux.cli.probing import probe_all, short_names
+from recon_aux.cli.probing import Probed, probe_all, short_names
 from recon_aux.cli.report import in_megabytes, parts_table, saved_table, side_by_side
 from recon_aux.probe import compare
 
@@ -139,9 +139,20 @@ def probe_command(
     if json_file is not None:
         json_file.write_text(json.dumps(probed.to_dict(), indent=2))
     if picture is not None:
-        save_picture(picture, probed.results, probed.rebuilders, probed.images.test[0])
+        _save_picture(picture, probed, console)
     for saved in filter(None, (json_file, picture)):
         console.print(f"Saved {saved}.", highlight=False)
+
+
+def _save_picture(path: Path, probed: Probed, console: Console) -> None:
+    unseen = save_picture(path, probed.results, probed.rebuilders, probed.images.test[0])
+    for label in unseen:
+        console.print(
+            f"In {path}, what is {' '.join(label.split())} is mostly darker than black or brighter "
+            "than white. Pass --normalize as in the training.",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _load_images(data: str, size: int | None, count: int, own: int | None) -> Images:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from recon_aux import ReconAux
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.images import Normalization
+from recon_aux.monitor.picture import mostly_clipped
 from recon_aux.probe import COMBINED, ProbeResult, draw_parameters, transform
 from recon_aux.task.contexts import evaluating
 
@@ -45,7 +46,7 @@ class Rebuilder:
                 rebuilt = self.aux.to(parameter.device).rebuild(both[0], both[1])
             except (ValueError, RuntimeError):
                 return None
-        return self.normalize.undo(rebuilt).clamp(0, 1).cpu()
+        return self.normalize.undo(rebuilt).cpu()
 
 
 def check_picture(path: Path) -> None:
@@ -67,7 +68,7 @@ def save_picture(
     results: Mapping[str, ProbeResult],
     rebuilders: Mapping[str, Rebuilder],
     images: Tensor,
-) -> None:
+) -> list[str]:
     """Draw bars of R² for each encoder, and below them views that were rebuilt.
 
     Args:
@@ -75,6 +76,9 @@ def save_picture(
         results: by the name of the checkpoint.
         rebuilders: of those that recon_aux was attached to.
         images: held-out ones ``(N, 3, H, W)``, uint8.
+
+    Returns:
+        Labels of rows whose rebuilt values mostly can't be shown.
     """
     rows = _rebuilt_rows(rebuilders, images[:: max(1, len(images) // _IMAGES)][:_IMAGES])
     figure = Figure(figsize=(11, 4 + len(rows)), layout="constrained")
@@ -87,8 +91,9 @@ def save_picture(
         for column, picture in enumerate(pictures, start=2):
             axis = figure.add_subplot(grid[row, column])
             axis.axis("off")
-            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
     figure.savefig(path, dpi=110)
+    return [label for label, pictures in rows.items() if mostly_clipped(pictures)]
 
 
 def _draw_bars(axis: Axes, results: Mapping[str, ProbeResult]) -> None:

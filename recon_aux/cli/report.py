@@ -39,17 +39,18 @@ def side_by_side(results: Mapping[str, ProbeResult]) -> Table:
         cells = [value(part) for _, part in columns]
         grid.add_row(name, *("-" if math.isnan(x) else f"{x:.{digits}f}" for x in cells))
 
-    add("linear accuracy %", lambda part: part.linear, 1)
-    add("k-NN accuracy %", lambda part: part.knn, 1)
+    add("linear %", lambda part: part.linear, 1)
+    add("k-NN %", lambda part: part.knn, 1)
     grid.add_section()
-    grid.add_row("[bold]R² of each alone")
-    for name in TRANSFORMATIONS:
-        add(name, lambda part, name=name: part.alone[name])  # type: ignore[misc]
-    grid.add_section()
-    grid.add_row("[bold]R² of all at once")
+    grid.add_row("[bold]R², all combined")
+    add("mean R²", lambda part: part.mean_combined, 3)
     for name in COMBINED:
         add(name, lambda part, name=name: part.combined[name])  # type: ignore[misc]
-    add("mean", lambda part: part.mean_combined)
+    grid.add_section()
+    grid.add_row("[bold]R², each alone")
+    add("mean R²", lambda part: part.mean_alone, 3)
+    for name in TRANSFORMATIONS:
+        add(name, lambda part, name=name: part.alone[name])  # type: ignore[misc]
     return grid
 
 

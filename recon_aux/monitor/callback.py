@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from recon_aux.monitor.measure import (
     encode_stream,
     random_state_kept,
 )
-from recon_aux.monitor.picture import draw_picture, inverse_of
+from recon_aux.monitor.picture import draw_picture, inverse_of, mostly_clipped
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature
 
@@ -77,6 +78,7 @@ class Monitor(_Base):  # type: ignore[misc]
 
     Raises:
         ImportError: if kornia or scikit-learn is missing.
+        TypeError: if ``normalize`` is no function.
         ValueError: if a number is out of range.
 
     Example:
@@ -105,8 +107,9 @@ class Monitor(_Base):  # type: ignore[misc]
         name: str = "monitor",
         seed: int = 0,
     ) -> None:
-        import recon_aux.probe  # noqa: F401, PLC0415
+        from recon_aux.probe.inputs import check_normalize  # noqa: PLC0415
 
+        check_normalize(normalize)
         for option, value, least in (
             ("every", every, 1),
             ("count", count, 16),
@@ -239,6 +242,14 @@ class Monitor(_Base):  # type: ignore[misc]
         restore = inverse_of(self.normalize, clean)
         contexts = (other, other.roll(1, 0))
         rebuilt = [restore(aux.rebuild(own, context).float()) for context in contexts]
+        if self.normalize is None and mostly_clipped(rebuilt[0]):
+            warnings.warn(
+                "expected what is rebuilt to be from 0 to 1, as held-out images are, got mostly "
+                "values beyond: the training images seem to be normalised. Pass Monitor(..., "
+                "normalize=torchvision.transforms.Normalize(mean, std)), as in the training's "
+                "transform.",
+                stacklevel=2,
+            )
         return draw_picture([*views, *rebuilt])
 
     # --- for Lightning's trainer ---

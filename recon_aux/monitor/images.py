@@ -27,7 +27,7 @@ def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor,
 
     Raises:
         TypeError: if there is no image in what the source gives.
-        ValueError: if there are too few, or of several sizes, or they are normalised.
+        ValueError: if there are too few, or of several sizes, or not from 0 to 1.
 
     Example:
         >>> dataset = [(torch.zeros(3, 8, 8), i % 2) for i in range(50)]
@@ -35,6 +35,8 @@ def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor,
         >>> images.shape, labels.shape
         (torch.Size([20, 3, 8, 8]), torch.Size([20]))
     """
+    from recon_aux.probe.inputs import check_images  # noqa: PLC0415
+
     images: list[Tensor] = []
     classes: list[Tensor] = []
     for image, label in _pairs(source, labels, count):
@@ -56,7 +58,7 @@ def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor,
             "ends in Resize((height, width)) or CenterCrop(size)."
         )
     stacked = torch.stack(images).detach().cpu()
-    _check_range(stacked)
+    check_images(stacked)
     return stacked, torch.stack(classes).cpu() if len(classes) == len(images) else None
 
 
@@ -129,15 +131,3 @@ def _as_label(value: Any, ndim: int) -> Tensor | None:
         is_label = label.ndim == ndim and not label.is_floating_point()
         return label if is_label else None
     return None
-
-
-def _check_range(images: Tensor) -> None:
-    if images.dtype == torch.uint8:
-        return
-    low, high = (float(x) for x in images.aminmax())
-    if not (images.is_floating_point() and low >= 0 and high <= 1):
-        raise ValueError(
-            f"expected clean images, uint8 or floats from 0 to 1, got {images.dtype} from "
-            f"{low:.3g} to {high:.3g}. Leave Normalize out of their transform, and pass it as "
-            "normalize=."
-        )

@@ -16,6 +16,7 @@ from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from recon_aux.probe.inputs import check_images, check_normalize
 from recon_aux.probe.linear import linear_classifier, linear_regression
 from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import PartResult, ProbeResult
@@ -82,9 +83,11 @@ def probe(
         Accuracies in percent and R², see :class:`PartResult`.
 
     Raises:
-        TypeError: if ``train`` or ``test`` isn't a pair of images and labels.
+        TypeError: if ``train`` or ``test`` isn't a pair of images and labels, or ``normalize`` is
+            no function.
         ValueError: if ``equivariant_dim`` is larger than the feature, or the feature has another
-            rank, or there is no such regressor or set of transformations.
+            rank, or images aren't from 0 to 1, or there is no such regressor or set of
+            transformations.
 
     Example:
         >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
@@ -93,6 +96,7 @@ def probe(
         ['brightness', 'contrast', 'hue']
     """
     _check_pairs(train=train, test=test)
+    check_normalize(normalize)
     regressions = _regressions(regressor, seed, device)
     check_choice("transformations", transformations, list(SETS))
     made, generator = SETS[transformations], torch.Generator().manual_seed(seed)
@@ -130,13 +134,18 @@ def probe(
         x = [features[part] for features in clean]
         scores = {}
         for task, (drawn, changed) in pairs_of.items():
-            both = [
-                np.concatenate([original[rows], features[part]], axis=1)
-                for original, rows, features in zip(x, chosen, changed, strict=True)
-            ]
-            scores[task] = [r2(both, drawn) for r2 in regressions]
+            after = [features[part] for features in changed]
+            scores[task] = [r2(_side_by_side(x, chosen, after), drawn) for r2 in regressions]
         parts[part] = _part_result(_accuracies(x, [y for _, y in (train, test)]), scores)
     return ProbeResult(parts)
+
+
+def _side_by_side(
+    before: Sequence[np.ndarray], rows: Sequence[Tensor], after: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Concatenate the features of each chosen image before and after, in each split."""
+    splits = zip(before, rows, after, strict=True)
+    return [np.concatenate([x[chosen], y], axis=1) for x, chosen, y in splits]
 
 
 def compare(
@@ -191,6 +200,7 @@ def _check_pairs(**splits: Any) -> None:
                 f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
                 "images (N, 3, H, W) and labels (N,), or (images, None)."
             )
+        check_images(given[0])
 
 
 def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:

@@ -86,11 +86,12 @@ def table(results: Mapping[str, ProbeResult]) -> Table:
 def alone_table(results: Mapping[str, ProbeResult]) -> Table:
     """Like :func:`table`, with R² of each transformation alone."""
     rows = _rows(results)
-    grid = markdown_table([*rows[0][1].alone, "mean"])
+    grid = markdown_table(["mean R²", *rows[0][1].alone])
     for name, part in rows:
         spread = part.spread.get("alone", {})
-        scores = part.alone | {"mean": part.mean_alone}
-        grid.add_row(name, *(_cell(r2, spread.get(key)) for key, r2 in scores.items()))
+        numbers = [_cell(part.mean_alone, spread.get("mean"), 3)]
+        numbers += [_cell(r2, spread.get(key)) for key, r2 in part.alone.items()]
+        grid.add_row(name, *numbers)
     return grid
 
 

@@ -188,9 +188,9 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in names:
         if name not in known:
-            similar = [f"; did you mean {x}=?" for x in get_close_matches(name, known, n=1)]
-            advice = "".join(similar) or ". Leave it out."
-            raise TypeError(f"expected options among {known}, got {name}={advice}")
+            similar = [f"did you mean {x}=?" for x in get_close_matches(name, known, n=1)]
+            advice = "".join(similar) or "leave it out."
+            raise TypeError(f"got the option {name}=; {advice} Options are {', '.join(known)}")
 
 
 P = ParamSpec("P")
@@ -213,7 +213,7 @@ def takes(
         >>> Task(512, wieght=2.0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        TypeError: expected options among ['compile', ...], got wieght=; did you mean weight=?
+        TypeError: got the option wieght=; did you mean weight=? Options are compile, ...
     """
     parameters = inspect.signature(options).parameters
 

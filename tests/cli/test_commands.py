@@ -91,7 +91,7 @@ def test_six_checkpoints_one_of_each_kind_need_no_option(tmp_path: Path, photos:
         assert entry["parts"]["whole"]["combined"].keys() >= {"rotation", "hue"}
     with Image.open(picture) as drawn:
         assert min(drawn.size) > 300
-    for name in ("linear accuracy %", "rotation", "translation_x", "mean", *found):
+    for name in ("linear %", "mean R²", "rotation", "translation_x", *found):
         assert name in printed
 
 
@@ -105,6 +105,18 @@ def test_an_mlp_reads_instead_of_ridge_regression(
     assert "mean" in succeed("probe", path, "--data", photos, *options)
     part = json.loads(numbers.read_text())["checkpoints"]["plain.ckpt"]["parts"]["whole"]
     assert part["spread"]["alone"].keys() == {*part["alone"], "mean"}
+
+
+def test_pictures_of_another_normalisation_are_noticed(tmp_path: Path, photos: Path) -> None:
+    _, checkpoint, _ = lightlys()
+    # a decoder that was trained on dark images, and these normalised
+    checkpoint["state_dict"]["recon_aux.decoder.to_patch.1.bias"].fill_(-2)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    ask = ["probe", tmp_path / "a.ckpt", "--data", photos, "--images", 20]
+    ask += ["--picture", tmp_path / "a.png"]
+    noticed = "what is rebuilt by a.ckpt is mostly darker than black or brighter than white"
+    assert noticed in succeed(*ask, "--normalize", "none")
+    assert noticed not in succeed(*ask, "--normalize", "0.9,0.4")
 
 
 def test_a_flat_folder_has_no_accuracies(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_methods_without_two_views_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("error", "options"),
     [
-        (r"got wieght=; did you mean weight=\?", {"wieght": 1}),
+        (r"got the option wieght=; did you mean weight=\?", {"wieght": 1}),
         (r"expected recon_aux= as a dict of options, got 4\.", 4),
     ],
 )

@@ -416,7 +416,7 @@ def test_a_section_of_the_config_is_the_options() -> None:
         options_in_section(4)
     options = {"weight": 2.0, "backbone": "backbone", "equivariant_dim": 64}
     assert options_in_section(options) == options
-    with pytest.raises(TypeError, match=r"got wieght=; did you mean weight=\?"):
+    with pytest.raises(TypeError, match=r"got the option wieght=; did you mean weight=\?"):
         attach(solo_method("simclr"), **options_in_section({"wieght": 1.0}))
 
 

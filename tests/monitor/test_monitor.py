@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -301,6 +302,7 @@ def test_no_more_are_taken_than_are_asked_for_from_all_classes() -> None:
     ("source", "error", "message"),
     [
         (images() * 4 - 2, ValueError, "Leave Normalize out of their transform"),
+        (images() * 255, ValueError, "Divide them by 255"),
         (images(4), ValueError, "expected 16 held-out images or more, got 4"),
         (Views(), TypeError, "no list of views"),
         (images()[0], TypeError, r"expected images \(N, C, H, W\)"),
@@ -324,6 +326,27 @@ def test_images_that_the_encoder_does_not_take_stop_the_run_at_its_start() -> No
 def test_numbers_out_of_range_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"expected {option}= as a whole number"):
         monitor(**{option: -1})
+
+
+def test_means_and_deviations_are_no_function() -> None:
+    with pytest.raises(TypeError, match=r"Pass normalize=torchvision.transforms.Normalize"):
+        monitor(normalize=((0.5,), (0.25,)))
+
+
+def test_it_warns_where_the_training_normalises_and_the_monitor_does_not() -> None:
+    normalize = Normalize([0.9] * 3, [0.1] * 3)
+    model = attach(InALoop())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(30):
+        loss = siamese_loss(*(model(normalize(x)) for x in batch(side=16)[0]))
+        optimizer.zero_grad()
+        recon_aux.add_loss(model, loss).backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor(normalize=normalize).measure(model)
+    with pytest.warns(UserWarning, match=r"Pass Monitor\(..., normalize=torchvision"):
+        monitor().measure(model)
 
 
 # --- training is untouched ---
@@ -547,7 +570,8 @@ def test_two_processes_log_what_the_first_found(tmp_path: Path) -> None:
 
 def test_without_kornia_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kornia", None)
-    monkeypatch.delitem(sys.modules, "recon_aux.probe", raising=False)
+    for name in [name for name in sys.modules if name.startswith("recon_aux.probe")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install '\.\[probe\]'"):
         monitor()
 

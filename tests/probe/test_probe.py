@@ -177,7 +177,7 @@ def test_the_papers_protocol() -> None:
     assert "combined" not in result.to_dict()["whole"]
     text = str(result)
     assert "combined" not in text
-    assert f"{part.mean_alone:.2f} ± {part.spread['alone']['mean']:.2f}" in text
+    assert f"{part.mean_alone:.3f} ± {part.spread['alone']['mean']:.3f}" in text
 
 
 def test_a_transformations_r2_is_the_mean_over_its_parameters() -> None:

@@ -499,7 +499,7 @@ def test_a_printout_shows_the_options_and_the_weight_as_it_is_now() -> None:
 
 
 def test_an_unknown_option_is_named_with_the_likely_one() -> None:
-    with pytest.raises(TypeError, match=r"expected options among .*wieght=; did you mean weight="):
+    with pytest.raises(TypeError, match=r"got the option wieght=; did you mean weight="):
         ReconAux(8, wieght=2)  # type: ignore[call-arg]
 
 
