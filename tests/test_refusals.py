@@ -1653,6 +1653,16 @@ CASES |= {
             lambda x: x.mean((2, 3)), (LABELLED[0], None), (LABELLED[0], None), pairs=(8, 8)
         ),
     ),
+    "images whose channels are last": Case(
+        lambda: probe_images(LABELLED[0].movedim(1, -1)),
+        r"train's images as \(N, 3, H, W\), got \(16, 8, 8, 3\).*images.movedim\(-1, 1\)",
+        lambda: probe_images(LABELLED[0].movedim(1, -1).movedim(-1, 1)),
+    ),
+    "grey images": Case(
+        lambda: probe_images(LABELLED[0][:, :1]),
+        r"Pass such: .*images.expand\(-1, 3, -1, -1\) of grey ones",
+        lambda: probe_images(LABELLED[0][:, :1].expand(-1, 3, -1, -1)),
+    ),
     "images from 0 to 255 as floats": Case(
         lambda: probe_images(LABELLED[0] * 255),
         r"floats from 0 to 1, got torch.float32 from .* to 25\d.*\. Divide them by 255",

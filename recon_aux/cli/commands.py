@@ -20,7 +20,16 @@ from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved, find_encoder, find_saved
 from recon_aux.cli.images import Images, Normalization, load_images
 from recon_aux.cli.opening import open_checkpoint, tensors_in
-from recon_aux.cli.options import Arch, Checkpoint, Device, Output, Prefix, Regressor, Trust
+from recon_aux.cli.options import (
+    Arch,
+    Checkpoint,
+    Device,
+    Normalize,
+    Output,
+    Prefix,
+    Regressor,
+    Trust,
+)
 from recon_aux.cli.picture import Rebuilder, check_picture, save_picture
 from recon_aux.cli.probing import Probed, probe_all, short_names
 from recon_aux.cli.report import in_megabytes, parts_table, saved_table, side_by_side
@@ -84,10 +93,7 @@ def probe_command(
     ] = None,
     arch: Arch = None,
     prefix: Prefix = None,
-    normalize: Annotated[
-        str,
-        typer.Option(help="How the encoder's images are normalised: imagenet, none or MEAN,STD."),
-    ] = "imagenet",
+    normalize: Normalize = "imagenet",
     size: Annotated[
         int | None,
         typer.Option(

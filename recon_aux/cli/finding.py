@@ -171,12 +171,13 @@ def find_encoder(
             others = [other for other in found if other != chosen]
             state = {key: own[stands] for key, stands in found[chosen].items()}
             return Encoder(candidate, options, chosen, state, others)
-    raise UserError(_unknown(own, path, arch))
+    raise UserError(_unknown(own, path, arch, name))
 
 
 def describe(tensors: Mapping[str, Tensor]) -> str:
     """List the first parts of names, of nested dicts the second, too."""
-    firsts = dict.fromkeys(".".join(key.split(".")[:2]) for key in tensors)
+    names = (key.split(".") for key in tensors)
+    firsts = dict.fromkeys(".".join(parts[:2]) for parts in names if parts[0] != "callbacks")
     shown = list(firsts)[:12]
     return ", ".join(shown) + (", ..." if len(firsts) > len(shown) else "")
 
@@ -238,7 +239,13 @@ def _choose(
     return min(among, key=len)
 
 
-def _unknown(tensors: Mapping[str, Tensor], path: Path, arch: str | None) -> str:
+def _unknown(tensors: Mapping[str, Tensor], path: Path, arch: str | None, name: str) -> str:
+    if name and not arch:
+        return (
+            f"expected an encoder that torchvision or timm has: {path} holds one of another "
+            f"architecture, {name}. Pass --arch with a function that builds it, as "
+            "--arch my_code:build_encoder."
+        )
     here = f"{path} has {len(tensors)} tensors: {describe(tensors)}"
     if arch:
         return (

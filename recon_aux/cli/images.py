@@ -40,7 +40,9 @@ class Normalization:
 
     @classmethod
     def parse(cls, text: str) -> Normalization:
-        """Read ``imagenet``, ``none``, or two numbers with a comma between them.
+        """Read ``imagenet``, ``none``, or mean and deviation of pixels from 0 to 1.
+
+        Two numbers are of all channels, six of each: three means, then three deviations.
 
         Raises:
             UserError: if it is something else.
@@ -50,15 +52,20 @@ class Normalization:
         if text == "none":
             return cls()
         try:
-            mean, std = map(float, text.split(","))
+            numbers = tuple(map(float, text.split(",")))
         except ValueError:
-            mean, std = math.nan, 0.0
-        if not (math.isfinite(mean) and 0 < std < math.inf):
+            numbers = ()
+        if len(numbers) not in (2, 6) or not all(0 <= x <= 1 for x in numbers):
+            numbers = (0.0, 0.0)
+        mean, std = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        if min(std) == 0:
             raise UserError(
-                f"expected --normalize as imagenet, none or MEAN,STD, got {text!r}. Pass one of "
-                "these, as --normalize 0.5,0.25."
+                "expected --normalize as imagenet, none or MEAN,STD of pixels from 0 to 1, got "
+                f"{text!r}. Pass one of these, as --normalize 0.5,0.25, or three means and three "
+                "deviations, as --normalize 0.49,0.48,0.45,0.25,0.24,0.26."
             )
-        return cls((mean,) * 3, (std,) * 3)
+        each = 3 // len(mean)
+        return cls(mean * each, std * each)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise ``(B, 3, H, W)``."""

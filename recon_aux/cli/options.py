@@ -52,3 +52,11 @@ Regressor = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+
+Normalize = Annotated[
+    str,
+    typer.Option(
+        help="How the encoder's images are normalised: imagenet, none or MEAN,STD, of all channels "
+        "or of each, as 0.49,0.48,0.45,0.25,0.24,0.26."
+    ),
+]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from recon_aux import ReconAux
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.images import Normalization
-from recon_aux.monitor.picture import mostly_clipped
 from recon_aux.probe import COMBINED, ProbeResult, draw_parameters, transform
 from recon_aux.task.contexts import evaluating
 
@@ -93,7 +92,12 @@ def save_picture(
             axis.axis("off")
             axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
     figure.savefig(path, dpi=110)
-    return [label for label, pictures in rows.items() if mostly_clipped(pictures)]
+    return [label for label, pictures in rows.items() if _mostly_clipped(pictures)]
+
+
+def _mostly_clipped(images: Tensor) -> bool:
+    """Whether a third of the values are too far from 0..1 for a picture to show."""
+    return bool(((images < -0.1) | (images > 1.1)).float().mean() > 1 / 3)
 
 
 def _draw_bars(axis: Axes, results: Mapping[str, ProbeResult]) -> None:

@@ -66,6 +66,7 @@ class Plan:
         uses_past_heads: whether the loss depends on features that didn't pass a masked head.
         steps: how many steps were checked.
         pairs: whether the views show the same images, row by row.
+        pixels: lowest and highest value of the first view.
     """
 
     encoder: nn.Module
@@ -75,6 +76,7 @@ class Plan:
     uses_past_heads: bool = False
     steps: int = 0
     pairs: PairCheck = field(default_factory=PairCheck)
+    pixels: tuple[float, ...] = ()
 
 
 @dataclass
@@ -115,6 +117,7 @@ def discover(
             problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
+        plan.pixels = tuple(float(x) for x in views.images[0].aminmax())
         if attached.mask and loss.requires_grad:
             _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
     return plan, views

@@ -26,7 +26,7 @@ from recon_aux.monitor.measure import (
     encode_stream,
     random_state_kept,
 )
-from recon_aux.monitor.picture import draw_picture, inverse_of, mostly_clipped
+from recon_aux.monitor.picture import draw_picture, inverse_of
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature
 
@@ -169,6 +169,7 @@ class Monitor(_Base):  # type: ignore[misc]
         with _undisturbed(model):
             stream, encode = self._prepared(model), self._encoder(model)
             features = encode_stream(encode, stream, self.batch_size, _device_of(model))
+            self._check_pixels(model, stream)
             picture = self._picture(model, stream, encode)
             found = describe(features, stream, _equivariant_dim(model)) if regress else {}
         found["seconds"] = time.perf_counter() - start
@@ -189,6 +190,24 @@ class Monitor(_Base):  # type: ignore[misc]
                 ) from error
             self._stream = stream
         return self._stream
+
+    def _check_pixels(self, model: nn.Module, stream: Stream) -> None:
+        """Warn if the encoder gets pixels of another range than in training."""
+        plan = attachment_of(model).plan if is_attached(model) else None
+        if plan is None or not plan.pixels:
+            return
+        images = as_floats(stream.images)
+        low, high = (self.normalize or nn.Identity())(images).aminmax()
+        ours, theirs = (float(low), float(high)), plan.pixels
+        span = min(ours[1] - ours[0], theirs[1] - theirs[0])
+        if any(abs(a - b) > span / 2 for a, b in zip(ours, theirs, strict=True)):
+            warnings.warn(
+                f"recon_aux.Monitor: expected pixels as in training, from {theirs[0]:.2f} to "
+                f"{theirs[1]:.2f}, got {ours[0]:.2f} to {ours[1]:.2f}. Pass Monitor(..., "
+                "normalize=) with what the training's transform does last, as "
+                "torchvision.transforms.Normalize(mean, std), or nothing if it doesn't normalise.",
+                stacklevel=3,
+            )
 
     def _encoder(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Give the function that encodes images from 0 to 1."""
@@ -242,14 +261,6 @@ class Monitor(_Base):  # type: ignore[misc]
         restore = inverse_of(self.normalize, clean)
         contexts = (other, other.roll(1, 0))
         rebuilt = [restore(aux.rebuild(own, context).float()) for context in contexts]
-        if self.normalize is None and mostly_clipped(rebuilt[0]):
-            warnings.warn(
-                "expected what is rebuilt to be from 0 to 1, as held-out images are, got mostly "
-                "values beyond: the training images seem to be normalised. Pass Monitor(..., "
-                "normalize=torchvision.transforms.Normalize(mean, std)), as in the training's "
-                "transform.",
-                stacklevel=2,
-            )
         return draw_picture([*views, *rebuilt])
 
     # --- for Lightning's trainer ---

@@ -115,6 +115,8 @@ def _pair(item: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_image(value: Any) -> Tensor | None:
+    if hasattr(value, "__array_interface__") and not hasattr(value, "mode"):
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         return value if value.ndim in (3, 4) else None
     if hasattr(value, "convert") and hasattr(value, "mode"):

@@ -22,16 +22,6 @@ def inverse_of(normalize: Callable[[Tensor], Tensor] | None, like: Tensor) -> An
     return lambda images: (images - low) / scale
 
 
-def mostly_clipped(images: Tensor) -> bool:
-    """Whether a third of the values are too far from 0..1 for a picture to show.
-
-    Example:
-        >>> mostly_clipped(torch.full((1, 3, 4, 4), -1.0)), mostly_clipped(torch.rand(1, 3, 4, 4))
-        (True, False)
-    """
-    return bool(((images < -0.1) | (images > 1.1)).float().mean() > 1 / 3)
-
-
 def draw_picture(columns: list[Tensor]) -> Any:
     """Put images side by side, one column for each of :data:`COLUMNS`.
 

@@ -63,7 +63,7 @@ def probe(
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
             A module is in eval mode meanwhile.
         train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)``, or
-            None if there are none. Accuracies are then ``nan``.
+            None if there are none. Accuracies are then ``nan``. Arrays and lists will do.
         test: the same, of the test split.
         equivariant_dim: if the features are split, how many of their last channels are
             equivariant. The parts are then measured, too.
@@ -86,8 +86,8 @@ def probe(
         TypeError: if ``train`` or ``test`` isn't a pair of images and labels, or ``normalize`` is
             no function.
         ValueError: if ``equivariant_dim`` is larger than the feature, or the feature has another
-            rank, or images aren't from 0 to 1, or there is no such regressor or set of
-            transformations.
+            rank, or images have another shape or aren't from 0 to 1, or there is no such regressor
+            or set of transformations.
 
     Example:
         >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
@@ -95,7 +95,7 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
-    _check_pairs(train=train, test=test)
+    train, test = _as_tensors("train", train), _as_tensors("test", test)
     check_normalize(normalize)
     regressions = _regressions(regressor, seed, device)
     check_choice("transformations", transformations, list(SETS))
@@ -157,8 +157,9 @@ def compare(
     """Probe the encoders of several models, to be printed side by side by :func:`render`.
 
     Args:
-        models: models by name, each with its encoder as ``backbone``. Where recon_aux is attached,
-            the parts of the feature are measured, too.
+        models: by name: models that recon_aux was attached to and that were trained, or with their
+            encoder as ``backbone``, or encoders. Where recon_aux is attached, the parts of the
+            feature are measured, too.
         train: as in :func:`probe`.
         test: as in :func:`probe`.
         options: other options of :func:`probe`.
@@ -178,8 +179,14 @@ def compare(
     for name, model in models.items():
         aux = getattr(model, "recon_aux", None)
         split = 0 if aux is None else aux.splitter.equivariant_dim
-        results[name] = probe(model.backbone, train, test, equivariant_dim=split, **options)
+        encoder = _encoder_of(model, getattr(aux, "encoder_name", ""))
+        results[name] = probe(encoder, train, test, equivariant_dim=split, **options)
     return results
+
+
+def _encoder_of(model: Any, name: str) -> Any:
+    """Give the encoder of that name, or else the backbone, or else what is an encoder itself."""
+    return model.get_submodule(name) if name else getattr(model, "backbone", model)
 
 
 def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
@@ -192,15 +199,22 @@ def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part.numel()}
 
 
-def _check_pairs(**splits: Any) -> None:
-    for name, given in splits.items():
-        is_pair = isinstance(given, (tuple, list)) and len(given) == 2
-        if not is_pair or not isinstance(given[0], Tensor) or given[0].ndim != 4:
-            raise TypeError(
-                f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
-                "images (N, 3, H, W) and labels (N,), or (images, None)."
-            )
-        check_images(given[0])
+def _as_tensors(name: str, given: Any) -> Labelled:
+    """Check a split, and make tensors of arrays and lists."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(
+            f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
+            "images (N, 3, H, W) and labels (N,), or (images, None)."
+        )
+    images, labels = (None if x is None else torch.as_tensor(x) for x in given)
+    if images is None or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"expected {name}'s images as (N, 3, H, W), got "
+            f"{None if images is None else tuple(images.shape)}. Pass such: "
+            "images.movedim(-1, 1) of (N, H, W, 3), images.expand(-1, 3, -1, -1) of grey ones."
+        )
+    check_images(images)
+    return images, labels
 
 
 def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:

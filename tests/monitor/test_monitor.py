@@ -333,20 +333,34 @@ def test_means_and_deviations_are_no_function() -> None:
         monitor(normalize=((0.5,), (0.25,)))
 
 
-def test_it_warns_where_the_training_normalises_and_the_monitor_does_not() -> None:
-    normalize = Normalize([0.9] * 3, [0.1] * 3)
+@pytest.mark.parametrize("training", [None, Normalize([0.5] * 3, [0.25] * 3)])
+@pytest.mark.parametrize("ours", [None, Normalize([0.5] * 3, [0.25] * 3)])
+def test_it_warns_of_other_pixels_than_in_training(training: Any, ours: Any) -> None:
     model = attach(InALoop())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    for _ in range(30):
-        loss = siamese_loss(*(model(normalize(x)) for x in batch(side=16)[0]))
-        optimizer.zero_grad()
-        recon_aux.add_loss(model, loss).backward()
-        optimizer.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        monitor(normalize=normalize).measure(model)
-    with pytest.warns(UserWarning, match=r"Pass Monitor\(..., normalize=torchvision"):
-        monitor().measure(model)
+    # before the first step nothing is known
+    assert not warnings_of(lambda: monitor(normalize=ours).measure(model))
+    views = [x if training is None else training(x) for x in batch(side=16)[0]]
+    recon_aux.add_loss(model, siamese_loss(*map(model, views)))
+    warned = warnings_of(lambda: monitor(normalize=ours).measure(model))
+    assert len(warned) == ((training is None) != (ours is None))
+    expected = "0.00" if training is None else "-2"
+    assert all(f"as in training, from {expected}" in text for text in warned)
+    assert all("Pass Monitor(..., normalize=)" in text for text in warned)
+
+
+def warnings_of(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(x.message) for x in caught if "recon_aux" in str(x.message)]
+
+
+def test_arrays_are_images_too() -> None:
+    dataset = [(x.numpy(), int(y)) for x, y in zip(images(), LABELS, strict=True)]
+    found, labels = take_images(dataset, None, 48)
+    assert torch.equal(found, images())
+    assert labels is not None
+    assert torch.equal(labels, LABELS)
 
 
 # --- training is untouched ---
