@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import curves, natural_images, pair_check
+from benchmarks import curves, field, natural_images, pair_check
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
 from helpers.pages import text_of
@@ -101,6 +101,28 @@ def test_natural_images_meet_the_targets(data: str, method: str) -> None:
     assert attached[0] >= bare[0] + 0.15
     assert attached[1] > bare[1]
     assert of(f"{method}, attached", "equivariant")[0] > bare[0]
+
+
+def test_long_training_meets_the_targets_and_the_page_shows_it() -> None:
+    runs = kept(RESULTS / "natural-long")
+    shown = first_table(text_of("natural_images"), after="## Long training")
+    expected = []
+    for method in dict.fromkeys(run["arm"].removesuffix(", attached") for run in runs):
+        bare, attached = (
+            {name: of(results_of(runs, arm)[0]["whole"]) for name, of in field.MEASURES.items()}
+            for arm in (method, f"{method}, attached")
+        )
+        assert attached["linear %"] >= bare["linear %"] + 2
+        assert attached["R² all at once"] >= bare["R² all at once"] + 0.25
+        for name in ("R² unseen", "R² unseen, all at once"):
+            assert attached[name] >= bare[name] + 0.15
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        (found,) = results_of(runs, arm)
+        linear, *r2 = (of(found["whole"]) for of in field.MEASURES.values())
+        cells = [f"{linear:.1f}", f"{found['whole']['knn']:.1f}", *(f"{x:.3f}" for x in r2)]
+        expected.append([arm, *cells])
+    assert shown[0] == ["encoder", "linear %", "k-NN %", *list(field.MEASURES)[1:]]
+    assert shown[1:] == expected
 
 
 def whole(key: str, found: dict[str, Any]) -> float:
