@@ -124,6 +124,12 @@ def trains(
     assert_both_trained(model, before, "head")
 
 
+def of_torch(version: str, **options: Any) -> None:
+    """Build the task as if torch were of that version."""
+    with patch.object(torch, "__version__", version):
+        ReconAux(WIDTH, **options)
+
+
 def fit(model: Any = None, batch: Any = None, **options: Any) -> Any:
     model = attached(model, **options)
     trains(model, batch)
@@ -181,6 +187,11 @@ CASES |= {
         lambda: fit(wieght=2.0), r"did you mean weight=\?", lambda: fit(weight=2.0)
     ),
     "an option like none": Case(lambda: fit(zzz=2.0), r"zzz=; leave it out\.", fit),
+    "compile= before torch 2.7": Case(
+        lambda: of_torch("2.6.0", compile=True),
+        r"expected torch 2\.7 or later for compile=True, got 2\.6\.0\. Leave compile out",
+        lambda: of_torch("2.6.0"),
+    ),
     "patches of one number": Case(
         lambda: fit(Method(backbone=encoder(1)), views(channels=1), patch_size=1, image_channels=1),
         "Pass a larger patch_size=",
@@ -1630,7 +1641,9 @@ def probe_images(images: Tensor, **options: Any) -> None:
 def imported(name: str, without: str = "") -> None:
     """Import a module anew, as if something weren't installed."""
     missing = {without: None} if without else {}
-    with patch.dict(sys.modules, missing):
+    package, _, own = name.rpartition(".")
+    # the package, too, gets back what it had
+    with patch.dict(sys.modules, missing), patch.object(sys.modules[package], own, create=True):
         sys.modules.pop(name, None)
         importlib.import_module(name)
 

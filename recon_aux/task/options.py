@@ -9,6 +9,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from recon_aux.task.checks import check_choice, check_divides, check_nonnegative, check_whole, plain
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
@@ -127,6 +128,11 @@ class Options:
                 f"expected context= to name a part with channels, got {self.context!r}, which has "
                 f"none where equivariant_dim={self.equivariant_dim} is the whole feature. Pass a "
                 "smaller equivariant_dim=."
+            )
+        if self.compile and TorchVersion(torch.__version__) < (2, 7):
+            raise ValueError(
+                f"expected torch 2.7 or later for compile=True, got {torch.__version__}. Leave "
+                "compile out, or run: pip install -U torch"
             )
         if self.channels("equivariant")[1] == 1 < self.feature_dim:
             raise ValueError(

@@ -26,7 +26,7 @@ from helpers.data import Views, batch
 from helpers.models import InALoop, Siamese, plain_encoder
 from helpers.running import run_script
 from helpers.training import fit, trainer
-from helpers.versions import newer
+from helpers.versions import newer, not_the_oldest
 from helpers.weights import assert_same, bare_state, decoder_of
 from recon_aux.integrations.lightly import attach
 
@@ -38,6 +38,7 @@ from recon_aux.integrations.lightly import attach
 def test_killed_and_resumed_is_bit_identical_to_never_stopped(
     reconstruct: str, tmp_path: Path
 ) -> None:
+    not_the_oldest("before 2.5 Lightning doesn't resume a bare model bit for bit")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()

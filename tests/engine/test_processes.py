@@ -43,6 +43,8 @@ def alone() -> dict[str, tuple[Tensor, Tensor]]:
 def test_two_processes_train_what_one_would(
     case: str, alone: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
+    if case == "sharded":
+        not_the_oldest("torch 2.6 has no FSDP2 on CPUs")
     result = run(case, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     states = [tensors(torch.load(tmp_path / f"{rank}.pt")) for rank in (0, 1)]

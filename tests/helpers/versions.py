@@ -12,6 +12,12 @@ import torch
 OLDEST = torch.__version__.startswith("2.6")
 
 
+def not_the_oldest(lack: str) -> None:
+    """Skip a test where the oldest versions run, which lack something themselves."""
+    if OLDEST:
+        pytest.skip(lack)
+
+
 def newer(module: str, name: str) -> Any:
     """Give a class that came later than the oldest version, where the test is skipped."""
     found = import_module(module)

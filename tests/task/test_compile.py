@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from helpers.counting import operations_begun
 from helpers.features import smooth_pictures
 from helpers.models import Siamese, tiny_encoder
+from helpers.versions import not_the_oldest
 from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> Iterator[None]:
+    not_the_oldest("compile=True needs torch 2.7")
     torch.compiler.reset()
     counters.clear()
     yield
