@@ -14,7 +14,8 @@ photographs are larger than the crops, so crops never show a border.
 
 Ours: crops are as large as the encoder's images, of photographs twice as large, in colour. The
 encoder is frozen and sees one crop at a time. A light MLP, the probe's, reads both features. It is
-trained three times; the error is the mean, and the spread its standard deviation.
+trained three times; the error is the mean, and the spread its standard deviation. With few pairs it
+overfits, and then its error may be above that of the mean prediction.
 """
 
 from __future__ import annotations
