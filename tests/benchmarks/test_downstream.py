@@ -161,6 +161,9 @@ def test_every_encoder_is_measured_once_and_laid_beside_the_others(study: Path) 
 def test_encoders_that_are_gone_are_left_out(study: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(study / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "some-SimCLR-1")
+    # a training of less than half a second would count as none
+    path = tmp_path / "runs" / "some-SimCLR-1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 5}))
     found = frozen.find_trained(tmp_path / "runs", "natural_images.py")
     assert {run["arm"] for run in found} == {"SimCLR, attached", "untrained"}
     assert "some-SimCLR-1 is left out: its checkpoint is gone" in capsys.readouterr().out
