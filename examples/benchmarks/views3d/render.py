@@ -1,7 +1,9 @@
 """Render a small data set in 3DIEBench's layout: objects turned at random over a coloured floor.
 
 ``python examples/benchmarks/views3d/render.py FOLDER`` makes FOLDER/CLASS/OBJECT/image_k.jpg and
-latent_k.npy, the lists of train and val objects with their labels, and a contact sheet.
+latent_k.npy, the lists of train and val objects with their labels, and a contact sheet. Beside
+each image is mask_k.png, which 3DIEBench doesn't have: white where the object is. The same command
+again adds the masks to a folder that was made without.
 
 The latents are those of Garrido, Najman and LeCun (2023, arXiv 2302.10283, section 4): three
 Tait-Bryan angles (radians, extrinsic xyz), the floor's hue, the lamp's theta and phi, its hue.
@@ -77,8 +79,19 @@ class Scene:
         self.floor.prop.color = colorsys.hsv_to_rgb(latent[3], 0.6, 0.6)
         self.lamp.position = tuple(spherical(4, latent[4], latent[5]))
         self.lamp.diffuse_color = colorsys.hsv_to_rgb(latent[6], 0.7, 1.0)
+        return self._draw()
+
+    def mask(self) -> Image.Image:
+        """Render where the object is in the last view: white on black."""
+        # the object stands above the floor, which hides nothing of it
+        self.floor.visibility = False
+        seen = self._draw(transparent_background=True).getchannel("A")
+        self.floor.visibility = True
+        return seen.point(lambda share: 255 * (share > 127)).convert("1")
+
+    def _draw(self, **options: Any) -> Image.Image:
         self.plotter.render()
-        pixels: Any = self.plotter.screenshot(return_img=True)
+        pixels: Any = self.plotter.screenshot(return_img=True, **options)
         return Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BOX)
 
 
@@ -86,7 +99,7 @@ def render_object(root: Path, label: int, index: int, *, views: int, size: int, 
     """Render an object's views, unless they are all there."""
     name = list(OBJECTS)[label]
     folder = root / name / f"{index:04d}"
-    if (folder / f"latent_{views - 1}.npy").exists():
+    if (folder / f"mask_{views - 1}.png").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng([seed, label, index])
@@ -95,6 +108,7 @@ def render_object(root: Path, label: int, index: int, *, views: int, size: int, 
         latent = random.uniform(LOW, HIGH)
         scene.image(latent).save(folder / f"image_{view}.jpg", quality=95)
         np.save(folder / f"latent_{view}.npy", latent)
+        scene.mask().save(folder / f"mask_{view}.png")
     scene.plotter.close()
     return folder
 
