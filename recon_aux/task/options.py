@@ -129,7 +129,7 @@ class Options:
                 f"none where equivariant_dim={self.equivariant_dim} is the whole feature. Pass a "
                 "smaller equivariant_dim=."
             )
-        if self.compile and TorchVersion(torch.__version__) < (2, 7):
+        if self.compile and TorchVersion(torch.__version__) < "2.7":
             raise ValueError(
                 f"expected torch 2.7 or later for compile=True, got {torch.__version__}. Leave "
                 "compile out, or run: pip install -U torch"

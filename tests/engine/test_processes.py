@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers.models import InALoop
 from helpers.running import run_script
 from helpers.scripts.processes import OPTIONS, global_batches, train
+from helpers.versions import not_the_oldest
 from helpers.weights import assert_same
 from recon_aux.integrations.lightly import attach
 
