@@ -49,7 +49,7 @@ def run_study(
             else:
                 print(f"{path.stem} isn't done, or its checkpoint is gone: left as it is")
         elif not is_done(path, args):
-            print(f"training {path.stem}")
+            print(f"running {path.stem}")
             keep(path, run(which, path))
     done = kept(args.out)
     text = table(done)
