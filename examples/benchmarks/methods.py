@@ -340,8 +340,8 @@ class IBOT(Momentum):
 class DINOv2(IBOT):
     """Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023).
 
-    iBOT, and KoLeo's loss of each view's class tokens. As in lightly's example, one head takes class
-    tokens and patches.
+    iBOT, and KoLeo's loss of each view's class tokens. As in lightly's example, one head takes
+    class tokens and patches.
     """
 
     def __init__(
