@@ -238,8 +238,6 @@ def test_a_masked_method_that_is_attached_without_weight_and_split_trains_as_bar
     monkeypatch.setattr(IBOT, "on_train_batch_end", note)
 
     def own(arm: str, number: int) -> dict[str, Tensor]:
-        # masks don't depend on Python's random state, which no checkpoint keeps
-        random.seed(number)
         model, _ = natural_images.train(arm, data, 0, tmp_path / f"{number}.json", args)
         return {n: p for n, p in model.named_parameters() if not n.startswith("recon_aux")}
 
@@ -271,6 +269,20 @@ def test_the_loss_of_a_masked_method_sees_the_invariant_part_alone(
     assert bare.all()
     assert attached[:, :32].all()
     assert not attached[:, 32:].any()
+
+
+@pytest.mark.usefixtures("smaller_vit")
+def test_masked_patches_are_drawn_from_the_random_state_that_a_checkpoint_keeps() -> None:
+    model = built("iBOT")
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        # Python's is another one each time
+        random.seed(len(drawn))
+        drawn.append(model.draw_blocks(8))
+    assert drawn[0].shape == (8, 8, 8)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_masked_methods_need_a_vision_transformer(tmp_path: Path) -> None:
