@@ -293,6 +293,10 @@ class IBOT(Momentum):
 
     attach_options: ClassVar[dict[str, Any]] = {"features": class_token}
 
+    # lightly's masked transformers
+    backbone: Any
+    backbone_momentum: Any
+
     def __init__(
         self, backbone: nn.Module, feature_dim: int, lr: float, momentum: float = 0.99
     ) -> None:

@@ -274,7 +274,7 @@ def test_the_loss_of_a_masked_method_sees_the_invariant_part_alone(
 @pytest.mark.usefixtures("smaller_vit")
 def test_masked_patches_are_drawn_from_the_random_state_that_a_checkpoint_keeps() -> None:
     model = built("iBOT")
-    drawn = []
+    drawn: list[Tensor] = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         # Python's is another one each time
