@@ -68,7 +68,9 @@ def build_model(
     """
     own = {} if arm.attached else arm.options
     model = methods[arm.method](encoder, width, **({"lr": lr} | own))
-    return attach(model, **arm.options) if arm.attached else model
+    if not arm.attached:
+        return model
+    return attach(model, **(getattr(model, "attach_options", {}) | arm.options))
 
 
 def attached_with(model: Any) -> dict[str, Any]:

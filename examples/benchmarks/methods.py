@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import random
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from lightly.loss import (
     BarlowTwinsLoss,
     DINOLoss,
+    IBOTPatchLoss,
+    KoLeoLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
     SwaVLoss,
@@ -17,10 +21,15 @@ from lightly.loss import (
 )
 from lightly.models import modules
 from lightly.models.modules.heads import VICRegProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.models.utils import (
+    deactivate_requires_grad,
+    random_block_mask,
+    update_momentum,
+)
 from lightly.utils.scheduler import cosine_schedule
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 
 class StudyModule(LightningModule):
@@ -36,6 +45,9 @@ class StudyModule(LightningModule):
 
     equivariant_dim = 0
     """How many of the feature's last channels are an equivariant part of the model's own."""
+
+    attach_options: ClassVar[dict[str, Any]] = {}
+    """Options of attach that the method always needs."""
 
     def __init__(self, backbone: nn.Module, lr: float) -> None:
         super().__init__()
@@ -258,6 +270,94 @@ class DINO(Momentum):
         return loss
 
 
+# --- methods that mask patches of a vision transformer ---
+
+
+def class_token(tokens: Tensor) -> Tensor:
+    """Take the class token out of all tokens, ``(B, N, D)`` -> ``(B, D)``."""
+    return tokens[:, 0]
+
+
+class IBOT(Momentum):
+    """Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer" (2022), of two views.
+
+    The student's views are masked, the momentum encoder's are not. One head takes class tokens and
+    patches. What is probed is the class token, and so attach splits it, not all tokens.
+
+    Args:
+        backbone: torchvision's vision transformer.
+        feature_dim: its width.
+        lr: highest learning rate.
+        momentum: of the first step; it rises to 1.
+    """
+
+    attach_options: ClassVar[dict[str, Any]] = {"features": class_token}
+
+    # lightly's masked transformers
+    backbone: Any
+    backbone_momentum: Any
+
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, lr: float, momentum: float = 0.99
+    ) -> None:
+        if not isinstance(backbone, VisionTransformer):
+            raise SystemExit(
+                f"expected torchvision's vision transformer for {type(self).__name__}, got "
+                f"{type(backbone).__name__}. Pass --backbone tiny-vit."
+            )
+        # the weights stay as torchvision draws them, as for all other methods
+        kept = {"weight_initialization": "skip", "pos_embed_initialization": "skip"}
+        masked = modules.MaskedVisionTransformerTorchvision(backbone, **kept)
+        make_head = partial(modules.DINOProjectionHead, feature_dim, 512, 64, 1024)
+        super().__init__(masked, make_head, DINOLoss(output_dim=1024), lr, momentum)
+        self.patch_criterion = IBOTPatchLoss(output_dim=1024)
+
+    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
+        images = torch.cat([x0, x1])
+        blocks = self.draw_blocks(len(images)).to(images.device)
+        # the class token is never masked
+        mask = F.pad(blocks.flatten(1), (1, 0))
+        with torch.no_grad():
+            known = self.backbone_momentum.encode(images)
+            teacher = self.projection_head_momentum(class_token(known)).chunk(2)
+            known_patches = self.projection_head_momentum(known[mask])
+        tokens = self.backbone.encode(images, mask=mask)
+        student = self.projection_head(class_token(tokens)).chunk(2)
+        patches = self.projection_head(tokens[mask])
+        of_classes = self.criterion(list(teacher), list(student), epoch=self.current_epoch)
+        of_patches = self.patch_criterion(known_patches, patches, blocks)
+        loss: Tensor = of_classes + of_patches + self.spread(class_token(tokens))
+        return loss
+
+    def draw_blocks(self, count: int) -> Tensor:
+        """Choose the masked patches of some images, ``(count, H, W)``."""
+        side = round((self.backbone.sequence_length - 1) ** 0.5)
+        # torch's random state alone is kept for a run that goes on; lightly draws from Python's
+        random.seed(int(torch.randint(2**31, ())))
+        return random_block_mask((count, side, side))
+
+    def spread(self, features: Tensor) -> Any:
+        """Give what else is in the loss."""
+        return 0
+
+
+class DINOv2(IBOT):
+    """Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023).
+
+    iBOT, and KoLeo's loss of each view's class tokens. As in lightly's example, one head takes
+    class tokens and patches.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, lr: float, momentum: float = 0.99
+    ) -> None:
+        super().__init__(backbone, feature_dim, lr, momentum)
+        self.koleo_criterion = KoLeoLoss()
+
+    def spread(self, features: Tensor) -> Any:
+        return 0.1 * sum(self.koleo_criterion(view) for view in features.chunk(2))
+
+
 METHODS: dict[str, Any] = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 """The three methods of the README's tables, by name."""
 
@@ -265,3 +365,6 @@ MORE_METHODS: dict[str, Any] = {
     method.__name__: method for method in (BarlowTwins, SimSiam, NNCLR, MoCo, DINO, SwaV)
 }
 """More of lightly's methods, to see what attaching gives them."""
+
+VIT_METHODS: dict[str, Any] = {"iBOT": IBOT, "DINOv2": DINOv2}
+"""Methods that need a vision transformer, by name."""

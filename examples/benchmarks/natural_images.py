@@ -50,7 +50,7 @@ from benchmarks.arms import Arm, attached_with, build_model, read_arm
 from benchmarks.bars import Measure, draw
 from benchmarks.encoders import ENCODERS, build_encoder, width_of
 from benchmarks.images import Split, TwoViews, as_input, load, mirror, normalize
-from benchmarks.methods import METHODS, MORE_METHODS, SimCLR, StudyModule
+from benchmarks.methods import METHODS, MORE_METHODS, VIT_METHODS, SimCLR, StudyModule
 from benchmarks.options import study_parser
 from benchmarks.pictures import save_reconstructions
 from benchmarks.records import Record, as_text, record, results_of, with_spread
@@ -84,6 +84,7 @@ MODELS: dict[str, Any] = {
     UNTRAINED: SimCLR,
     **METHODS,
     **MORE_METHODS,
+    **VIT_METHODS,
     **RIVALS,
     CEILING: ParameterRegression,
 }
@@ -130,7 +131,8 @@ def load_splits(folder: str, args: argparse.Namespace) -> tuple[Split, Split]:
 
 def parse_arm(text: str) -> Arm:
     """Read one of ``--arms``."""
-    return read_arm(text, MODELS, attached=", attached", examples=[*ARMS, *MORE_METHODS, *RIVALS])
+    examples = [*ARMS, *MORE_METHODS, *VIT_METHODS, *RIVALS]
+    return read_arm(text, MODELS, attached=", attached", examples=examples)
 
 
 def collate(method: str, args: argparse.Namespace) -> Any:
@@ -253,7 +255,7 @@ def draw_bars(done: list[Record], path: Path) -> None:
     """Draw accuracy and mean R² of whole features, one row for each data set."""
     names = dict.fromkeys(run["data"] for run in done)
     groups = {name: [run for run in done if run["data"] == name] for name in names}
-    draw(groups, [*METHODS, *MORE_METHODS], ", attached", [ACCURACY, R2], path)
+    draw(groups, [*METHODS, *MORE_METHODS, *VIT_METHODS], ", attached", [ACCURACY, R2], path)
 
 
 def tables(done: list[Record]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from benchmarks import field, natural_images
 from benchmarks.arms import build_model
-from benchmarks.encoders import build_encoder
+from benchmarks.encoders import ENCODERS, build_encoder, vit, width_of
 from benchmarks.images import CHANGE_DIM, TwoViews, change_between, load, mirror
-from benchmarks.methods import MORE_METHODS, SimCLR
+from benchmarks.methods import IBOT, MORE_METHODS, VIT_METHODS, SimCLR
 from benchmarks.options import note_options, options_of
 from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
@@ -178,8 +179,10 @@ def training(**options: Any) -> tuple[argparse.Namespace, tuple[Tensor, Tensor]]
     small = {"backbone": "tiny-resnet18", "image_size": 16, "batch_size": 8, "lr": 1e-3}
     small |= {"optimizer": "AdamW", "views": "probed", "workers": 0, "epochs": 1}
     small |= {"precision": "32-true", "device": "cpu"}
-    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
-    return argparse.Namespace(**small | options), (images, torch.arange(24) % 2)
+    args = argparse.Namespace(**small | options)
+    shape = (24, 3, args.image_size, args.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return args, (images, torch.arange(24) % 2)
 
 
 @pytest.mark.parametrize("method", MORE_METHODS)
@@ -189,6 +192,125 @@ def test_more_methods_train_bare_and_attached(tmp_path: Path, method: str) -> No
         model, _ = natural_images.train(arm, data, 0, tmp_path / f"{arm}.json", args)
         assert torch.isfinite(model.trainer.callback_metrics["loss"])
     assert "recon_aux/loss" in model.trainer.callback_metrics
+
+
+@pytest.fixture
+def smaller_vit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make tiny-vit smaller; it still has 8x8 patches."""
+    monkeypatch.setitem(ENCODERS, "tiny-vit", lambda: vit(32, 4, layers=1, width=64))
+
+
+def built(arm: str) -> Any:
+    """Build an arm with a vision transformer."""
+    seed_everything(0, verbose=False)
+    encoder = build_encoder("tiny-vit")
+    width = width_of(encoder, 32)
+    return build_model(natural_images.parse_arm(arm), natural_images.MODELS, encoder, width, 1e-3)
+
+
+@pytest.mark.usefixtures("smaller_vit")
+@pytest.mark.parametrize("arm", [f"{m}{kind}" for m in VIT_METHODS for kind in ("", ", attached")])
+def test_masked_methods_train_every_tensor(tmp_path: Path, arm: str) -> None:
+    args, data = training(backbone="tiny-vit", image_size=32)
+    before = {name: p.detach().clone() for name, p in built(arm).named_parameters()}
+    model, _ = natural_images.train(arm, data, 0, tmp_path / "x.json", args)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert any(name.startswith("recon_aux.decoder") for name in after) == ("attached" in arm)
+    still = [name for name, p in after.items() if torch.equal(p, before[name])]
+    # the last layer is normalised by weights that are never trained, as in DINO
+    assert [name for name in still if not name.endswith("last_layer.weight_g")] == []
+    assert [n for n, p in after.items() if p.requires_grad and p.grad is None] == []
+    assert all(p.isfinite().all() for p in after.values())
+
+
+@pytest.mark.usefixtures("smaller_vit")
+@pytest.mark.parametrize("method", VIT_METHODS)
+def test_a_masked_method_that_is_attached_without_weight_and_split_trains_as_bare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    args, data = training(backbone="tiny-vit", image_size=32)
+    losses: list[float] = []
+
+    def note(model: Any, outputs: dict[str, Tensor], *_: Any) -> None:
+        losses.append(float(outputs["loss"]))
+
+    monkeypatch.setattr(IBOT, "on_train_batch_end", note)
+
+    def own(arm: str, number: int) -> dict[str, Tensor]:
+        model, _ = natural_images.train(arm, data, 0, tmp_path / f"{number}.json", args)
+        return {n: p for n, p in model.named_parameters() if not n.startswith("recon_aux")}
+
+    bare = own(method, 0)
+    attached = own(f"{method}, attached, weight=0, equivariant_dim=0", 1)
+    assert losses[:3] == losses[3:]
+    assert attached.keys() == bare.keys()
+    assert all(torch.equal(p, bare[name]) for name, p in attached.items())
+
+
+@pytest.mark.usefixtures("smaller_vit")
+@pytest.mark.parametrize("method", VIT_METHODS)
+def test_the_loss_of_a_masked_method_sees_the_invariant_part_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    args, data = training(backbone="tiny-vit", image_size=32)
+    reached: list[Tensor] = []
+
+    def note(model: Any) -> None:
+        # it scales class tokens and patches, channel by channel
+        last = model.backbone.vit.encoder.ln
+        reached.append((last.weight.grad != 0) | (last.bias.grad != 0))
+
+    monkeypatch.setattr(IBOT, "on_after_backward", note)
+    # with weight=0 the method's loss is all there is
+    for i, arm in enumerate([method, f"{method}, attached, weight=0"]):
+        natural_images.train(arm, data, 0, tmp_path / f"{i}.json", args)
+    bare, attached = torch.stack(reached).chunk(2)
+    assert bare.all()
+    assert attached[:, :32].all()
+    assert not attached[:, 32:].any()
+
+
+@pytest.mark.usefixtures("smaller_vit")
+def test_masked_patches_are_drawn_from_the_random_state_that_a_checkpoint_keeps() -> None:
+    model = built("iBOT")
+    drawn: list[Tensor] = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        # Python's is another one each time
+        random.seed(len(drawn))
+        drawn.append(model.draw_blocks(8))
+    assert drawn[0].shape == (8, 8, 8)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_masked_methods_need_a_vision_transformer(tmp_path: Path) -> None:
+    args, data = training()
+    with pytest.raises(SystemExit, match=r"got Sequential\. Pass --backbone tiny-vit"):
+        natural_images.train("DINOv2", data, 0, tmp_path / "x.json", args)
+
+
+@pytest.mark.usefixtures("smaller_vit")
+def test_masked_methods_are_measured_by_their_class_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data", "digits=digits", "--out", str(tmp_path), "--seeds", "0", "--epochs", "1"]
+    options += ["--batch-size", "8", "--pairs", "16", "--device", "cpu", "--limit", "30"]
+    options += ["--backbone", "tiny-vit", "--protocols", "--arms", "iBOT", "DINOv2, attached"]
+    monkeypatch.setattr("sys.argv", ["natural_images.py", *options])
+    natural_images.main()
+    bare, attached = (
+        json.loads((tmp_path / f"digits-{arm}-0.json").read_text())
+        for arm in ("iBOT", "DINOv2-attached")
+    )
+    assert list(bare["results"]) == ["whole"]
+    assert list(attached["results"]) == ["whole", "invariant", "equivariant"]
+    # what is split is pooled, as what is probed
+    assert attached["recon_aux"]["feature_dim"] == 64
+    assert not attached["recon_aux"]["spatial"]
+    assert (tmp_path / "digits-DINOv2-attached-0.png").is_file()
+    assert "| DINOv2, attached, equivariant" in (tmp_path / "table.md").read_text()
 
 
 PAPERS = "SimCLR, attached, preset='paper'"
