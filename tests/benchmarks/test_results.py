@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import curves, field, natural_images, pair_check
+from benchmarks import curves, field, frozen, homography, natural_images, pair_check
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
 from helpers.pages import text_of
@@ -26,6 +26,8 @@ def made_of(folder: Path) -> str:
     """Make a folder's table anew."""
     if folder.name in ("curves", "pair-check"):
         return {"curves": curves, "pair-check": pair_check}[folder.name].table(kept(folder))
+    if folder.name == "homography":
+        return frozen.table(kept(folder))
     make = natural_images.tables if folder.name.startswith("natural") else compare.table
     return make(kept(folder))
 
@@ -123,6 +125,16 @@ def test_long_training_meets_the_targets_and_the_page_shows_it() -> None:
         expected.append([arm, *cells])
     assert shown[0] == ["encoder", "linear %", "k-NN %", *list(field.MEASURES)[1:]]
     assert shown[1:] == expected
+
+
+def test_the_pages_corner_errors_are_those_of_the_records() -> None:
+    runs = kept(RESULTS / "homography")
+    errors = {run["arm"]: run["results"][homography.ERROR] for run in runs}
+    nothing = {f"{run['results'][homography.MEANS]:.2f}" for run in runs}
+    _, *shown = first_table(text_of("natural_images"), after="## A task that needs it")
+    assert shown[0] == ["none: the mean prediction", *nothing]
+    assert shown[1:] == [[arm, f"{error:.2f}"] for arm, error in errors.items()]
+    assert errors["SimCLR, attached"] < errors["SimCLR"] - 1
 
 
 def whole(key: str, found: dict[str, Any]) -> float:
