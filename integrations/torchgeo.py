@@ -1,9 +1,11 @@
-"""Attach to TorchGeo's self-supervised tasks: SimCLRTask, MoCoTask and BYOLTask."""
+"""Attach to TorchGeo's self-supervised tasks: SimCLR, MoCo and BYOL."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -11,7 +13,11 @@ from torch import Tensor, nn
 from recon_aux.engine.adapter import Conventions, MethodHook, attach_by
 
 try:
-    from torchgeo import trainers
+    import torchgeo
+
+    # before TorchGeo 0.10 they are trainers, and their names end in "Task"
+    _room = "tasks" if find_spec("torchgeo.tasks") else "trainers"
+    _tasks: Any = import_module(f"{torchgeo.__name__}.{_room}")
 except ImportError as error:
     raise ImportError(
         "recon_aux.integrations.torchgeo needs torchgeo; "
@@ -20,10 +26,8 @@ except ImportError as error:
 
 Task = TypeVar("Task", bound=nn.Module)
 
-# measured for the same losses in lightly; BYOLTask sums two views, and its loss squares distances
-_WEIGHTS = {"SimCLRTask": 1.0, "MoCoTask": 1.0, "BYOLTask": 0.8}
-
-_ENCODE_TWO_VIEWS = {*_WEIGHTS, "BaseTask"}
+# measured for the same losses in lightly; BYOL here sums two views, and its loss squares distances
+_WEIGHTS = {"SimCLR": 1.0, "MoCo": 1.0, "BYOL": 0.8}
 
 
 def attach(
@@ -37,7 +41,8 @@ def attach(
     """Attach to one of TorchGeo's tasks, with any number of bands; the one line.
 
     Args:
-        task: a ``SimCLRTask``, a ``MoCoTask`` of version 1, 2 or 3, or a ``BYOLTask``.
+        task: a ``SimCLR``, a ``MoCo`` of version 1, 2 or 3, or a ``BYOL``. Before TorchGeo 0.10
+            their names end in "Task".
         backbone: the encoder, or its name; by default the task's.
         heads: the modules that take the encoder's features, or their names; by default the task's.
         weight: weight of the reconstruction loss; by default what was measured for such a loss.
@@ -51,17 +56,20 @@ def attach(
         ValueError: if no encoder or no head is found; the message lists the submodules.
 
     Example:
-        >>> from torchgeo.trainers import MoCoTask
+        >>> from torchgeo.trainers import MoCoTask  # from torchgeo.tasks import MoCo
         >>> task = attach(MoCoTask(model="resnet18", in_channels=13, version=2))
         >>> task.recon_aux.image_channels
         13
     """
     given = {"backbone": backbone, "heads": heads, "weight": weight, **options}
-    if isinstance(task, trainers.BYOLTask) and backbone is None:
-        # a hook within the encoder runs the head
-        wrapper = task.model.backbone
-        given = {"features": partial(_embedding, wrapper), **given, "backbone": wrapper.model}
-    is_first = isinstance(task, trainers.MoCoTask) and task.hparams["version"] == 1
+    its: Any = task
+    if _kind(task) == "BYOL" and backbone is None:
+        wrapper = its.model.backbone
+        given["backbone"] = wrapper.model
+        if not isinstance([*wrapper.model.children()][-1], nn.Identity):
+            # a hook within the encoder, before its classifier, runs the head
+            given = {"features": partial(_embedding, wrapper), **given}
+    is_first = _kind(task) == "MoCo" and its.hparams["version"] == 1
     if not is_first or heads is not None or options.get("equivariant_dim") == 0:
         return attach_by(_TORCHGEO, task, **given)
     # MoCo's first version has no head: its loss compares the encoder's features
@@ -70,6 +78,12 @@ def attach(
     for method in ("forward", "forward_momentum"):
         MethodHook(task, method, partial(_masked, head))
     return task
+
+
+def _kind(task: Any) -> str:
+    """Say which of the tasks this is, or a subclass of; nothing if it is none of them."""
+    names = (base.__name__.removesuffix("Task") for base in type(task).__mro__)
+    return next((name for name in names if name in _WEIGHTS), "")
 
 
 def _masked(head: nn.Module, task: Any, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -86,15 +100,17 @@ def _is_head(name: str, module: nn.Module) -> bool:
 
 
 def _defaults(task: nn.Module) -> dict[str, Any]:
-    classes = (base.__name__ for base in type(task).__mro__)
-    weight = next((_WEIGHTS[name] for name in classes if name in _WEIGHTS), "auto")
     # each call encodes one view, which the task made within the step
-    return {"weight": weight, "views": 1}
+    return {"weight": _WEIGHTS.get(_kind(task), "auto"), "views": 1}
 
 
 _TORCHGEO = Conventions(
     backbones=("backbone",),
     is_head=_is_head,
     defaults=_defaults,
-    refused={name: "learns from labels" for name in {*trainers.__all__} - _ENCODE_TWO_VIEWS},
+    refused={
+        name: "rebuilds one masked view" if name.startswith("MAE") else "learns from labels"
+        for name in _tasks.__all__
+        if name != "BaseTask" and name.removesuffix("Task") not in _WEIGHTS
+    },
 )

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchgeo import trainers
 
 import recon_aux
+from helpers.geo import augmentation, task_class
 from helpers.watching import rebuilt_from
 from helpers.weights import assert_same, assert_trained, decoder_of, weights_of
 from recon_aux.integrations.torchgeo import attach
@@ -47,9 +47,9 @@ def task_of(name: str, bands: int = 3) -> Any:
     torch.manual_seed(0)
     kind, _, version = name.partition(" version ")
     options = {"version": int(version), "size": SIDE} if version else {}
-    made = getattr(trainers, kind)("resnet18", in_channels=bands, **options, **TASKS[name])
+    made = task_class(kind)("resnet18", in_channels=bands, **options, **TASKS[name])
     if kind == "BYOLTask":
-        made.model.augment = trainers.byol.SimCLRAugmentation((SIDE, SIDE))
+        made.model.augment = augmentation(SIDE)
     return made
 
 
@@ -151,8 +151,9 @@ def test_each_task_has_its_default_weight(name: str, weight: float) -> None:
 @pytest.mark.parametrize("name", ["ClassificationTask", "RegressionTask"])
 def test_tasks_with_labels_are_refused_by_name(name: str) -> None:
     options: dict[str, Any] = {"num_classes": 2} if name == "ClassificationTask" else {}
-    with pytest.raises(TypeError, match=f"got {name}, which learns from labels"):
-        attach(getattr(trainers, name)("resnet18", **options))
+    task = task_class(name)("resnet18", **options)
+    with pytest.raises(TypeError, match=f"got {type(task).__name__}, which learns from labels"):
+        attach(task)
 
 
 def test_without_torchgeo_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
