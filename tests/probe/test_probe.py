@@ -303,6 +303,13 @@ def test_scores_are_those_of_the_test_split() -> None:
     assert part.linear == part.knn == 0
 
 
+def test_pixels_that_resizing_overshot_are_taken() -> None:
+    images, labels = labelled(40, 0)
+    low, high = images.aminmax()
+    train = ((images - low) / (high - low) * 1.1 - 0.05, labels)
+    assert probe(lambda x: x.mean((2, 3)), train, train).parts["whole"].linear > 0
+
+
 def test_a_change_is_read_next_to_the_original_of_the_same_image() -> None:
     def feature(images: Tensor) -> Tensor:
         return images.mean((2, 3)).log()
