@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import recon_aux
 from helpers.pages import PAGES, blocks, commands
@@ -207,6 +208,7 @@ HAS: dict[str, Callable[[], Any]] = {
     "loader": lambda: [views(), views()],
     "x0": lambda: views()[0],
     "x1": lambda: views()[1],
+    "normalize": lambda: transforms.Normalize([0.5] * 3, [0.25] * 3),
     "train": labelled,
     "test": labelled,
     "train_images": lambda: labelled()[0],
