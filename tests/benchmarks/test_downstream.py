@@ -13,7 +13,7 @@ import torch
 from test_examples import pictures
 from torch import Tensor, nn
 
-from benchmarks import frozen, homography, natural_images
+from benchmarks import decoders, frozen, homography, natural_images
 from benchmarks.encoders import build_encoder
 from benchmarks.homography import ERROR, MEANS, SPREAD, corner_error, draw_pairs
 from helpers.running import rows, run_example
@@ -90,6 +90,27 @@ def test_an_encoder_that_knows_finds_the_corners_and_an_ignorant_one_the_mean() 
     assert guessed[ERROR] == pytest.approx(guessed[MEANS], rel=0.02)
 
 
+# --- decoders ---
+
+
+def test_a_decoder_uses_what_it_sees_of_the_other_view() -> None:
+    def views(seed: int) -> decoders.Views:
+        shades = torch.rand(128, 3, generator=torch.Generator().manual_seed(seed))
+        images = shades[:, :, None, None].expand(2, -1, -1, 16, 16)
+        # the first half knows the shades, the last half nothing
+        features = torch.cat([shades, torch.ones_like(shades)], dim=1)
+        return decoders.Views(images, features.expand(2, -1, -1))
+
+    state = torch.get_rng_state()
+    found = {
+        context: decoders.train_decoder(context, views(0), views(1), steps=120)
+        for context in decoders.CONTEXTS
+    }
+    assert torch.equal(torch.get_rng_state(), state)
+    assert max(found["none"], found["equivariant"]) < 5
+    assert min(found["invariant"], found["both"]) > 40
+
+
 # --- encoders of a study ---
 
 
@@ -156,6 +177,15 @@ def test_every_encoder_is_measured_once_and_laid_beside_the_others(study: Path) 
     assert drawn == {"table", *(path.stem for path in out.glob("*.json"))}
     with pytest.raises(AssertionError, match="--pairs 32, not 16"):
         run_example(*command, "--pairs", "16", "--device", "cpu")
+
+
+def test_decoders_are_compared_on_the_encoders_of_a_study(study: Path) -> None:
+    command: list[Any] = ["benchmarks/decoders.py", study / "runs", study / "photos"]
+    options = ["--limit", "10", "--steps", "2", "--device", "cpu", "--arms", "SimCLR, attached"]
+    head, shown = rows(run_example(*command, *options))
+    assert head[2:] == list(decoders.CONTEXTS)
+    record = json.loads((study / "runs" / "decoders" / "some-SimCLR-attached-1.json").read_text())
+    assert shown[2:] == [f"{record['results'][context]:.2f}" for context in decoders.CONTEXTS]
 
 
 def test_encoders_that_are_gone_are_left_out(study: Path, tmp_path: Path, capsys: Any) -> None:
