@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import curves, field, frozen, homography, natural_images, pair_check
+from benchmarks import curves, decoders, field, frozen, homography, natural_images, pair_check
 from benchmarks.records import kept, results_of
 from benchmarks.views3d import compare
 from helpers.pages import text_of
@@ -26,7 +26,7 @@ def made_of(folder: Path) -> str:
     """Make a folder's table anew."""
     if folder.name in ("curves", "pair-check"):
         return {"curves": curves, "pair-check": pair_check}[folder.name].table(kept(folder))
-    if folder.name == "homography":
+    if folder.name in ("decoders", "homography"):
         return frozen.table(kept(folder))
     make = natural_images.tables if folder.name.startswith("natural") else compare.table
     return make(kept(folder))
@@ -135,6 +135,12 @@ def test_the_pages_corner_errors_are_those_of_the_records() -> None:
     assert shown[0] == ["none: the mean prediction", *nothing]
     assert shown[1:] == [[arm, f"{error:.2f}"] for arm, error in errors.items()]
     assert errors["SimCLR, attached"] < errors["SimCLR"] - 1
+
+
+def test_the_pages_decoders_are_those_of_the_record() -> None:
+    (run,) = kept(RESULTS / "decoders")
+    shown = rows(text_of("natural_images").split("worth to the decoder")[1].split("## Run it")[0])
+    assert shown[1][1:] == [f"{run['results'][context]:.2f}" for context in decoders.CONTEXTS]
 
 
 def whole(key: str, found: dict[str, Any]) -> float:
