@@ -70,7 +70,7 @@ def build_model(
     model = methods[arm.method](encoder, width, **({"lr": lr} | own))
     if not arm.attached:
         return model
-    return attach(model, **(getattr(model, "attach_options", {}) | arm.options))
+    return attach(model, **(model.attach_options | arm.options))
 
 
 def attached_with(model: Any) -> dict[str, Any]:

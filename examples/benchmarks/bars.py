@@ -62,6 +62,21 @@ def draw(
     plt.close(figure)
 
 
+def draw_across(axis: Any, found: Mapping[str, list[float]]) -> None:
+    """Draw a bar across for each arm, the mean over seeds, with the standard deviation.
+
+    Args:
+        axis: to draw on.
+        found: each arm's values, one for each seed; none leave a gap.
+    """
+    heights = [mean(values) if values else float("nan") for values in found.values()]
+    # one seed has no standard deviation
+    spread = [stdev(values) if len(values) > 1 else float("nan") for values in found.values()]
+    ours = ("attached", "recon_aux")
+    colors = ["tab:orange" if any(x in arm for x in ours) else "tab:blue" for arm in found]
+    axis.barh(range(len(found)), heights, xerr=spread, color=colors, capsize=2)
+
+
 def _draw_bars(
     axis: Any,
     runs: list[Record],

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recon_aux import CrossAttentionDecoder
+from recon_aux.task.options import Context, Options
 
 # let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,7 +29,7 @@ from benchmarks.encoders import build_encoder
 from benchmarks.frozen import find_trained, measure_trained, task_parser
 from benchmarks.images import Split, TwoViews, load
 
-CONTEXTS = ("none", "invariant", "equivariant", "both")
+CONTEXTS: tuple[Context, ...] = ("none", "invariant", "equivariant", "both")
 """What a decoder sees of the other view, by its column in the table."""
 
 
@@ -66,35 +67,30 @@ def encode_views(encoder: nn.Module, split: Split, seed: int) -> Views:
     return Views(torch.cat(images, dim=1).to(device), torch.cat(features, dim=1).float())
 
 
-def train_decoder(context: str, train: Views, test: Views, steps: int) -> float:
+def train_decoder(context: Context, train: Views, test: Views, steps: int) -> float:
     """Train a decoder; give the percent of the variance that it explains on test views."""
-    channels = train.features.shape[-1]
-    split = channels // 2
-    parts = {
-        "none": slice(0, 0),
-        "invariant": slice(split),
-        "equivariant": slice(split, channels),
-        "both": slice(channels),
-    }
-    seen, side = parts[context], train.images.shape[-1]
-    width = len(range(channels)[seen])
+    options = Options(train.features.shape[-1], target_size=train.images.shape[-1])
+    own_part, seen = options.channels("equivariant"), options.channels(context)
     device = train.images.device
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        decoder = CrossAttentionDecoder(channels - split, width, target_size=side).to(device)
+        decoder = CrossAttentionDecoder(own_part[1], seen[1], target_size=options.target_size).to(
+            device
+        )
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
         for step in range(steps):
             own = step % 2
             rows = torch.randint(train.images.shape[1], (128,))
             mine, other = train.features[own, rows], train.features[1 - own, rows]
-            rebuilt = decoder(mine[:, split:], other[:, seen])
+            rebuilt = decoder(mine.narrow(1, *own_part), other.narrow(1, *seen))
             optimizer.zero_grad()
             F.mse_loss(rebuilt, train.images[own, rows]).backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        rebuilt = decoder(test.features[0][:, split:], test.features[1][:, seen])
+        mine, other = test.features
+        rebuilt = decoder(mine.narrow(1, *own_part), other.narrow(1, *seen))
     return explained(rebuilt, test.images[0])
 
 

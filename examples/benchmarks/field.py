@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ from recon_aux.probe import SETS, markdown_table
 
 # let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.bars import draw_across
 from benchmarks.options import refuse_others
 from benchmarks.records import Record, as_text, kept, results_of, with_spread
 
@@ -93,12 +94,11 @@ def draw(groups: dict[str, list[Record]], path: Path) -> None:
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey=True)
     for line, (data, runs) in zip(axes, groups.items(), strict=True):
         for axis, (title, of) in zip(line, MEASURES.items(), strict=True):
-            found = [[of(result["whole"]) for result in results_of(runs, arm)] for arm in arms]
-            # an arm that another data set has
-            heights = [mean(values) if values else float("nan") for values in found]
-            spread = [stdev(values) if len(values) > 1 else float("nan") for values in found]
-            colors = ["tab:orange" if "attached" in arm else "tab:blue" for arm in arms]
-            axis.barh(range(len(arms)), heights, xerr=spread, color=colors, capsize=2)
+            # an arm that another data set has leaves a gap
+            draw_across(
+                axis,
+                {arm: [of(result["whole"]) for result in results_of(runs, arm)] for arm in arms},
+            )
             axis.set_title(title, fontsize=9)
         line[0].set_yticks(range(len(arms)), arms, fontsize=8)
         line[0].set_ylabel(data)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ import torch
 from pytorch_lightning import seed_everything
 from torch import nn
 
+from benchmarks.bars import draw_across
 from benchmarks.records import Record, as_text, file_name, kept, record, results_of, with_spread
 from benchmarks.resuming import needs_no_training, trained_on
 from benchmarks.study import run_study
@@ -169,12 +170,8 @@ def draw(done: list[Record], shown: str, nothing: str, path: Path) -> None:
     size = 3.5 * len(groups) + 2, 0.3 * len(arms) + 1.2
     figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, sharey=True)
     for axis, (data, runs) in zip(axes[0], groups.items(), strict=True):
-        found = [[results[shown] for results in results_of(runs, arm)] for arm in arms]
-        # an arm that another data set has; one seed has no standard deviation
-        heights = [mean(values) if values else float("nan") for values in found]
-        spread = [stdev(values) if len(values) > 1 else float("nan") for values in found]
-        colors = ["tab:orange" if "attached" in a or "recon_aux" in a else "tab:blue" for a in arms]
-        axis.barh(range(len(arms)), heights, xerr=spread, color=colors, capsize=2)
+        # an arm that another data set has leaves a gap
+        draw_across(axis, {a: [found[shown] for found in results_of(runs, a)] for a in arms})
         axis.axvline(mean(run["results"][nothing] for run in runs), color="k", ls=":")
         axis.set(title=data, xlabel=f"{shown} (dotted: {nothing})")
     axes[0, 0].set_yticks(range(len(arms)), arms)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,7 +135,9 @@ def probe_command(
         name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
     }
 
-    load = partial(_load_images, data, size, images)
+    def load(own: int | None) -> Images:
+        return load_images(data, size or own, images)
+
     probed = probe_all(found, load, normalization, where, console, regressor)
     console.print(
         f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False
@@ -159,10 +160,6 @@ def _save_picture(path: Path, probed: Probed, console: Console) -> None:
             highlight=False,
             markup=False,
         )
-
-
-def _load_images(data: str, size: int | None, count: int, own: int | None) -> Images:
-    return load_images(data, size or own, count)
 
 
 @app.command()

@@ -55,10 +55,9 @@ class Normalization:
             numbers = tuple(map(float, text.split(",")))
         except ValueError:
             numbers = ()
-        if len(numbers) not in (2, 6) or not all(0 <= x <= 1 for x in numbers):
-            numbers = (0.0, 0.0)
         mean, std = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-        if min(std) == 0:
+        is_known = len(numbers) in (2, 6) and all(0 <= x <= 1 for x in numbers)
+        if not is_known or min(std) == 0:
             raise UserError(
                 "expected --normalize as imagenet, none or MEAN,STD of pixels from 0 to 1, got "
                 f"{text!r}. Pass one of these, as --normalize 0.5,0.25, or three means and three "

@@ -197,8 +197,8 @@ class Monitor(_Base):  # type: ignore[misc]
         if plan is None or not plan.pixels:
             return
         images = as_floats(stream.images[: self.batch_size]).to(_device_of(model))
-        seen = images if self.normalize is None else self.normalize(images)
-        ours, theirs = tuple(float(x) for x in seen.aminmax()), plan.pixels
+        seen = self._normalized(images).aminmax()
+        ours, theirs = tuple(float(x) for x in seen), plan.pixels
         if _is_plain(*ours) != _is_plain(*theirs):
             warnings.warn(
                 f"recon_aux.Monitor: expected pixels as in training, from {theirs[0]:.2f} to "
@@ -213,11 +213,13 @@ class Monitor(_Base):  # type: ignore[misc]
         call, dtype = self._call_of(model), next(model.parameters(), torch.empty(0)).dtype
 
         def encode(images: Tensor) -> Tensor:
-            images = images if self.normalize is None else self.normalize(images)
-            feature: Tensor = run_eagerly(call, images.to(dtype))
+            feature: Tensor = run_eagerly(call, self._normalized(images).to(dtype))
             return feature
 
         return encode
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return images if self.normalize is None else self.normalize(images)
 
     def _call_of(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         spatial = is_attached(model) and bool(attachment_of(model).aux.options["spatial"])

@@ -115,16 +115,14 @@ def _pair(item: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_image(value: Any) -> Tensor | None:
-    if hasattr(value, "__array_interface__") and not hasattr(value, "mode"):
-        value = torch.as_tensor(value)
-    if isinstance(value, Tensor):
-        return value if value.ndim in (3, 4) else None
     if hasattr(value, "convert") and hasattr(value, "mode"):
         import numpy as np  # noqa: PLC0415
 
         pixels = torch.from_numpy(np.array(value if value.mode == "L" else value.convert("RGB")))
         return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
-    return None
+    if hasattr(value, "__array_interface__"):
+        value = torch.as_tensor(value)
+    return value if isinstance(value, Tensor) and value.ndim in (3, 4) else None
 
 
 def _as_label(value: Any, ndim: int) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from scipy.ndimage import binary_dilation
 from torch import Tensor
 
-from helpers.running import rows, run_example
+from helpers.running import render_objects, rows, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 
@@ -24,11 +24,7 @@ from benchmarks.views3d.segmentation import MAP, MEANS, POOLED, mean_iou
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two objects of each class, four views of each, with masks."""
-    root = tmp_path_factory.mktemp("objects")
-    options = ["--objects", "2", "--views", "4", "--size", "32", "--val", "0.5", "--workers", "2"]
-    run_example("benchmarks/views3d/render.py", root, *options)
-    return root
+    return render_objects(tmp_path_factory.mktemp("objects"))
 
 
 @pytest.mark.parametrize("name", ["car", "guitar", "mug"])

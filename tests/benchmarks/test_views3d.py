@@ -14,7 +14,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
 
-from helpers.running import fail_once, rows, run_example
+from helpers.running import fail_once, render_objects, rows, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 from lightly.loss.vicreg_loss import covariance_loss
@@ -27,11 +27,7 @@ from benchmarks.views3d.objects import OBJECTS, make
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two objects of each class, four views of each."""
-    root = tmp_path_factory.mktemp("objects")
-    options = ["--objects", "2", "--views", "4", "--size", "32", "--val", "0.5", "--workers", "2"]
-    run_example("benchmarks/views3d/render.py", root, *options)
-    return root
+    return render_objects(tmp_path_factory.mktemp("objects"))
 
 
 def test_the_layout_is_3diebenchs(folder: Path) -> None:

@@ -49,6 +49,13 @@ def run_python(
     )
 
 
+def render_objects(folder: Path) -> Path:
+    """Render two objects of each class into a folder, four views of each, with masks."""
+    options = ["--objects", "2", "--views", "4", "--size", "32", "--val", "0.5", "--workers", "2"]
+    run_example("benchmarks/views3d/render.py", folder, *options)
+    return folder
+
+
 def fail_once(monkeypatch: pytest.MonkeyPatch, method: Any, at: int) -> list[int]:
     """Let a method's so-manyth training step fail; list the steps that are begun."""
     step = method.training_step
