@@ -146,15 +146,18 @@ class CrossAttentionDecoder(nn.Module):
             nn.LayerNorm(dim), nn.Linear(dim, image_channels * patch_size**2)
         )
 
-    def forward(self, equivariant: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, equivariant: Tensor, context: Tensor | None = None, *, as_patches: bool = False
+    ) -> Tensor:
         """Rebuild images.
 
         Args:
             equivariant: of the views to rebuild: ``(B, E)``, ``(B, E, H, W)`` or ``(B, N, E)``.
             context: of the other views, likewise; ignored if ``context_dim`` is 0.
+            as_patches: leave the patches apart; :meth:`assemble` makes images of them.
 
         Returns:
-            ``(B, C, target_size, target_size)``.
+            ``(B, C, target_size, target_size)``, or patches, row by row, ``(B, P, N)``.
 
         Raises:
             ValueError: if a feature's rank doesn't fit ``spatial``, or context is missing.
@@ -174,5 +177,9 @@ class CrossAttentionDecoder(nn.Module):
         for block in self.blocks:
             queries = block(queries, tokens)
         patches: Tensor = self.to_patch(queries)
+        return patches if as_patches else self.assemble(patches)
+
+    def assemble(self, patches: Tensor) -> Tensor:
+        """Make images of patches, ``(B, P, N)`` -> ``(B, C, target_size, target_size)``."""
         p = self.patch_size
         return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)

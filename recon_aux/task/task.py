@@ -24,7 +24,7 @@ from recon_aux.task.options import TERMS, Options, Reconstruct, differences, pac
 from recon_aux.task.splitter import FeatureSplitter, as_feature, pooled
 from recon_aux.task.terms.edges import Edges
 from recon_aux.task.terms.prediction import PredictionTerm, read
-from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view
+from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view, to_patches
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
 from recon_aux.task.turns import forget_turns, takes_turn
@@ -221,7 +221,10 @@ class ReconAux(nn.Module):
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
         # what is rebuilt comes first: one compiled graph serves either view
         order = (1, 0) if chosen == (1,) else (0, 1)
-        resized = torch.cat([resize_view(views[i], self.target_size) for i in order])
+        size = self.target_size
+        # flattened: channels_last would slow down all that follows
+        resized = torch.cat([resize_view(views[i], size).flatten(2) for i in order])
+        resized = resized.view(*resized.shape[:2], size, size)
         dtype = self.decoder.queries.dtype
         inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
@@ -240,7 +243,7 @@ class ReconAux(nn.Module):
             **losses,
             target=resized[: len(rebuilt)],
             rebuilt=chosen,
-            draw=partial(self.pixel_scale.restore, rebuilt),
+            draw=lambda: self.pixel_scale.restore(self.decoder.assemble(rebuilt)),
         )
 
     @torch.no_grad()
@@ -319,7 +322,7 @@ class ReconAux(nn.Module):
 def _losses(
     aux: ReconAux, features: Sequence[Tensor], resized: Tensor, count: int
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Compute the loss, each term's, and the first views rebuilt, whitened, of tensors alone.
+    """Compute the loss, each term's, and patches of the first views rebuilt, of tensors alone.
 
     Only the loss has a gradient.
 
@@ -329,18 +332,22 @@ def _losses(
     white = aux.pixel_scale.whiten(resized)
     parts = [options.part("equivariant", feature) for feature in features]
     others = [options.part(options.context, feature) for feature in reversed(features)]
-    own, context = (_joined(pair[:count]) for pair in (parts, others))
-    rebuilt = aux.decoder(own, context).float()
-    losses = {f"{name}_loss": rebuilt.new_zeros(()) for name in TERMS if name not in terms}
-    loss = aux.reconstruction_loss(rebuilt, white[: len(rebuilt)])
-    losses["reconstruction_loss"] = loss.detach()
+    # the terms first: they need memory for a moment, the decoder until the gradients are known
+    found = {}
     if terms:
         equivariant = torch.cat([pooled(part) for part in parts])
         numbers = read([term.readout for term in terms.values()], equivariant)
         for (name, term), its in zip(terms.items(), numbers, strict=True):
-            own_loss = term(its, white)
-            losses[f"{name}_loss"] = own_loss.detach()
-            loss = torch.add(loss, own_loss, alpha=getattr(options, name))
+            found[name] = term(its, white)
+    own, context = (_joined(pair[:count]) for pair in (parts, others))
+    rebuilt = aux.decoder(own, context, as_patches=True).float()
+    losses = {f"{name}_loss": rebuilt.new_zeros(()) for name in TERMS if name not in terms}
+    target = to_patches(white[: len(rebuilt)], options.patch_size)
+    loss = aux.reconstruction_loss.of_patches(rebuilt, target)
+    losses["reconstruction_loss"] = loss.detach()
+    for name, own_loss in found.items():
+        losses[f"{name}_loss"] = own_loss.detach()
+        loss = torch.add(loss, own_loss, alpha=getattr(options, name))
     return loss, losses, rebuilt.detach()
 
 

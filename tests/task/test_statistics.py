@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from helpers.features import smooth_pictures
@@ -122,3 +123,16 @@ def test_a_linear_feature_tells_all_statistics() -> None:
         losses.append(loss.item())
     assert losses[0] > 0.7
     assert losses[-1] < 0.2
+
+
+@pytest.mark.parametrize("side", [12, 28])
+def test_a_blur_takes_most_from_the_finest_octave_of_images_of_any_side(side: int) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, side, side)
+    statistics = Statistics(3)
+    assert statistics(images).shape == (64, 21)
+    blurred = (images + images.roll(1, -1)) / 2
+    # columns: six means and correlations, three energies of the whole, then those of each octave
+    lost = (statistics.plain(images) - statistics.plain(blurred))[:, 9:18]
+    fine, middle, coarse = lost.view(64, 3, 3).mean(dim=(0, 2)).tolist()
+    assert fine > middle > coarse > 0

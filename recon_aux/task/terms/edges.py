@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recon_aux.task.terms.prediction import PredictionTarget
+from recon_aux.task.terms.shrinking import shrink
 
 # cells along each side of the image, and directions in each cell, a power of 2
 _CELLS, _DIRECTIONS = 8, 8
@@ -39,24 +40,26 @@ class Edges(PredictionTarget):
 
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, 512)``: directions, rows, columns."""
-        if images.shape[-1] > _SIDE:
-            images = F.adaptive_avg_pool2d(images, _SIDE)
-        padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-        x = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-        y = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-        # at each pixel the channel counts that is steepest there
-        squares = torch.addcmul(x.square(), y, y)
-        steepest = squares.amax(dim=1, keepdim=True)
-        # masked_fill takes ten times as long on a CPU
-        counts = (squares == steepest).to(x.dtype)
-        x, y = ((steps * counts).sum(dim=1) for steps in (x, y))
-        turn = torch.atan2(y, x)
-        turn = turn * (_DIRECTIONS / (2 * math.pi))
+        steepness, turn = _steepest(shrink(images, min(_SIDE, images.shape[-1])))
         # the two nearest directions share the steepness
         before = turn.floor()
-        near = torch.stack([before, before + 1], dim=1).long() & (_DIRECTIONS - 1)
-        steepness = steepest.sqrt()
-        after = (turn - before)[:, None] * steepness
-        steep = images.new_zeros(len(images), _DIRECTIONS, *images.shape[2:])
-        steep.scatter_(1, near, torch.cat([steepness - after, after], dim=1))
-        return (F.adaptive_avg_pool2d(steep, _CELLS) + _FLOOR).log().flatten(1)
+        after = (turn - before) * steepness
+        near = before.long() & (_DIRECTIONS - 1)
+        steep = images.new_zeros(len(turn), _DIRECTIONS, *turn.shape[2:])
+        steep.scatter_(1, near, steepness - after)
+        steep.scatter_(1, (near + 1) & (_DIRECTIONS - 1), after)
+        return (shrink(steep, _CELLS) + _FLOOR).log().flatten(1)
+
+
+def _steepest(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Give how steep each pixel is, and its direction, from -4 to 4, both ``(B, 1, H, W)``."""
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    x = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+    y = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    # at each pixel the channel counts that is steepest there
+    squares = torch.addcmul(x.square(), y, y)
+    steepest = squares.amax(dim=1, keepdim=True)
+    # masked_fill takes ten times as long on a CPU
+    counts = squares.eq_(steepest)
+    x, y = (steps.mul_(counts).sum(dim=1, keepdim=True) for steps in (x, y))
+    return steepest.sqrt(), torch.atan2(y, x) * (_DIRECTIONS / (2 * math.pi))

@@ -111,7 +111,11 @@ class ReconstructionLoss(nn.Module):
                 f"expected a reconstruction shaped like its target {tuple(target.shape)}, "
                 f"got {tuple(reconstruction.shape)}. Pass two of one shape."
             )
-        got, expected = (_to_patches(x.float(), self.patch_size) for x in (reconstruction, target))
+        return self.of_patches(*(to_patches(x, self.patch_size) for x in (reconstruction, target)))
+
+    def of_patches(self, got: Tensor, expected: Tensor) -> Tensor:
+        """Compare the patches of a reconstruction with its target's, both ``(B, P, N)``."""
+        got, expected = got.float(), expected.float()
         error = getattr(F, f"{self.kind}_loss")
         loss: Tensor = error(
             got, _normalized(expected, 1e-6) if self.normalize_patches else expected
@@ -128,8 +132,8 @@ class ReconstructionLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Cut ``(B, C, H, W)`` into square patches, ``(B, P, N)``."""
+def to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut ``(B, C, H, W)`` into square patches, row by row, ``(B, P, N)``."""
     p = patch_size
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 

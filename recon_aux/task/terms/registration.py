@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recon_aux.task.terms.prediction import LinearReadout
+from recon_aux.task.terms.shrinking import shrink
 
 # sides at which images are compared, in pixels: the coarse one gives a gradient from farther away
 _SIDES = (16, 8)
@@ -134,47 +135,83 @@ def likeness(maps: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         The mean product of standardised images, ``(2*B, 2)``, and its gradient with respect to the
         maps, ``(2*B, 2, 2, 3)``.
     """
-    constants, (count, channels) = _constants(images.device), images.shape[:2]
-    targets = torch.cat([F.adaptive_avg_pool2d(images, x).flatten(2) for x in _SIDES], dim=2)
+    constants = _constants(images.device)
+    targets = torch.cat([shrink(images, side).flatten(2) for side in _SIDES], dim=2)
     targets = _centered(targets, constants)
     power = _product(targets.square().mean(dim=1), constants.mean, constants.floor)
     targets = targets * _product(power.rsqrt(), constants.spread)[:, None]
-    # pixels that are outside read the zero at the end
-    others = F.pad(targets.roll(count // 2, dims=0), (0, 1))
-    grid = constants.grid.expand(2 * count, -1, -1)
-    places = _product(maps.flatten(0, 1), grid, constants.center)
-    first = places.floor()
-    x, y = (places - first).view(count, 2, 2, 1, -1).unbind(2)
-    # NaN becomes a large number, which is clamped
-    columns, rows = first.long().clamp(constants.least, constants.most).unbind(1)
-    begin = torch.addcmul(columns, rows, constants.width).view(count, 2, 1, -1)
-    index = constants.pixel.take(begin + constants.corners).flatten(2)
-    index = index[:, :, None].expand(-1, -1, channels, -1)
-    corners = others[:, None].expand(-1, 2, -1, -1).gather(3, index)
-    left, right = corners.view(count, 2, channels, 2, 2, -1).unbind(4)
-    # derivatives of a moved pixel by its place; in place, since memory takes longer than arithmetic
-    by_x = right.sub_(left)
-    upper, lower = left.addcmul_(by_x, x[:, :, :, None]).unbind(3)
-    by_x, by_y = by_x[:, :, :, 0].lerp(by_x[:, :, :, 1], y), lower.sub_(upper)
-    moved = _centered(upper.addcmul_(by_y, y).flatten(0, 1), constants)
-    moved, targets = moved.view(count, 2, channels, -1), targets[:, None]
-    products = (moved[:, :, None] * torch.stack([moved, targets.expand_as(moved)], dim=2)).mean(3)
-    means = _product(products.flatten(0, 2), constants.mean).view(count, 2, 2, -1)
+    moved, by_place = _moved(maps, targets.roll(len(targets) // 2, dims=0), constants)
+    moved, targets = _centered(moved, constants), targets[:, None]
+    products = torch.stack([(moved * x).mean(dim=2) for x in (moved, targets)], dim=2)
+    means = _product(products.flatten(0, 2), constants.mean).view(*products.shape[:3], -1)
     power, product = means.unbind(2)
     scale = (power + _FLOOR).rsqrt()
     alike = scale * product
     # both have zero mean, so the mean's own derivative vanishes
-    factors = torch.stack([scale, alike * scale * scale], dim=2).flatten(0, 2)
-    by_target, by_moved = _product(factors, constants.share).view(count, 2, 2, 1, -1).unbind(2)
+    factors = torch.stack([scale, alike * scale * scale], dim=2)
+    factors = _product(factors.flatten(0, 2), constants.share).view(products.shape)
+    by_target, by_moved = factors[:, :, :, None].unbind(2)
     by_pixel = torch.addcmul(by_target * targets, by_moved, moved, value=-1)
-    by_place = (by_pixel[:, :, None] * torch.stack([by_x, by_y], dim=2)).mean(dim=3)
+    by_place = by_place.mul_(by_pixel[:, :, None]).mean(dim=3)
     by_map = _product(by_place.flatten(0, 2), constants.grid.mT)
-    return alike.mean(dim=2), by_map.view(count, 2, 2, 3)
+    return alike.mean(dim=2), by_map.view(maps.shape)
+
+
+def _moved(maps: Tensor, images: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+    """Move images by both maps.
+
+    Args:
+        maps: as of :func:`motions`, ``(2*B, 2, 2, 3)``.
+        images: ``(2*B, C, P)``.
+
+    Returns:
+        The moved images, ``(2*B, 2, C, P)``, and the derivatives of their pixels by the place where
+        they are read, ``(2*B, 2, 2, C, P)``: to the right, then downwards.
+    """
+    corners, fractions = _corners(maps, images, constants)
+    left, right = corners.unbind(4)
+    x, y = fractions[:, :, :, None].unbind(2)
+    # in place, since memory takes longer than arithmetic
+    by_x = right.sub_(left)
+    upper, lower = left.addcmul_(by_x, x[:, :, :, None]).unbind(3)
+    by_x, by_y = by_x[:, :, :, 0].lerp(by_x[:, :, :, 1], y), lower.sub_(upper)
+    return torch.addcmul(upper, by_y, y), torch.stack([by_x, by_y], dim=2)
+
+
+def _corners(maps: Tensor, images: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+    """Read the four pixels around each place, ``(2*B, 2, C, 2, 2, P)``: rows, then columns.
+
+    And return how far from the first of them the place is, as of :func:`_places`.
+    """
+    count, channels = images.shape[:2]
+    sides = zip(images.split_with_sizes([side**2 for side in _SIDES], dim=2), _SIDES, strict=True)
+    squares = (pixels.view(count, channels, side, side) for pixels, side in sides)
+    images = torch.cat([F.pad(square, [_MARGIN] * 4).flatten(2) for square in squares], dim=2)
+    index, fractions = _places(maps, constants)
+    index = index[:, :, None].expand(-1, -1, channels, -1)
+    corners = images[:, None].expand(-1, 2, -1, -1).gather(3, index)
+    return corners.view(count, 2, channels, 2, 2, -1), fractions
+
+
+def _places(maps: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+    """Find where maps read: four pixels each, and the place between them.
+
+    Returns:
+        Numbers of pixels in images with a margin, ``(2*B, 2, 4*P)``: upper left, upper right, lower
+        left, lower right. And how far to the right and downwards, from 0 to 1, ``(2*B, 2, 2, P)``.
+    """
+    grid = constants.grid.expand(maps.shape[0] * maps.shape[1], -1, -1)
+    places = _product(maps.flatten(0, 1), grid, constants.center).view(*maps.shape[:3], -1)
+    first = places.floor()
+    # NaN becomes a large number, which is clamped
+    columns, rows = first.long().clamp(constants.least, constants.most).unbind(2)
+    begin = torch.addcmul(columns * constants.step, rows, constants.width)
+    return (begin[:, :, None] + constants.corners).flatten(2), places - first
 
 
 def _centered(pixels: Tensor, constants: _Constants) -> Tensor:
-    """Take from ``(B, C, P)`` the mean over the pixels of each side."""
-    lines = pixels.flatten(0, 1)
+    """Take from ``(..., P)`` the mean over the pixels of each side."""
+    lines = pixels.flatten(0, -2)
     means = _product(lines, constants.mean)
     return _product(means, constants.spread, lines, alpha=-1).view(pixels.shape)
 
@@ -203,8 +240,8 @@ class _Constants(NamedTuple):
         least: line of pixels where a place outside is read, ``()``.
         most: and at the other end, ``(P,)``.
         width: of an image with its margin, ``(P,)``.
-        corners: added to a place to find its four neighbours in ``pixel``, ``(2, 4, P)``.
-        pixel: which pixel stands at a place of an image with its margin.
+        step: to the next column, of the image and of the mirrored one, ``(2, 1)``.
+        corners: numbers of the four pixels that are read at the place 0, 0, ``(2, 4, P)``.
         floor: added to the power of an image, ``()``.
         mean: averages over each side's pixels, ``(P, sides)``.
         spread: gives each side's number to its pixels, ``(sides, P)``.
@@ -219,8 +256,8 @@ class _Constants(NamedTuple):
     least: Tensor
     most: Tensor
     width: Tensor
+    step: Tensor
     corners: Tensor
-    pixel: Tensor
     floor: Tensor
     mean: Tensor
     spread: Tensor
@@ -237,19 +274,16 @@ def _constants(device: torch.device) -> _Constants:
 @cache
 @torch.inference_mode(False)
 def _made_constants(device: torch.device) -> _Constants:
-    outside = sum(side**2 for side in _SIDES)
-    grids: list[Tensor] = []
-    mirrored, corners, begin = [], [], 0
+    grids, corners, begin = [], [], 0
     for side in _SIDES:
         y, x = torch.meshgrid(*[(2 * torch.arange(side) + 1) / side - 1] * 2, indexing="ij")
-        pixels = torch.arange(side**2).view(side, side) + sum(grid.shape[1] for grid in grids)
         grids.append(torch.stack([x.flatten(), y.flatten(), torch.ones(side**2)]) * side / 2)
-        padded = [F.pad(p, [_MARGIN] * 4, value=outside) for p in (pixels, pixels.flip(1))]
-        mirrored.append(torch.stack([p.flatten() for p in padded]))
         width = side + 2 * _MARGIN
-        first = begin + _MARGIN * (width + 1)
-        corner = torch.tensor([first, first + 1, first + width, first + width + 1])
-        corners.append(corner[:, None].expand(-1, side**2))
+        left = begin + _MARGIN * (width + 1)
+        right = left + side - 1
+        square = [[left, left + 1], [right, right - 1]]
+        corner = torch.tensor([[*pair, *(x + width for x in pair)] for pair in square])
+        corners.append(corner[..., None].expand(-1, -1, side**2))
         begin += width**2
     sides = torch.cat([torch.full((side**2,), side) for side in _SIDES])
     spread = torch.stack([(sides == side).float() for side in _SIDES])
@@ -264,10 +298,10 @@ def _made_constants(device: torch.device) -> _Constants:
         least=torch.tensor(-_MARGIN),
         most=sides,
         width=sides + 2 * _MARGIN,
-        corners=torch.cat(corners, dim=1) + begin * torch.arange(2)[:, None, None],
-        pixel=torch.cat(mirrored, dim=1).flatten(),
+        step=torch.tensor([[1], [-1]]),
+        corners=torch.cat(corners, dim=2),
         floor=torch.tensor(_FLOOR),
-        mean=mean.T.contiguous(),
+        mean=mean.T,
         spread=spread,
         share=mean / len(_SIDES),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recon_aux.task.calibration import color_axes
 from recon_aux.task.terms.prediction import PredictionTarget
+from recon_aux.task.terms.shrinking import shrink
 
 _OCTAVES = 3
 # of energies; below it they are noise
@@ -48,21 +48,28 @@ class Statistics(PredictionTarget):
 
     def plain(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, N)``: means, correlations, energies."""
+        # a side that can be halved for each octave
+        side = max(1, images.shape[-1] >> _OCTAVES) << _OCTAVES
+        images = shrink(images, side)
         colors = self.axes.mT.expand(len(images), -1, -1).bmm(images.flatten(2))
         squares = torch.baddbmm(colors.new_zeros(()), colors, colors.mT, alpha=1 / colors.shape[2])
         whole = squares.diagonal(dim1=1, dim2=2)
         by_norm = (whole + _FLOOR).rsqrt()
         one, other = _pairs(images.shape[1], images.device)
         correlations = (squares * by_norm[:, None] * by_norm[:, :, None])[:, one, other]
-        images, energies = colors.view_as(images), [whole]
+        means = colors.mean(dim=2)
+        images = (colors - means[..., None]).view_as(images)
+        norms = [torch.linalg.vector_norm(images, dim=(2, 3))]
         for _ in range(_OCTAVES):
-            coarse = F.adaptive_avg_pool2d(images, max(1, images.shape[-1] // 2))
-            fine = images - F.interpolate(coarse, images.shape[-2:], mode="nearest")
-            energies.append(fine.square().mean(dim=(2, 3)))
-            images = coarse
-        energies.append(images.var(dim=(2, 3), correction=0))
-        logarithms = (torch.cat(energies, dim=1) + _FLOOR).log()
-        return torch.cat([colors.mean(dim=2), correlations, logarithms], dim=1)
+            images = images[..., ::2, :].lerp(images[..., 1::2, :], 0.5)
+            # twice the average: a quarter of the pixels then have the same sum of squares
+            images = images[..., ::2] + images[..., 1::2]
+            norms.append(torch.linalg.vector_norm(images, dim=(2, 3)))
+        variances = (torch.stack(norms, dim=1) / side).square()
+        # rounding may make it negative
+        octaves = (variances[:, :-1] - variances[:, 1:]).clamp(min=0)
+        energies = torch.cat([whole[:, None], octaves, variances[:, -1:]], dim=1)
+        return torch.cat([means, correlations, (energies + _FLOOR).log().flatten(1)], dim=1)
 
 
 # compiled code keeps them, and doesn't look into a cached function without a warning
