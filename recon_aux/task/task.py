@@ -221,10 +221,7 @@ class ReconAux(nn.Module):
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
         # what is rebuilt comes first: one compiled graph serves either view
         order = (1, 0) if chosen == (1,) else (0, 1)
-        size = self.target_size
-        # flattened: channels_last would slow down all that follows
-        resized = torch.cat([resize_view(views[i], size).flatten(2) for i in order])
-        resized = resized.view(*resized.shape[:2], size, size)
+        resized = _stacked([resize_view(views[i], self.target_size) for i in order])
         dtype = self.decoder.queries.dtype
         inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
@@ -362,6 +359,11 @@ def _may_compile(aux: ReconAux) -> bool:
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]]:
     return torch.compile(_losses)
+
+
+def _stacked(views: Sequence[Tensor]) -> Tensor:
+    """Put views below each other. Not as channels_last, which slows down all that follows."""
+    return torch.cat([view.flatten(2) for view in views]).view(-1, *views[0].shape[1:])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
