@@ -216,18 +216,19 @@ def measure(
     measured = partial(
         probe,
         encoder,
-        equivariant_dim=(aux.splitter if aux else model).equivariant_dim,
         normalize=normalize,
         pairs=(args.pairs, args.pairs // 2),
         device=device,
         progress=True,
     )
-    results = measured(*data[own]).to_dict()
+    width = (aux.splitter if aux else model).equivariant_dim
+    results = measured(*data[own], equivariant_dim=width).to_dict()
     unlabelled = [(images, None) for images, _ in data[own]]
     for name in args.protocols:
+        # of the whole feature alone: the MLP takes long
         found = measured(*unlabelled, transformations=name, regressor=PROTOCOLS[name]).to_dict()
-        for part, values in found.items():
-            results[part][name] = {key: value for key, value in values.items() if key in KINDS}
+        whole = found["whole"]
+        results["whole"][name] = {key: value for key, value in whole.items() if key in KINDS}
     for name, splits in data.items():
         features = [encode(encoder, images, device) for images, _ in splits]
         labels = [labels.numpy() for _, labels in splits]
