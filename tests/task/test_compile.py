@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -32,25 +33,32 @@ def _nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def trained(aux: ReconAux, views: Tensor, steps: int) -> list[Tensor]:
-    """Train a decoder and its features, and return each step's loss and all that was trained."""
-    features = [y.clone().requires_grad_() for y in torch.linspace(-1, 1, 8 * 16).view(2, 4, 16)]
-    optimizer = torch.optim.SGD([*aux.parameters(), *features], lr=0.01)
+def trained(aux: ReconAux, views: Tensor, features: Tensor, live: int, steps: int) -> list[Tensor]:
+    """Train a decoder and some features, and return each step's loss and all that was trained."""
+    inner = [y.clone().requires_grad_(i < live) for i, y in enumerate(features)]
+    optimizer = torch.optim.SGD([*aux.parameters(), *inner[:live]], lr=0.01)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        output = aux(views, features)
+        output = aux(views, inner)
         output.loss.backward()
         optimizer.step()
         losses += [output.loss, output.reconstruction_loss, output.edges_loss, output.target]
-    return [x.detach() for x in (*losses, output.reconstruction, *features, *aux.parameters())]
+    return [x.detach() for x in (*losses, output.reconstruction, *inner, *aux.parameters())]
 
 
-def test_compiled_the_losses_and_gradients_are_the_same_by_one_graph_for_both_views() -> None:
+@pytest.mark.parametrize(
+    ("shape", "live"), [((4, 16), 2), ((4, 5, 16), 1)], ids=["pooled", "tokens-momentum"]
+)
+def test_compiled_the_losses_and_gradients_are_the_same_by_one_graph_for_both_views(
+    shape: tuple[int, ...], live: int
+) -> None:
     views = smooth_pictures(8).view(2, 4, 3, 32, 32)
-    plain = trained(ReconAux(16, seed=0), views, steps=5)
+    features = torch.linspace(-1, 1, 2 * math.prod(shape)).view(2, *shape)
+    options: dict[str, Any] = {"seed": 0, "spatial": len(shape) > 2}
+    plain = trained(ReconAux(16, **options), views, features, live, steps=5)
     assert not counters["stats"]
-    compiled = trained(ReconAux(16, seed=0, compile=True), views, steps=5)
+    compiled = trained(ReconAux(16, compile=True, **options), views, features, live, steps=5)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert not counters["recompiles"]
