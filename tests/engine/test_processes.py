@@ -13,7 +13,13 @@ from torch import Tensor
 
 from helpers.models import InALoop
 from helpers.running import run_script
-from helpers.scripts.processes import OPTIONS, global_batches, train
+from helpers.scripts.processes import (
+    OPTIONS,
+    first_batch,
+    global_batches,
+    measured_weight,
+    train,
+)
 from helpers.versions import not_the_oldest
 from helpers.weights import assert_same
 from recon_aux.integrations.lightly import attach
@@ -69,6 +75,28 @@ def test_a_checkpoint_that_one_process_loaded_is_both_s(tmp_path: Path) -> None:
     assert len(units) == 8
     for name in units:
         torch.testing.assert_close(states[0][name], saved[name], msg=name)
+
+
+def test_units_are_those_of_all_images_also_if_processes_have_unequally_many(
+    tmp_path: Path,
+) -> None:
+    result = run("uneven", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    units = dict(first_batch(0, 8).named_buffers())
+    assert len(units) == 8
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, expected in units.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_processes_agree_on_an_automatic_weight_between_those_of_each(tmp_path: Path) -> None:
+    result = run("weight", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert weights[0] == weights[1]
+    least, most = sorted(measured_weight(part) for part in (0, 1))
+    assert 1 < least < weights[0] < most
 
 
 @pytest.mark.parametrize("broken", [0, 1])

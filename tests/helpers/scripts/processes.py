@@ -17,6 +17,7 @@ import recon_aux
 from helpers.data import Views
 from helpers.models import InALoop, Siamese, siamese_loss
 from helpers.training import trainer
+from recon_aux import ReconAux
 from recon_aux.integrations.lightly import attach
 
 STEPS = 6
@@ -95,6 +96,36 @@ def loaded(folder: Path) -> None:
     torch.save(model.state_dict(), folder / f"{rank()}.pt")
 
 
+def first_batch(first: int, last: int) -> ReconAux:
+    """The task after its first batch: some of the first eight pairs of views."""
+    aux = ReconAux(8, seed=1)
+    views = [view[first:last] for view in global_batches()[0]]
+    aux(views, torch.ones(2, last - first, 8))
+    return aux
+
+
+def uneven(folder: Path) -> None:
+    """First batches of two images and of six."""
+    aux = first_batch(*((0, 2), (2, 8))[rank()])
+    torch.save(dict(aux.named_buffers()), folder / f"{rank()}.pt")
+
+
+def measured_weight(part: int) -> float:
+    """The automatic weight that half of the batches gives, of losses that differ in size."""
+    model = attach(InALoop(), **OPTIONS)
+    for views in global_batches()[:2]:
+        x0, x1 = (view[4 * part : 4 * part + 4] for view in views)
+        loss = (30_000, 3_000)[part] * siamese_loss(model(x0), model(x1))
+        recon_aux.add_loss(model, loss).backward()
+    weight: float = model.recon_aux.weight
+    return weight
+
+
+def weight(folder: Path) -> None:
+    """Each process has a loss of another size."""
+    torch.save(measured_weight(rank()), folder / f"{rank()}.pt")
+
+
 class GlobalBatches(Dataset[Any]):
     """The same batches for a trainer; one process may get a pixel that is not a number."""
 
@@ -164,6 +195,8 @@ if __name__ == "__main__":
         "searching": searching,
         "failing": failing,
         "unused": unused,
+        "uneven": uneven,
+        "weight": weight,
     }
     cases[case](Path(folder), *map(int, broken))
     if distributed.is_initialized():
