@@ -420,35 +420,43 @@ def test_weights_are_handed_out_only_after_a_late_loss_was_judged(
     assert recon_aux.is_attached(model) == (out is not recon_aux.detach)
 
 
+class Misnamed(Siamese):
+    """Its backbone is a teacher, that nothing trains but could."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online: Any = nn.Sequential(copy.deepcopy(self.backbone))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.projection_head(self.online(x).flatten(1))
+        return z
+
+
 def test_the_encoder_that_was_trained_is_exported_after_loading_too() -> None:
-    class Misnamed(Siamese):
-        """Its backbone is a teacher, that nothing trains but could."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.online = copy.deepcopy(self.backbone)
-
-        def forward(self, x: Tensor) -> Tensor:
-            z: Tensor = self.projection_head(self.online(x).flatten(1))
-            return z
-
     model = attach(Misnamed())
     fit(model)
     again = attach(Misnamed())
     again.load_state_dict(model.state_dict())
     for each in (model, nn.DataParallel(again)):
         exported = recon_aux.export_backbone(each)
-        assert all(torch.equal(x, model.online.state_dict()[key]) for key, x in exported.items())
-    assert not torch.equal(model.online[0].weight, model.backbone[0].weight)
+        assert_same(exported, model.online[0].state_dict())
+    assert not torch.equal(model.online[0][0].weight, model.backbone[0].weight)
 
 
-def test_an_encoder_that_was_compiled_is_exported_from_an_uncompiled_model() -> None:
-    model, again = attach(Siamese()), attach(Siamese())
-    model.backbone = torch.compile(model.backbone, backend="eager")
+@pytest.mark.parametrize("is_compiled", [(True, False), (False, True)])
+def test_an_encoder_that_was_trained_compiled_is_exported_uncompiled_and_the_other_way_round(
+    is_compiled: tuple[bool, bool],
+) -> None:
+    model, again = attach(Misnamed()), attach(Misnamed())
+    for each, compiled in zip((model, again), is_compiled, strict=True):
+        if compiled:
+            each.online = torch.compile(each.online, backend="eager")
     fit(model)
-    again.load_state_dict({k.replace("_orig_mod.", ""): x for k, x in model.state_dict().items()})
+    weights = zip(again.state_dict(), model.state_dict().values(), strict=True)
+    again.load_state_dict(dict(weights))
     weight = recon_aux.export_backbone(again)["0.weight"]
     assert torch.equal(weight, recon_aux.export_backbone(model)["0.weight"])
+    assert not torch.equal(weight, again.backbone[0].weight)
 
 
 def test_an_encoder_that_was_wrapped_since_is_exported_under_its_own_names() -> None:
