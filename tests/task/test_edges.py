@@ -38,7 +38,7 @@ def test_edges_are_told_by_direction_and_place() -> None:
 def test_edges_are_those_of_the_steepest_channel() -> None:
     image = torch.zeros(1, 3, 32, 32)
     image[:, 2, :, :18] = 1.0
-    image[:, 0, 18:] = 0.5
+    image[:, 0, 18:] = 0.8
     # they would cancel each other in an average
     image[:, 1] = -0.9 * image[:, 2]
     steep = Edges().plain(image).exp().view(8, 8, 8) - 0.01

@@ -105,7 +105,13 @@ def test_octaves_tell_sharp_from_blurred() -> None:
     assert energies[0].argmax() == 0
     assert energies[1].argmax() == 2
     # nor does the rest depend on brightness
-    torch.testing.assert_close(statistics.plain(boards + 5)[:, 2:], energies, atol=1e-3, rtol=0)
+    brighter = statistics.plain(boards + 5)
+    torch.testing.assert_close(brighter[:, 2:], energies, atol=1e-3, rtol=0)
+    # the energy does: half of the pixels are 6, the others 5
+    assert brighter[:, 1].tolist() == pytest.approx([math.log((36 + 25) / 2)] * 2, abs=1e-4)
+    # an octave without energy is at the floor, also where rounding errors are larger than that
+    flat = coarse * 10 ** torch.linspace(0, 6, 64)[:, None, None, None]
+    assert statistics.plain(flat)[:, 2].isfinite().all()
 
 
 def test_a_linear_feature_tells_all_statistics() -> None:
