@@ -240,7 +240,7 @@ class ReconAux(nn.Module):
             **losses,
             target=resized[: len(rebuilt)],
             rebuilt=chosen,
-            draw=lambda: self.pixel_scale.restore(self.decoder.assemble(rebuilt)),
+            draw=partial(_draw, self, rebuilt),
         )
 
     @torch.no_grad()
@@ -359,6 +359,10 @@ def _may_compile(aux: ReconAux) -> bool:
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]]:
     return torch.compile(_losses)
+
+
+def _draw(aux: ReconAux, patches: Tensor) -> Tensor:
+    return aux.pixel_scale.restore(aux.decoder.assemble(patches))
 
 
 def _stacked(views: Sequence[Tensor]) -> Tensor:
