@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from recon_aux.engine.discover import (
     replay,
     warn_of_unlike,
 )
+from recon_aux.engine.early import output_of, run_early
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import (
@@ -33,7 +35,6 @@ from recon_aux.engine.modules import (
 from recon_aux.engine.optimizers import DecoderGroup, add_decoder_params
 from recon_aux.engine.step import Step
 from recon_aux.engine.updates import DecoderUpdates
-from recon_aux.task.splitter import as_feature
 
 _STEP = "training_step"
 
@@ -195,7 +196,7 @@ class Attachment:
     @not_compiled
     def stop(self) -> None:
         """Drop the step."""
-        self.driver.step = None
+        self.driver.step = self.driver.after_call = None
         self.driver.unwatch()
 
     # what the method does in its step may be compiled, what is done around it not
@@ -207,6 +208,7 @@ class Attachment:
         if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
             return training_step(*args, **kwargs)
         self.start()
+        self.driver.after_call = partial(run_early, self, given)
         try:
             # the first step's graph is read, and that of the step which sets the weight
             if self.plan is None or self.aux.weight_is_due:
@@ -248,8 +250,6 @@ class Attachment:
             warn_of_unlike(plan, views.images)
         if views is None or not aux.enabled:
             return loss
-        if aux.weight > 0:
-            self.updates.verify(self.encoder, aux)
         features = list(views.outputs)
         if loss.requires_grad:
             outputs = [call.output for call in views.online]
@@ -258,8 +258,7 @@ class Attachment:
             # until then the task's gradient is kept from the encoder
             if not aux.weight_is_due:
                 features = self.logs.measure(loss, features, outputs)
-        spatial = aux.decoder.spatial
-        output = aux(views.images, [as_feature(y, spatial=spatial) for y in features])
+        output = output_of(self, step, views, features)
         self.logs.log(self.model, aux, output, loss, len(views.images[0]))
         total: Tensor = loss + output.loss
         return total

@@ -20,9 +20,8 @@ from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children, share_values, share_weights
 from recon_aux.engine.pairing import PairCheck
-from recon_aux.engine.step import EncoderCall, Step
+from recon_aux.engine.step import EncoderCall, Pair, Step, Views
 from recon_aux.engine.views import (
-    Pair,
     batch_sizes,
     candidates,
     images_in,
@@ -79,15 +78,6 @@ class Plan:
     pixels: tuple[float, ...] = ()
 
 
-@dataclass
-class Views:
-    """Two views, what the encoder returned for each, and its calls with gradient."""
-
-    images: Pair
-    outputs: Pair
-    online: list[EncoderCall]
-
-
 def discover(
     attached: Attachment, step: Step, loss: Tensor, batch: Any
 ) -> tuple[Plan, Views | None]:
@@ -135,8 +125,7 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         RuntimeError: if something about the step is not as it has to be.
     """
     calls = _calls_of_method(attached, plan, step, loss, batch)
-    with_gradient = (call for call in calls if call.output.requires_grad)
-    online = [call for call in with_gradient if share_weights(call.encoder, plan.encoder)]
+    online = _online(plan, calls)
     if not online:
         encoders = attached.encoders if attached.plan is None else [plan.encoder]
         if any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
@@ -144,12 +133,30 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         return None
     if attached.mask and loss.requires_grad:
         _refuse_past_heads(attached, plan, step, loss, online)
-    found = two_views(calls, online, batch, attached.views, plan.interleaved)
-    if found is None:
+    # what was encoded after the task ran may be a view, too
+    early = step.early if len(step.calls) == plan.calls else None
+    views = early.views if early else find_views(attached, plan, calls, batch)
+    if views is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
-    images, outputs = found
-    plan.other_is_momentum = not outputs[1].requires_grad
-    return Views(images, outputs, online)
+    plan.other_is_momentum = not views.outputs[1].requires_grad
+    return views
+
+
+def find_views(
+    attached: Attachment, plan: Plan, calls: Sequence[EncoderCall], batch: Any
+) -> Views | None:
+    """Find two views among a step's calls; None if there are no two."""
+    online = _online(plan, calls)
+    if not online:
+        return None
+    found = two_views(calls, online, batch, attached.views, plan.interleaved)
+    return None if found is None else Views(*found, online)
+
+
+def _online(plan: Plan, calls: Sequence[EncoderCall]) -> list[EncoderCall]:
+    """Give the calls that train the plan's encoder."""
+    with_gradient = (call for call in calls if call.output.requires_grad)
+    return [call for call in with_gradient if share_weights(call.encoder, plan.encoder)]
 
 
 def _calls_of_method(

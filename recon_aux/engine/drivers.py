@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from weakref import finalize, ref
@@ -32,6 +32,7 @@ class Driver:
 
     Attributes:
         step: if one is running.
+        after_call: what to do with the step of a ``training_step`` after each call of an encoder.
         where: where the encoder has to be called, for an error.
         encodes_others: whether a step may encode more than its views, as in an evaluation.
     """
@@ -41,6 +42,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.after_call: Callable[[Step], None] | None = None
         self.encoders: Sequence[nn.Module] = ()
         # of images that unknown momentum encoders take; None if there is no need to watch for them
         self.channels: int | None = None
@@ -59,6 +61,9 @@ class Driver:
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call of an encoder."""
         step.calls.append(call)
+        # asked in this order, compiled code doesn't depend on after_call
+        if not torch.compiler.is_compiling() and self.after_call is not None:
+            self.after_call(step)
 
     def watch(self) -> None:
         """From here on, note calls of any modules that may be momentum encoders."""

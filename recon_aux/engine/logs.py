@@ -39,6 +39,11 @@ class Logs:
         """Leave a step's tensors out of copies."""
         return {**vars(self), "losses": {}, "sum": None, "ratio": None}
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step's gradients are to be measured."""
+        return self.enabled and self.measured % _MEASURE_EVERY == 0
+
     def numbers(self) -> dict[str, Tensor]:
         """Give all that is known of the last step, by the names under which it is logged."""
         numbers = {f"recon_aux/{name}": loss for name, loss in self.losses.items()}
@@ -62,7 +67,7 @@ class Logs:
         Returns:
             The features for the task to take.
         """
-        is_due = self.enabled and self.measured % _MEASURE_EVERY == 0
+        is_due = self.is_due
         self.measured += 1
         # what is compiled together with its head hides the method's gradient
         if is_due and any(reached(loss, outputs, strictly=True)):

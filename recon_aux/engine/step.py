@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recon_aux.task import ReconAuxOutput
+
+Pair = tuple[Tensor, Tensor]
+
 
 class EncoderCall(NamedTuple):
     """One call of an encoder: the images, the very tensor that it returned, and the feature.
@@ -42,6 +46,22 @@ class OtherCall(NamedTuple):
     is_alike: bool
 
 
+class Views(NamedTuple):
+    """Two views, what the encoder returned for each, and its calls with gradient."""
+
+    images: Pair
+    outputs: Pair
+    online: list[EncoderCall]
+
+
+class EarlyTask(NamedTuple):
+    """What the task made of two views, and the weight that it had then."""
+
+    views: Views
+    weight: float
+    output: ReconAuxOutput
+
+
 class Step:
     """What went through the encoders, and what the heads received.
 
@@ -53,6 +73,7 @@ class Step:
         not_fed: heads that received something else, with gradient.
         unsure: heads that received something without gradient, from where can't be seen.
         others: what other modules gave without gradient, as unknown momentum encoders do.
+        early: what the task made of the views, while the method's loss wasn't computed yet.
     """
 
     def __init__(self) -> None:
@@ -63,6 +84,7 @@ class Step:
         self.not_fed: list[nn.Module] = []
         self.unsure: list[nn.Module] = []
         self.others: list[OtherCall] = []
+        self.early: EarlyTask | None = None
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon_aux.engine.step import EncoderCall, tensors_in
-
-Pair = tuple[Tensor, Tensor]
+from recon_aux.engine.step import EncoderCall, Pair, tensors_in
 
 
 def two_views(
