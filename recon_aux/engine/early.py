@@ -28,10 +28,19 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
         return
     views = find_views(attached, plan, step.calls, batch)
     # gradients that are measured have to be hooked first
-    if views is None or aux.weight_is_due or attached.logs.is_due:
+    if views is None or aux.weight_is_due or attached.logs.is_due or _is_checkpointing():
         return
     with torch.enable_grad():
         step.early = EarlyTask(views, aux.weight, run_task(attached, views, views.outputs))
+
+
+def _is_checkpointing() -> bool:
+    """Whether tensors are saved for the backward pass in another way, as by checkpointing."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):
+            return False
+    except RuntimeError:
+        return True
 
 
 def output_of(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import recon_aux
 from helpers.features import smooth_pictures
@@ -94,6 +95,21 @@ def test_early_or_not_the_losses_and_the_weights_are_the_same(counts: list[int])
     assert trained(early, counts) == trained(late, counts)
     for got, expected in zip(early.parameters(), late.parameters(), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("saving", ["checkpoint", "on the CPU"])
+def test_an_encoder_within_checkpointing_is_no_reason_to_run_early(saving: str) -> None:
+    class Checkpointed(Method):
+        def loss(self, views: list[Tensor]) -> Tensor:
+            if saving == "on the CPU":
+                with torch.autograd.graph.save_on_cpu():
+                    features = [self.encoder(view) for view in views]
+            else:
+                features = [checkpoint(self.encoder, view, use_reentrant=False) for view in views]
+            return siamese_loss(*map(self.head, features))
+
+    early, late = attached(Checkpointed()), attached(InALoop())
+    assert trained(early, [2, 2, 2]) == trained(late, [2, 2, 2])
 
 
 def test_a_weight_that_is_set_while_a_step_runs_counts_in_it() -> None:
