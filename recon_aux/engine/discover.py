@@ -66,6 +66,7 @@ class Plan:
         steps: how many steps were checked.
         pairs: whether the views show the same images, row by row.
         pixels: lowest and highest value of the first view.
+        in_batch: whether both views are the batch's own tensors.
     """
 
     encoder: nn.Module
@@ -76,6 +77,7 @@ class Plan:
     steps: int = 0
     pairs: PairCheck = field(default_factory=PairCheck)
     pixels: tuple[float, ...] = ()
+    in_batch: bool = False
 
 
 def discover(
@@ -107,6 +109,7 @@ def discover(
             problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
+        plan.in_batch = all(is_of(batch, image) for image in views.images)
         plan.pixels = tuple(float(x) for x in views.images[0].aminmax())
         if attached.mask and loss.requires_grad:
             _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)

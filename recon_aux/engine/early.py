@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recon_aux.engine.discover import find_views
 from recon_aux.engine.step import EarlyTask, Step, Views
+from recon_aux.engine.views import is_of
 from recon_aux.task import ReconAuxOutput
 from recon_aux.task.splitter import as_feature
 
@@ -26,9 +27,12 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
     plan, aux = attached.plan, attached.aux
     if plan is None or len(step.calls) != plan.calls or not aux.enabled:
         return
-    views = find_views(attached, plan, step.calls, batch)
     # gradients that are measured have to be hooked first
-    if views is None or aux.weight_is_due or attached.logs.is_due or _is_checkpointing():
+    if aux.weight_is_due or attached.logs.is_due or _is_checkpointing():
+        return
+    views = find_views(attached, plan, step.calls, batch)
+    # something else may have been encoded in between
+    if views is None or plan.in_batch != all(is_of(batch, image) for image in views.images):
         return
     with torch.enable_grad():
         step.early = EarlyTask(views, aux.weight, run_task(attached, views, views.outputs))
