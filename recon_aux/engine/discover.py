@@ -127,6 +127,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     Raises:
         RuntimeError: if something about the step is not as it has to be.
     """
+    # what was encoded after the task ran may be a view, too
+    early = step.early if len(step.calls) == plan.calls else None
     calls = _calls_of_method(attached, plan, step, loss, batch)
     online = _online(plan, calls)
     if not online:
@@ -136,8 +138,6 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         return None
     if attached.mask and loss.requires_grad:
         _refuse_past_heads(attached, plan, step, loss, online)
-    # what was encoded after the task ran may be a view, too
-    early = step.early if len(step.calls) == plan.calls else None
     views = early.views if early else find_views(attached, plan, calls, batch)
     if views is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
