@@ -1240,6 +1240,18 @@ def halves(model: Any, batch: Any) -> Tensor:
     return apart(z[:, :2].flatten(0, 1), z[:, 2:].flatten(0, 1))
 
 
+def blanked(model: Any, batch: Any, *, copied: bool = False) -> Tensor:
+    x0, x1 = (x.clone() for x in batch)
+    z0, z1 = (model.head(model.backbone(x)) for x in (x0.clone() if copied else x0, x1))
+    x0.zero_()
+    return apart(z0, z1)
+
+
+def enlarging() -> nn.Module:
+    """An encoder that doesn't need its images for its gradients."""
+    return nn.Sequential(nn.Upsample(scale_factor=2), *encoder())
+
+
 def the_same(model: Any, batch: Any) -> Tensor:
     return one_by_one(model, [batch[0], batch[0].clone()])
 
@@ -1385,6 +1397,11 @@ CASES |= {
         lambda: fit(two_stems(), views(channels=2)[:1] + views()[1:]),
         "Make two views of one size, with as many channels",
         lambda: fit(two_stems()),
+    ),
+    "a view that is changed after it was encoded": Case(
+        lambda: fit(Method(blanked, backbone=enlarging())),
+        r"Encode a copy of it: encoder\(view\.clone\(\)\)\.",
+        lambda: fit(Method(partial(blanked, copied=True), backbone=enlarging())),
     ),
     "one view alone": Case(lambda: fit(Method(one_view)), "Encode the other view, too", fit),
     "views that are joined, where the batch doesn't show it": Case(

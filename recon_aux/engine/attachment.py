@@ -21,7 +21,7 @@ from recon_aux.engine.discover import (
     replay,
     warn_of_unlike,
 )
-from recon_aux.engine.early import output_of, run_early
+from recon_aux.engine.early import drop_if_outdated, output_of, run_early
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import (
@@ -243,6 +243,7 @@ class Attachment:
                 aux.encoder_name = self.name(plan.encoder)
         else:
             plan = self.plan
+            drop_if_outdated(self, step)
             views = replay(self, plan, step, loss, batch)
         if views is None:
             self._warn_of_frozen()

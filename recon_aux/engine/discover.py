@@ -20,7 +20,7 @@ from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children, share_values, share_weights
 from recon_aux.engine.pairing import PairCheck
-from recon_aux.engine.step import EncoderCall, Pair, Step, Views
+from recon_aux.engine.step import EncoderCall, Pair, Step, Views, version_in_place
 from recon_aux.engine.views import (
     batch_sizes,
     candidates,
@@ -127,8 +127,6 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     Raises:
         RuntimeError: if something about the step is not as it has to be.
     """
-    # what was encoded after the task ran may be a view, too
-    early = step.early if len(step.calls) == plan.calls else None
     calls = _calls_of_method(attached, plan, step, loss, batch)
     online = _online(plan, calls)
     if not online:
@@ -138,7 +136,7 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         return None
     if attached.mask and loss.requires_grad:
         _refuse_past_heads(attached, plan, step, loss, online)
-    views = early.views if early else find_views(attached, plan, calls, batch)
+    views = step.early.views if step.early else find_views(attached, plan, calls, batch)
     if views is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
     plan.other_is_momentum = not views.outputs[1].requires_grad
@@ -154,6 +152,21 @@ def find_views(
         return None
     found = two_views(calls, online, batch, attached.views, plan.interleaved)
     return None if found is None else Views(*found, online)
+
+
+def refuse_changed(step: Step, views: Views) -> None:
+    """Refuse views that were changed in place: the task would rebuild something else.
+
+    Raises:
+        RuntimeError: if one isn't as it was encoded.
+    """
+    used = {id(image) for image in views.images} | {id(call.image) for call in views.online}
+    calls = (call for call in step.calls if id(call.image) in used and call.version is not None)
+    if any(call.version != version_in_place(call.image) for call in calls):
+        raise RuntimeError(
+            "expected views that stay as they are until the step ends, got one that was changed in "
+            "place after it was encoded. Encode a copy of it: encoder(view.clone())."
+        )
 
 
 def _online(plan: Plan, calls: Sequence[EncoderCall]) -> list[EncoderCall]:

@@ -7,16 +7,18 @@ begins after that keeps the GPU waiting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from recon_aux.engine.discover import find_views
-from recon_aux.engine.step import EarlyTask, Step, Views
+from recon_aux.engine.discover import find_views, refuse_changed
+from recon_aux.engine.step import EarlyTask, Step, Views, version_in_place
 from recon_aux.engine.views import is_of
 from recon_aux.task import ReconAuxOutput
 from recon_aux.task.splitter import as_feature
+from recon_aux.task.task import on_trial
 
 if TYPE_CHECKING:
     from recon_aux.engine.attachment import Attachment
@@ -28,18 +30,24 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
     if plan is None or len(step.calls) != plan.calls or not aux.enabled:
         return
     # gradients that are measured have to be hooked first
-    if aux.weight_is_due or attached.logs.is_due or _is_checkpointing():
+    if aux.weight_is_due or attached.logs.is_due or _saves_otherwise():
         return
-    views = find_views(attached, plan, step.calls, batch)
-    # something else may have been encoded in between
-    if views is None or plan.in_batch != all(is_of(batch, image) for image in views.images):
-        return
-    with torch.enable_grad():
-        step.early = EarlyTask(views, aux.weight, run_task(attached, views, views.outputs))
+    # the last view may be encoded without gradient, but not so the task; errors are for the late
+    # run: the step may yet be skipped
+    with suppress(Exception), torch.enable_grad(), on_trial(aux) as settle:
+        views = find_views(attached, plan, step.calls, batch)
+        # something else may have been encoded in between
+        if views is None or plan.in_batch != all(is_of(batch, image) for image in views.images):
+            return
+        versions = _versions(step)
+        output = run_task(attached, views, views.outputs)
+        step.early = EarlyTask(views, aux.weight, versions, output, settle)
 
 
-def _is_checkpointing() -> bool:
+def _saves_otherwise() -> bool:
     """Whether tensors are saved for the backward pass in another way, as by checkpointing."""
+    if torch.is_inference_mode_enabled():
+        return True
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(""):
             return False
@@ -47,21 +55,39 @@ def _is_checkpointing() -> bool:
         return True
 
 
+def _versions(step: Step) -> list[tuple[int | None, bool]]:
+    """Say what shows changes in place of what the encoders returned."""
+    outputs = [call.output for call in step.calls]
+    return [(version_in_place(x), x.requires_grad) for x in outputs]
+
+
+def drop_if_outdated(attached: Attachment, step: Step) -> None:
+    """Drop what the task made early, if the step went on otherwise than it was known then."""
+    early, plan = step.early, attached.plan
+    if early is None or plan is None:
+        return
+    same = len(step.calls) == plan.calls and early.weight == attached.aux.weight
+    if not same or early.versions != _versions(step):
+        step.early = None
+
+
 def output_of(
     attached: Attachment, step: Step, views: Views, features: Sequence[Tensor]
 ) -> ReconAuxOutput:
     """Give what the task made of these views, or run it now."""
-    early = step.early
-    if early is None or early.views is not views or early.weight != attached.aux.weight:
+    early, aux = step.early, attached.aux
+    if aux.weight > 0:
+        attached.updates.verify(attached.encoder, aux)
+    if early is None:
+        refuse_changed(step, views)
         return run_task(attached, views, features)
+    early.settle()
     return early.output
 
 
 def run_task(attached: Attachment, views: Views, features: Sequence[Tensor]) -> ReconAuxOutput:
     """Run the task on two views and their features."""
     aux = attached.aux
-    if aux.weight > 0:
-        attached.updates.verify(attached.encoder, aux)
     spatial = aux.decoder.spatial
     output: ReconAuxOutput = aux(views.images, [as_feature(y, spatial=spatial) for y in features])
     return output

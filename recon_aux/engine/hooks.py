@@ -22,7 +22,7 @@ from recon_aux.engine.encoder import (
     source_of,
     take_feature,
 )
-from recon_aux.engine.step import EncoderCall
+from recon_aux.engine.step import EncoderCall, version_in_place
 
 if TYPE_CHECKING:
     from recon_aux.engine.drivers import Driver
@@ -181,7 +181,10 @@ class EncoderRecorder:
             image = image_of(args, kwargs, self.shape.image_channels)
             feature = take_feature(result, self.features, self.shape.channels)
             source = source_of(feature, result)
-            self.driver.record(step, EncoderCall(encoder, image, source, feature, encoder.training))
+            version = version_in_place(image)
+            self.driver.record(
+                step, EncoderCall(encoder, image, source, feature, encoder.training, version)
+            )
         return result
 
     def hook(self, encoder: nn.Module, method: str) -> MethodHook:

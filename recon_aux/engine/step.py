@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ Pair = tuple[Tensor, Tensor]
 class EncoderCall(NamedTuple):
     """One call of an encoder: the images, the very tensor that it returned, and the feature.
 
-    The feature is that tensor, or what ``features=`` made of it.
+    The feature is that tensor, or what ``features=`` made of it. The version is that of the images,
+    which counts changes in place.
     """
 
     encoder: nn.Module
@@ -25,6 +26,7 @@ class EncoderCall(NamedTuple):
     output: Tensor
     feature: Tensor
     in_training: bool
+    version: int | None
 
     @property
     def pixels(self) -> int:
@@ -35,6 +37,12 @@ class EncoderCall(NamedTuple):
     def trains(self) -> bool:
         """Whether this looks like a call of the encoder that is trained."""
         return self.output.requires_grad and self.in_training
+
+
+def version_in_place(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place; None where torch doesn't count it."""
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return None if unknown else tensor._version
 
 
 class OtherCall(NamedTuple):
@@ -55,11 +63,21 @@ class Views(NamedTuple):
 
 
 class EarlyTask(NamedTuple):
-    """What the task made of two views, and the weight that it had then."""
+    """What the task made of two views, and what it depends on that may change until it is used.
+
+    Attributes:
+        views: the two.
+        weight: the task's.
+        versions: of what the encoders returned, and whether it has a gradient.
+        output: what the task made.
+        settle: to be called if the output is used.
+    """
 
     views: Views
     weight: float
+    versions: list[tuple[int | None, bool]]
     output: ReconAuxOutput
+    settle: Callable[[], None]
 
 
 class Step:

@@ -32,6 +32,8 @@ class FiniteCheck:
     def __init__(self) -> None:
         self.overflows = 0
         self.far = 0
+        # what isn't judged yet, while losses are only noted
+        self.noted: list[tuple[Any, ...]] | None = None
         # step, whether a loss scaler may skip it, normal loss, inputs, loss, event of its arrival
         self.under_way: deque[tuple[int, bool, float, Sequence[Tensor], Tensor, Any]] = deque()
 
@@ -48,6 +50,9 @@ class FiniteCheck:
         Raises:
             FloatingPointError: if a loss isn't finite. It names the step and the inputs' ranges.
         """
+        if self.noted is not None:
+            self.noted.append((step, loss, normal, *inputs))
+            return
         device = loss.device.type
         scaled = any(x.dtype == torch.float16 for x in inputs) or (
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def with_gradients(
     """
     if not loss.requires_grad:
         return weight * loss
-    computed = torch.autograd.grad(loss, [inner for _, inner in inputs], allow_unused=True)
+    with _without_hooks([inner for _, inner in inputs]):
+        computed = torch.autograd.grad(loss, [inner for _, inner in inputs], allow_unused=True)
     used = [(x, g) for (x, _), g in zip(inputs, computed, strict=True) if g is not None]
     outer, gradients = [x for x, _ in used], [g for _, g in used]
     if slowed := [i for i, x in enumerate(outer) if x in paces]:
@@ -66,6 +68,20 @@ def with_gradients(
             gradients[i] = gradient
     handed: Tensor = _HandOut.apply(loss.detach(), weight, gradients, *outer)
     return handed
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep users' hooks on parameters for the backward pass."""
+    found = [hooks for x in tensors if (hooks := x._backward_hooks)]
+    kept = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, its in zip(found, kept, strict=True):
+            hooks.update(its)
 
 
 class _HandOut(torch.autograd.Function):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from random import Random
@@ -27,7 +28,7 @@ from recon_aux.task.terms.prediction import PredictionTerm, read
 from recon_aux.task.terms.reconstruction import ReconstructionLoss, resize_view, to_patches
 from recon_aux.task.terms.registration import Registration
 from recon_aux.task.terms.statistics import Statistics
-from recon_aux.task.turns import forget_turns, takes_turn
+from recon_aux.task.turns import forget_turns, set_turn, takes_turn, turn_of
 
 
 @dataclass
@@ -223,7 +224,7 @@ class ReconAux(nn.Module):
         order = (1, 0) if chosen == (1,) else (0, 1)
         resized = _stacked([resize_view(views[i], self.target_size) for i in order])
         dtype = self.decoder.queries.dtype
-        inner = [y.detach().to(dtype).requires_grad_(y.requires_grad) for y in features]
+        inner = [_leaf(feature, dtype) for feature in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
         with torch.autocast(resized.device.type, enabled=False):
             compute = _compiled() if _may_compile(self) else _losses
@@ -316,6 +317,35 @@ class ReconAux(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
+@contextmanager
+def on_trial(aux: ReconAux) -> Iterator[Callable[[], None]]:
+    """Call the task within this so that nothing is kept of the call: its turn, its loss's check.
+
+    Yields:
+        What to call if the output is used after all.
+
+    Example:
+        >>> aux = ReconAux(feature_dim=512)
+        >>> with on_trial(aux) as settle:
+        ...     output = aux(torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 512))
+        >>> settle()
+    """
+    calls, turn, check = aux._calls, turn_of(aux), aux.finite_check
+    noted: list[tuple[Any, ...]] = []
+    check.noted = noted
+
+    def settle() -> None:
+        aux._calls += takes_turn(aux)
+        for given in noted:
+            check(*given)
+
+    try:
+        yield settle
+    finally:
+        aux._calls, check.noted = calls, None
+        set_turn(aux, turn)
+
+
 def _losses(
     aux: ReconAux, features: Sequence[Tensor], resized: Tensor, count: int
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -346,6 +376,13 @@ def _losses(
         losses[f"{name}_loss"] = own_loss.detach()
         loss = torch.add(loss, own_loss, alpha=getattr(options, name))
     return loss, losses, rebuilt.detach()
+
+
+def _leaf(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """Begin a graph of the task's own."""
+    # a tensor that was made in inference mode can't be saved for a backward pass
+    leaf = feature.clone() if feature.is_inference() else feature.detach()
+    return leaf.to(dtype).requires_grad_(feature.requires_grad)
 
 
 def _may_compile(aux: ReconAux) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -67,6 +67,18 @@ def takes_turn(module: nn.Module) -> bool:
 def awaits_step(module: nn.Module) -> bool:
     """Return whether an optimizer of torch's is to update a module, but hasn't since its call."""
     return module in _turns and _turns[module].state == "taken"
+
+
+def turn_of(module: nn.Module) -> Any:
+    """Return where a module stands, for :func:`set_turn`."""
+    return replace(_turns[module]) if module in _turns else None
+
+
+def set_turn(module: nn.Module, turn: Any) -> None:
+    """Put a module back to where it stood."""
+    forget_turns(module)
+    if turn is not None:
+        _turns[module] = turn
 
 
 def forget_turns(module: nn.Module) -> None:

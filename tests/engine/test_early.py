@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +26,7 @@ class InALoop(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, 16, 4, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(8), nn.Flatten()
+            nn.Conv2d(3, 16, 4, stride=4), nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.GELU()
         )
         self.head = nn.Linear(16 * 64, 8)
 
@@ -119,6 +123,110 @@ def test_an_encoder_within_checkpointing_is_no_reason_to_run_early(saving: str) 
 
     early, late = attached(Checkpointed()), attached(InALoop())
     assert trained(early, [2, 2, 2]) == trained(late, [2, 2, 2])
+
+
+def momentum(method: InALoop) -> InALoop:
+    """Give it a momentum encoder and head."""
+    for name in ("encoder", "head"):
+        copied = copy.deepcopy(getattr(method, name)).requires_grad_(False)
+        setattr(method, f"{name}_momentum", copied)
+    return method
+
+
+def joined_with_teacher(
+    model: Any, views: list[Tensor], without: Callable[[], Any] = torch.no_grad
+) -> Tensor:
+    """The student's joined views, then the teacher's."""
+    z0, z1 = model.head(model.encoder(torch.cat(views))).chunk(2)
+    with without():
+        t0, t1 = model.head_momentum(model.encoder_momentum(torch.cat(views))).chunk(2)
+    return siamese_loss(z0, t1.clone()) + siamese_loss(z1, t0.clone())
+
+
+def changed_in_place(model: Any, views: list[Tensor], change: Callable[[Tensor], Any]) -> Tensor:
+    features = [model.encoder(view) for view in views]
+    for feature in features:
+        change(feature)
+    return siamese_loss(*map(model.head, features))
+
+
+def detached_in_place(model: Any, views: list[Tensor]) -> Tensor:
+    y0, y1 = (model.encoder(view) for view in views)
+    return siamese_loss(model.head(y0), model.head(y1.detach_()))
+
+
+def changed_where_joined(model: Any, views: list[Tensor]) -> Tensor:
+    features = model.encoder(torch.cat(views))
+    return siamese_loss(*model.head(features.relu_()).chunk(2))
+
+
+def evaluated_last(model: Any, views: list[Tensor]) -> Tensor:
+    loss = siamese_loss(*model.head(model.encoder(torch.cat(views))).chunk(2))
+    with torch.no_grad():
+        model.encoder(views[0])
+    return loss
+
+
+def differentiated_forwards(model: Any, views: list[Tensor]) -> Tensor:
+    feature = model.encoder(views[0])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(views[1], torch.ones_like(views[1]))
+        other, _ = forward_ad.unpack_dual(model.encoder(dual))
+    return siamese_loss(*map(model.head, (feature, other)))
+
+
+STEPS: dict[str, Callable[[Any, list[Tensor]], Tensor]] = {
+    "joined views, then a teacher's": joined_with_teacher,
+    "a teacher in inference mode": partial(joined_with_teacher, without=torch.inference_mode),
+    "relu_": partial(changed_in_place, change=torch.relu_),
+    "detach_": detached_in_place,
+    "relu_ of joined views": changed_where_joined,
+    "an evaluation last": evaluated_last,
+    "forward-mode gradients": differentiated_forwards,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_whatever_is_done_in_the_step_early_or_not_is_the_same(name: str) -> None:
+    class Stepping(Method):
+        def loss(self, views: list[Tensor]) -> Tensor:
+            return STEPS[name](self, views)
+
+    class Looping(InALoop):
+        def loss(self, views: list[Tensor]) -> Tensor:
+            return STEPS[name](self, views)
+
+    early, late = (attached(momentum(made)) for made in (Stepping(), Looping()))
+    assert trained(early, [2] * 4) == trained(late, [2] * 4)
+    assert any(p.grad is not None and p.grad.any() for p in early.encoder.parameters())
+    for got, expected in zip(early.parameters(), late.parameters(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_step_that_is_skipped_raises_nothing_and_takes_no_turn() -> None:
+    class Skipping(Method):
+        def training_step(self, views: list[Tensor], batch_idx: int) -> Any:
+            loss = self.loss(views)
+            return loss if torch.isfinite(loss) else None
+
+    model = attached(Skipping())
+    made: list[Any] = []
+    model.recon_aux.register_forward_hook(lambda *given: made.append(given[-1].rebuilt))
+    rebuilt = []
+    for index, views in enumerate(steps([2] * 9)):
+        if index % 2:
+            views[0][0] = float("nan")
+            assert model.training_step(views, 0) is None
+            continue
+        model.zero_grad()
+        model.training_step(views, 0).backward()
+        rebuilt.append(made[-1])
+        # an update without an optimizer: each call takes a turn
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.01 * parameter.grad)
+    assert rebuilt == [(0,), (1,), (0,), (1,), (0,)]
 
 
 def test_a_weight_that_is_set_while_a_step_runs_counts_in_it() -> None:

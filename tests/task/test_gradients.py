@@ -53,6 +53,38 @@ def test_the_gradients_are_what_small_steps_show() -> None:
     assert (up - down).item() == pytest.approx(expected.item(), rel=0.05)
 
 
+def test_a_users_hook_on_a_parameter_runs_once() -> None:
+    torch.manual_seed(0)
+    views, features = smooth_pictures(8).view(2, 4, 3, 32, 32), torch.randn(2, 4, 16)
+    plain, hooked = (ReconAux(16, seed=0) for _ in range(2))
+    seen: list[Tensor] = []
+
+    def halved(gradient: Tensor) -> Tensor:
+        seen.append(gradient)
+        return 0.5 * gradient
+
+    for parameter in hooked.parameters():
+        parameter.register_hook(halved)
+    whole, half = (gradients(aux, views, leaves(features)) for aux in (plain, hooked))
+    ours = len(list(hooked.parameters()))
+    assert len(seen) == ours
+    for got, expected in zip(half[:ours], whole[:ours], strict=True):
+        assert torch.allclose(got, 0.5 * expected)
+
+
+def test_a_view_may_be_encoded_in_inference_mode() -> None:
+    torch.manual_seed(0)
+    views, features = smooth_pictures(8).view(2, 4, 3, 32, 32), torch.randn(2, 4, 16)
+    with torch.inference_mode():
+        other = features[1].clone()
+    losses = [
+        ReconAux(16, seed=0)(views, [features[0].requires_grad_(), y]).loss
+        for y in (features[1], other)
+    ]
+    losses[1].backward()
+    assert torch.equal(*losses)
+
+
 def test_a_step_along_each_parameters_gradient_lowers_the_loss() -> None:
     torch.manual_seed(0)
     views, features = smooth_pictures(8).view(2, 4, 3, 32, 32), torch.randn(2, 4, 16)
