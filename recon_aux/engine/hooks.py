@@ -252,8 +252,10 @@ class HeadMask:
             ValueError: if the feature isn't the encoder's.
         """
         width, rank = self.shape.feature_dim, self.shape.feature_rank
-        # where both dimensions may be the channels, they are where the encoder has them
-        places = [1, feature.ndim - 1] if self.shape.channels == 1 else [feature.ndim - 1, 1]
+        # where both dimensions may be the channels, they are where the encoder has them, and last
+        # in stacked features
+        is_first = self.shape.channels == 1 and (feature.ndim != 3 or rank == 3)
+        places = [1, feature.ndim - 1] if is_first else [feature.ndim - 1, 1]
         dim = [*(d for d in places if feature.shape[d] == width), feature.ndim - 1][0]
         # a compiled head may have sizes that divmod doesn't take
         positions, rest = feature.shape[dim] // width, feature.shape[dim] % width

@@ -84,7 +84,10 @@ def _join(groups: Sequence[Group], decoder: nn.Module, encoders: Sequence[nn.Mod
 
 
 def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: bool) -> Group:
-    """Find the group with most of the encoders' weights, or of their biases and norms."""
+    """Find the group with most of the encoders' weights, or of their biases and norms.
+
+    A rate of 0, as of layers that stay as they are, would leave the decoder untrained.
+    """
     sizes = {id(p): (p.numel(), p.ndim < 2) for e in encoders for p in e.parameters()}
 
     def alike(group: Group) -> tuple[int, int, float]:
@@ -92,7 +95,7 @@ def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: boo
         # of layers that are alike, with rates of their own, the one nearest to the heads
         return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known), _base(group)
 
-    return max(groups, key=alike)
+    return max([group for group in groups if _base(group) > 0] or groups, key=alike)
 
 
 def _move_to_own_groups(

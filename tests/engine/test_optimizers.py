@@ -22,7 +22,7 @@ from torch.optim import lr_scheduler as schedules
 
 import recon_aux
 from helpers.data import batch
-from helpers.models import InALoop, Siamese, siamese_loss
+from helpers.models import InALoop, Siamese, siamese_loss, tiny_encoder
 from helpers.training import fit
 from helpers.weights import assert_trained, decoder_of
 from recon_aux import ReconAux
@@ -336,6 +336,18 @@ def test_an_optimizer_without_hooks_for_loading_trains_the_decoder() -> None:
     before = decoder_of(model)
     fit(model)
     assert_trained(model, before)
+
+
+def test_the_decoder_joins_no_group_whose_rate_is_zero() -> None:
+    def configure(model: Any) -> Any:
+        weights = [p for p in model.backbone.parameters() if p.ndim > 1]
+        others = [p for p in model.backbone.parameters() if p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": weights, "lr": 0.0}, {"params": others}]
+        return SGD([*groups, {"params": model.projection_head.parameters()}], lr=0.01)
+
+    model = attach(Siamese(tiny_encoder(dim=16), configure=configure))
+    rates = {group["lr"] for group in groups_of(model.configure_optimizers(), model.recon_aux)}
+    assert rates == {0.01}
 
 
 def test_a_learning_rate_of_zero_leaves_the_decoder_as_it_is() -> None:

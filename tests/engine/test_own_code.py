@@ -448,6 +448,23 @@ def test_a_head_that_two_encoders_share_is_masked_for_the_images_alone() -> None
         model.received.clear()
 
 
+def test_a_batch_as_large_as_the_feature_is_no_reason_to_mask_images() -> None:
+    class Stacked(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = encoder(), nn.Linear(WIDTH, 8)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            z0, z1 = self.head(torch.stack([self.backbone(x) for x in batch]))
+            return (z0 - z1).square().mean()
+
+    model = recon_aux.attach(Stacked(), backbone="backbone", heads=["head"])
+    model.training_step(views(), 0)
+    batch = [x.repeat(WIDTH // 4, 1, 1, 1) for x in views()]
+    assert len(batch[0]) == WIDTH
+    assert not sees_noise(model, model.backbone[3], batch)
+
+
 def test_a_head_that_takes_two_features_sees_neither_s_equivariant_channels() -> None:
     class Align(nn.Module):
         def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
