@@ -127,6 +127,25 @@ def test_long_training_meets_the_targets_and_the_page_shows_it() -> None:
     assert shown[1:] == expected
 
 
+def test_in_both_protocols_attached_is_ahead_and_the_page_shows_it() -> None:
+    runs = kept(RESULTS / "natural-field")
+    found = {run["arm"]: run["results"]["whole"] for run in runs}
+    for method in ("SimCLR", "VICReg"):
+        attached, bare = found[f"{method}, attached"], found[method]
+        others = [whole for arm, whole in found.items() if arm.startswith(f"{method}, attached, ")]
+        for name, of in field.MEASURES.items():
+            assert of(attached) > max(of(whole) for whole in (bare, *others)), name
+        assert field.MEASURES["R² unseen"](attached) >= field.MEASURES["R² unseen"](bare) + 0.15
+    shown = first_table(text_of("natural_images"), after="## As the papers measure")
+    whole_table = first_table(
+        (RESULTS / "natural-field" / "table.md").read_text(),
+        after="in the paper's protocol and in ours",
+    )
+    assert len(shown) > 4
+    for name in shown[0]:
+        assert column(shown, name) == column(whole_table, name), name
+
+
 def test_the_pages_corner_errors_are_those_of_the_records() -> None:
     runs = kept(RESULTS / "homography")
     errors = {run["arm"]: run["results"][homography.ERROR] for run in runs}
