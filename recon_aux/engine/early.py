@@ -45,7 +45,7 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
 
 
 def _saves_otherwise() -> bool:
-    """Whether tensors are saved for the backward pass in another way, as by checkpointing."""
+    """Whether tensors are saved for the backward pass in another way or not at all."""
     if torch.is_inference_mode_enabled():
         return True
     try:
