@@ -1068,6 +1068,16 @@ def frozen_beside_a_trained_one() -> Method:
 # --- the step: the heads ---
 
 
+def with_a_table(head: str) -> Method:
+    """Trains a table's encoder, too, by one of the heads."""
+
+    def step(model: Any, batch: Any) -> Tensor:
+        z = getattr(model, head)(model.table(torch.rand(4, 5)))
+        return one_by_one(model, batch) + z.square().mean()
+
+    return Method(step, table=nn.Linear(5, WIDTH), head_table=nn.Linear(WIDTH, 4))
+
+
 def beside_a_table() -> Method:
     def step(model: Any, batch: Any) -> Tensor:
         z = model.head_table(model.table(torch.rand(4, 5)))
@@ -1204,6 +1214,11 @@ CASES |= {
         r"Pass heads=\[\.\.\.\]: the modules that take the encoder's features",
         lambda: fit(Method(into_the_encoder, head_in=nn.Conv2d(3, 3, 1)), heads=["head"]),
     ),
+    "a head of other features, too": Case(
+        lambda: fit(with_a_table("head")),
+        "Use a head of its own for each",
+        lambda: fit(with_a_table("head_table")),
+    ),
     "a head of other features": Case(
         lambda: fit(beside_a_table(), heads=["head", "head_table"]),
         r"pass heads=\[\.\.\.\] without \['head_table'\]",
@@ -1245,6 +1260,11 @@ def blanked(model: Any, batch: Any, *, copied: bool = False) -> Tensor:
     z0, z1 = (model.head(model.backbone(x)) for x in (x0.clone() if copied else x0, x1))
     x0.zero_()
     return apart(z0, z1)
+
+
+def activated(model: Any, batch: Any, *, copied: bool = False) -> Tensor:
+    y0, y1 = (model.backbone(x).clone() if copied else model.backbone(x) for x in batch)
+    return apart(*(model.head(F.relu(y, inplace=True)) for y in (y0, y1)))
 
 
 def enlarging() -> nn.Module:
@@ -1402,6 +1422,11 @@ CASES |= {
         lambda: fit(Method(blanked, backbone=enlarging())),
         r"Encode a copy of it: encoder\(view\.clone\(\)\)\.",
         lambda: fit(Method(partial(blanked, copied=True), backbone=enlarging())),
+    ),
+    "a feature that is changed after it was returned": Case(
+        lambda: fit(Method(activated)),
+        r"Make a copy first: y = encoder\(view\)\.clone\(\)\.",
+        lambda: fit(Method(partial(activated, copied=True))),
     ),
     "one view alone": Case(lambda: fit(Method(one_view)), "Encode the other view, too", fit),
     "views that are joined, where the batch doesn't show it": Case(

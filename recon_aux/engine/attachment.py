@@ -28,7 +28,7 @@ from recon_aux.engine.modules import (
     describe_children,
     find_copies,
     find_momentum_heads,
-    is_frozen,
+    find_untrained,
     uncompiled,
     unwrap,
 )
@@ -141,8 +141,7 @@ class Attachment:
 
     def mask_momentum_heads(self) -> None:
         """Hide the equivariant channels from momentum heads, too, unless one was named."""
-        inside = {id(module) for module in self.model.modules()}
-        if not any(is_frozen(head) and id(head) in inside for head in self.heads):
+        if not find_untrained(self.model).intersection(self.heads):
             copies = [known for known in self.encoders if known is not self.encoder]
             self.mask_heads(find_momentum_heads(self.model, self.encoder, copies, self.heads))
 
@@ -180,7 +179,7 @@ class Attachment:
                 MethodHook(module, method, callback)
         vars(self).update(state)
         if self.driver.encodes_others:
-            self.driver.start(self.encoders)
+            self.driver.start(self.model, self.encoders)
 
     @not_compiled
     def start(self) -> None:
@@ -191,7 +190,7 @@ class Attachment:
         is_first = self.plan is None and self.mask is not None
         if is_first:
             self.mask_momentum_heads()
-        self.driver.start(self.encoders, self.aux.image_channels if is_first else None)
+        self.driver.start(self.model, self.encoders, self.aux.image_channels if is_first else None)
 
     @not_compiled
     def stop(self) -> None:

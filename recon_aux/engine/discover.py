@@ -20,7 +20,7 @@ from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children, share_values, share_weights
 from recon_aux.engine.pairing import PairCheck
-from recon_aux.engine.step import EncoderCall, Pair, Step, Views, version_in_place
+from recon_aux.engine.step import EncoderCall, Pair, Step, Views
 from recon_aux.engine.views import (
     batch_sizes,
     candidates,
@@ -49,7 +49,7 @@ _UNLIKE = (
 )
 
 # calls that train: no step of a loop makes as many
-_MANY_CALLS = 32
+MANY_CALLS = 32
 
 
 @dataclass
@@ -98,6 +98,7 @@ def discover(
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
             attached.unmask_heads([head for head in step.not_fed if head not in step.fed])
+            _warn_of_shared_heads(attached, [head for head in step.not_fed if head in step.fed])
             own = [call for call in online if share_weights(call.encoder, plan.encoder)]
             _refuse_mixing_heads(attached, step, own)
     views = replay(attached, plan, step, loss, batch)
@@ -109,6 +110,7 @@ def discover(
             problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
+        _warn_of_changed_features(step, views)
         plan.in_batch = all(is_of(batch, image) for image in views.images)
         plan.pixels = tuple(float(x) for x in views.images[0].aminmax())
         if attached.mask and loss.requires_grad:
@@ -136,6 +138,9 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         return None
     if attached.mask and loss.requires_grad:
         _refuse_past_heads(attached, plan, step, loss, online)
+    # what ran early took all calls for the method's
+    if plan.calls is None:
+        step.early = None
     views = step.early.views if step.early else find_views(attached, plan, calls, batch)
     if views is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
@@ -160,12 +165,26 @@ def refuse_changed(step: Step, views: Views) -> None:
     Raises:
         RuntimeError: if one isn't as it was encoded.
     """
-    used = {id(image) for image in views.images} | {id(call.image) for call in views.online}
-    calls = (call for call in step.calls if id(call.image) in used and call.version is not None)
-    if any(call.version != version_in_place(call.image) for call in calls):
+    if any(image for image, _ in _changed(step, views)):
         raise RuntimeError(
             "expected views that stay as they are until the step ends, got one that was changed in "
             "place after it was encoded. Encode a copy of it: encoder(view.clone())."
+        )
+
+
+def _changed(step: Step, views: Views) -> list[tuple[bool, bool]]:
+    """Whether images and outputs of the views' calls were changed in place."""
+    used = {id(image) for image in views.images} | {id(call.image) for call in views.online}
+    return [call.changed for call in step.calls if id(call.image) in used]
+
+
+def _warn_of_changed_features(step: Step, views: Views) -> None:
+    if any(output for _, output in _changed(step, views)):
+        warnings.warn(
+            "recon_aux: expected features that stay as the encoder returned them, saw one that was "
+            "changed in place, as by F.relu(y, inplace=True). The task learns from what it has "
+            "become. Make a copy first: y = encoder(view).clone().",
+            stacklevel=2,
         )
 
 
@@ -179,7 +198,7 @@ def _calls_of_method(
     attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any
 ) -> list[EncoderCall]:
     """Give the calls that the loss was made of, without those of a probe, say."""
-    if not loss.requires_grad or (plan.calls and len(step.calls) == plan.calls):
+    if not loss.requires_grad:
         return step.calls
     kept = attached.driver.calls_of_method(step, loss, batch)
     encodes_others = attached.driver.encodes_others or len(kept) < len(step.calls)
@@ -319,6 +338,18 @@ def _unknown_encoders(
         )
         and call.module not in copies
     ]
+
+
+def _warn_of_shared_heads(attached: Attachment, heads: Sequence[nn.Module]) -> None:
+    if heads:
+        names = sorted({attached.name(head) for head in heads})
+        warnings.warn(
+            f"recon_aux: expected heads that take the encoder's features alone, saw {names} take "
+            "other features, too. Those are left as they are while the model trains. In "
+            "evaluation their last channels are zeroed. Use a head of its own for each, or pass "
+            "equivariant_dim=0 to train without a split.",
+            stacklevel=2,
+        )
 
 
 def _warn_of_unsure_heads(attached: Attachment, heads: Sequence[nn.Module]) -> None:
@@ -483,12 +514,17 @@ def refuse_training_outside(head: nn.Module, masked: Tensor, versions: dict[int,
         )
 
 
-def refuse_forgotten_loss(step: Step, has_changed: bool) -> None:
-    """Refuse a loop that trains the encoder on, or changes it, without add_loss."""
-    if has_changed or sum(call.trains for call in step.calls) >= _MANY_CALLS:
+def refuse_forgotten_loss(calls: int, has_changed: bool) -> None:
+    """Refuse a loop that trains the encoder on, or changes it, without add_loss.
+
+    Args:
+        calls: of the encoder that train, since the last step.
+        has_changed: whether the encoder has, since then.
+    """
+    if has_changed or calls >= MANY_CALLS:
         raise RuntimeError(
             "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
-            f"{_MANY_CALLS} calls of it without. Call add_loss in each step. For evaluation use "
+            f"{MANY_CALLS} calls of it without. Call add_loss in each step. For evaluation use "
             "model.eval() and torch.no_grad(). To train on without the task: "
             "recon_aux.detach(model)."
         )

@@ -43,6 +43,7 @@ class Driver:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.after_call: Callable[[Step], None] | None = None
+        self.model: nn.Module | None = None
         self.encoders: Sequence[nn.Module] = ()
         # of images that unknown momentum encoders take; None if there is no need to watch for them
         self.channels: int | None = None
@@ -53,10 +54,12 @@ class Driver:
         """Leave the running step out of copies and pickles."""
         return type(self), ()
 
-    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
+    def start(
+        self, model: nn.Module, encoders: Sequence[nn.Module], channels: int | None = None
+    ) -> None:
         """Start a step, in which these encoders are recorded, and others watched for."""
         self.unwatch()
-        self.step, self.encoders, self.channels = Step(), encoders, channels
+        self.step, self.model, self.encoders, self.channels = Step(), model, encoders, channels
 
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call of an encoder."""
@@ -89,6 +92,8 @@ class Driver:
             return is_first
         outputs = [call.output for call in self.step.calls]
         with_gradient = [x for x in outputs if x.requires_grad]
+        any_without = len(with_gradient) < len(outputs)
+        with_gradient += [x for call in self.step.calls for x in call.returned]
         # between a loop's steps nothing is recorded
         if self.encodes_others and not (outputs and torch.is_grad_enabled()):
             return is_first
@@ -98,7 +103,7 @@ class Driver:
                 storages = {x.untyped_storage().data_ptr() for x in with_gradient}
                 if received.untyped_storage().data_ptr() not in storages:
                     self.step.unsure.append(head)
-            return is_first or len(with_gradient) < len(outputs)
+            return is_first or any_without
         fed = any(reached(received, with_gradient))
         if is_first:
             (self.step.fed if fed else self.step.not_fed).append(head)
@@ -131,9 +136,11 @@ class TrainingStepDriver(Driver):
         """Copy, but let a momentum encoder that is copied within a step be recorded in it."""
         return self if self.step is not None else type(self)()
 
-    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
+    def start(
+        self, model: nn.Module, encoders: Sequence[nn.Module], channels: int | None = None
+    ) -> None:
         """Start a step, in which these encoders are recorded."""
-        super().start(encoders, channels)
+        super().start(model, encoders, channels)
         self.watch()
         self.trained_outside = {}
 
@@ -170,12 +177,16 @@ class LoopDriver(Driver):
     def __init__(self, is_trained: bool = False) -> None:
         super().__init__()
         self.is_trained = is_trained
+        # whether the last loss was made of calls in eval mode, as with frozen batch norm
+        self.trains_in_eval: bool | None = None
         # of each encoder's parameters, at its first call of the step
         self.versions: dict[int, int] = {}
 
-    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
+    def start(
+        self, model: nn.Module, encoders: Sequence[nn.Module], channels: int | None = None
+    ) -> None:
         """Start a step, in which these encoders are recorded."""
-        super().start(encoders, channels)
+        super().start(model, encoders, channels)
         self.versions = {}
 
     def record(self, step: Step, call: EncoderCall) -> None:
@@ -187,23 +198,33 @@ class LoopDriver(Driver):
             return
         self.is_trained |= with_gradient
         # a momentum encoder may be in eval mode throughout
-        is_training = call.in_training or any(known.training for known in self.encoders)
+        modes = [call.in_training, *(known.training for known in self.encoders)]
+        is_training = any(modes) or self.trains_in_eval or self._may_train_in_eval
         if not with_gradient and not (is_training and self.is_trained):
             return
         discover.refuse_search_for_unused_parameters()
-        if call.trains:
+        if self._trains(call):
             # not before: watching gets in the way of torch.export
             self.watch()
             now = version_of(call.encoder.parameters())
             has_changed = self.versions.setdefault(id(call.encoder), now) != now
-            discover.refuse_forgotten_loss(step, has_changed)
+            discover.refuse_forgotten_loss(sum(map(self._trains, step.calls)), has_changed)
         else:
             self._make_room(step)
         step.calls.append(call)
 
+    def _trains(self, call: EncoderCall) -> bool:
+        """Whether this looks like a call of the encoder that is trained."""
+        return call.output.requires_grad and (call.in_training or bool(self.trains_in_eval))
+
+    @property
+    def _may_train_in_eval(self) -> bool:
+        """Whether no loss has shown yet if calls in eval mode train."""
+        return self.trains_in_eval is None and self.model is not None and self.model.training
+
     def _make_room(self, step: Step) -> None:
-        spare = [call for call in step.calls if not call.trains]
-        if len(spare) >= _SPARE_CALLS:
+        spare = [call for call in step.calls if not self._trains(call)]
+        if len(spare) >= (discover.MANY_CALLS if self._may_train_in_eval else _SPARE_CALLS):
             step.calls = [call for call in step.calls if call is not spare[0]]
             if spare[0].output.requires_grad:
                 step.masked = [x for x in step.masked if not reached(x, [spare[0].output])[0]]
@@ -212,6 +233,7 @@ class LoopDriver(Driver):
         """Give the calls of the loss, then those without gradient: the batch's, then the latest."""
         belongs = reached(loss, [call.output for call in step.calls])
         its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
+        self.trains_in_eval = not all(call.in_training for call in its)
         others = [call for call in step.calls if not call.output.requires_grad]
         shown = [call for call in others if is_of(batch, call.image)]
         return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]

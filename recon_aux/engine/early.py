@@ -66,9 +66,11 @@ def drop_if_outdated(attached: Attachment, step: Step) -> None:
     early, plan = step.early, attached.plan
     if early is None or plan is None:
         return
-    same = len(step.calls) == plan.calls and early.weight == attached.aux.weight
-    if not same or early.versions != _versions(step):
+    has_changed = early.versions != _versions(step)
+    if has_changed or len(step.calls) != plan.calls or early.weight != attached.aux.weight:
         step.early = None
+    # it will change in each step
+    plan.calls = None if has_changed else plan.calls
 
 
 def output_of(

@@ -99,9 +99,8 @@ def take_feature(
     return feature if channels in (None, usual) else feature.movedim(channels, usual)
 
 
-def source_of(feature: Tensor, output: Any) -> Tensor:
-    """Give the tensor of an encoder's output that a feature was made of: it may be itself."""
-    tensors = [x for x in tensors_in(output) if x.requires_grad]
+def source_of(feature: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Give the tensor of those with gradient that a feature was made of: it may be itself."""
     if not feature.requires_grad or any(x is feature for x in tensors):
         return feature
     if torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ from recon_aux.engine.encoder import (
     source_of,
     take_feature,
 )
-from recon_aux.engine.step import EncoderCall, version_in_place
+from recon_aux.engine.step import EncoderCall, tensors_in, version_in_place
 
 if TYPE_CHECKING:
     from recon_aux.engine.drivers import Driver
@@ -180,10 +180,12 @@ class EncoderRecorder:
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs, self.shape.image_channels)
             feature = take_feature(result, self.features, self.shape.channels)
-            source = source_of(feature, result)
-            version = version_in_place(image)
+            returned = [x for x in tensors_in(result) if x.requires_grad]
+            output = source_of(feature, returned)
+            versions = version_in_place(image), version_in_place(output)
             self.driver.record(
-                step, EncoderCall(encoder, image, source, feature, encoder.training, version)
+                step,
+                EncoderCall(encoder, image, output, feature, returned, encoder.training, versions),
             )
         return result
 

@@ -122,12 +122,13 @@ def find_momentum_heads(
             for name in _analogous(own, other, names[id(head)])
         ]
         named = [m for m in candidates if m is not None and m is not head and id(m) in alike]
-        trained = [m for m in model.modules() if id(m) in alike and not is_frozen(m)]
+        untrained = find_untrained(model)
+        trained = [m for m in model.modules() if id(m) in alike and m not in untrained]
         in_order = []
         for parent in around:
-            frozen = [m for m in parent.children() if id(m) in alike and is_frozen(m)]
-            in_order += [c for c, own in zip(frozen, trained, strict=False) if own is head]
-        found += [m for m in named if is_frozen(m)] or in_order or named
+            copies = [m for m in parent.children() if id(m) in alike and m in untrained]
+            in_order += [c for c, own in zip(copies, trained, strict=False) if own is head]
+        found += [m for m in named if m in untrained] or in_order or named
     return found
 
 
@@ -162,6 +163,13 @@ def averaged(module: nn.Module) -> nn.Module:
     """Look into an average of weights, torch's or timm's: it may be called, or its module."""
     is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
     return module.get_submodule("module") if is_average else module
+
+
+def find_untrained(model: nn.Module) -> set[nn.Module]:
+    """Find the modules that no optimizer trains: frozen ones, and averages of weights."""
+    averages = [averaged(module) for module in model.modules() if averaged(module) is not module]
+    inside = {inner for module in averages for inner in module.modules()}
+    return inside | {module for module in model.modules() if is_frozen(module)}
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -15,18 +15,25 @@ Pair = tuple[Tensor, Tensor]
 
 
 class EncoderCall(NamedTuple):
-    """One call of an encoder: the images, the very tensor that it returned, and the feature.
+    """One call of an encoder.
 
-    The feature is that tensor, or what ``features=`` made of it. The version is that of the images,
-    which counts changes in place.
+    Attributes:
+        encoder: that was called.
+        image: what it took.
+        output: the very tensor that it returned.
+        feature: that tensor, or what ``features=`` made of it.
+        returned: all tensors that it returned, with gradient.
+        in_training: whether it was in training mode.
+        versions: of images and output, which count changes in place.
     """
 
     encoder: nn.Module
     image: Tensor
     output: Tensor
     feature: Tensor
+    returned: list[Tensor]
     in_training: bool
-    version: int | None
+    versions: tuple[int | None, int | None]
 
     @property
     def pixels(self) -> int:
@@ -34,9 +41,13 @@ class EncoderCall(NamedTuple):
         return self.image.shape[-2:].numel()
 
     @property
-    def trains(self) -> bool:
-        """Whether this looks like a call of the encoder that is trained."""
-        return self.output.requires_grad and self.in_training
+    def changed(self) -> tuple[bool, bool]:
+        """Whether images and output were changed in place since, as far as torch counts it."""
+        image, output = self.versions
+        return (
+            image not in (None, version_in_place(self.image)),
+            output not in (None, version_in_place(self.output)),
+        )
 
 
 def version_in_place(tensor: Tensor) -> int | None:

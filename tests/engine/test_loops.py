@@ -455,3 +455,27 @@ def test_an_encoder_that_trained_may_be_frozen_for_a_while() -> None:
     for model in (looped, method):
         assert model.recon_aux.decoder.queries.grad.any()
         assert model.backbone[0].weight.grad.any()
+
+
+def test_a_loop_may_train_its_encoder_in_eval_mode() -> None:
+    model = attach(in_a_loop())
+    model.backbone.eval()
+    seen = rebuilt_from(model)
+    crops = torch.rand(19, 4, 3, 16, 16)
+    for _ in range(2):
+        recon_aux.add_loss(model, sum(model(view).var() for view in crops)).backward()
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], crops, strict=False))
+    with pytest.raises(RuntimeError, match="or 32 calls"):
+        for _ in range(33):
+            model(crops[0])
+
+
+def test_then_its_momentum_encoder_may_be_in_eval_mode_too() -> None:
+    model = attach(MomentumInALoop())
+    model.backbone.eval()
+    model.backbone_momentum.eval()
+    seen = rebuilt_from(model)
+    for _ in range(2):
+        views = list(torch.rand(2, 4, 3, 16, 16))
+        recon_aux.add_loss(model, model.loss(views), views).backward()
+        assert torch.equal(seen.pop()[0][1], views[1])

@@ -13,6 +13,7 @@ import torch
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import BYOLProjectionHead, SimCLRProjectionHead
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18, swin_t
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -440,12 +441,108 @@ def test_a_head_that_two_encoders_share_is_masked_for_the_images_alone() -> None
 
     model = lightly.attach(Shared())
     batch = (views(), torch.rand(4, 5))
-    for _ in range(2):
-        model.training_step(batch, 0)
+    for step in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            model.training_step(batch, 0)
+        messages = [str(warning.message) for warning in caught]
+        assert any("take other features, too" in text for text in messages) == (step == 0)
         *images, table = model.received
         assert torch.equal(table, model.table(batch[1]))
         assert all(not x[:, 16:].any() and x[:, :16].any() for x in images)
         model.received.clear()
+
+
+class Tokens(nn.Module):
+    """Returns a feature of the image, and those of its patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.noise = nn.Conv2d(3, WIDTH, 8, 8), Noise()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.noise(self.stem(x))
+        return y.mean((2, 3)), y.flatten(2).mT
+
+
+class OfTwoTensors(Trained):
+    """Compares images and patches with a teacher's, as iBOT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.head = Tokens(), nn.Linear(WIDTH, 8)
+        self.patch_head = nn.Sequential(nn.Linear(WIDTH, 8))
+        self.teacher = frozen(self.student)
+        self.teacher_head, self.teacher_patch_head = frozen(self.head), frozen(self.patch_head)
+        self.received: list[Tensor] = []
+        for head in (self.patch_head, self.teacher_patch_head):
+            head[0].register_forward_pre_hook(lambda _, args: self.received.append(args[0]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = []
+        for x, other in (batch, reversed(batch)):
+            with torch.no_grad():
+                cls, patches = self.teacher(other)
+                of_cls, of_patches = self.teacher_head(cls), self.teacher_patch_head(patches)
+            cls, patches = self.student(x)
+            losses.append((self.head(cls) - of_cls).square().mean())
+            losses.append((self.patch_head(patches) - of_patches).square().mean())
+        return torch.stack(losses).mean()
+
+
+def test_heads_of_all_that_an_encoder_returns_are_masked_in_student_and_teacher() -> None:
+    model = OfTwoTensors()
+    heads = ["head", "patch_head"]
+    recon_aux.attach(model, backbone="student", heads=heads, features=lambda output: output[0])
+    for _ in range(3):
+        model.training_step(views(), 0)
+    assert len(model.received) == 12
+    half = WIDTH // 2
+    assert all(x[..., :half].any() and not x[..., half:].any() for x in model.received)
+
+
+def test_an_average_of_encoder_and_head_is_a_momentum_encoder_with_a_head() -> None:
+    class Averaged(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = encoder(), BYOLProjectionHead(WIDTH, 64, 16)
+            self.average = AveragedModel(nn.Sequential(self.encoder, self.head))
+            self.criterion = NegativeCosineSimilarity()
+            self.eval()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            p = [self.head(self.encoder(x)) for x in batch]
+            with torch.no_grad():
+                z = [self.average(x) for x in batch]
+            return self.criterion(p[0], z[1]) + self.criterion(p[1], z[0])
+
+    model = recon_aux.attach(Averaged(), backbone="encoder", heads=["head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.training_step(views(), 0)
+    assert not sees_noise(model, model.average.get_submodule("module.0.3"), views())
+
+
+def test_each_step_looks_which_of_its_calls_the_loss_depends_on() -> None:
+    class Looking(Trained):
+        """Looks at other images first, in every other step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = encoder(), nn.Linear(WIDTH, 8)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            z = [self.head(self.backbone(x)) for x in batch][batch_idx % 2 :]
+            return (z[0] - z[1]).square().mean() + z[-1].square().mean()
+
+    model = recon_aux.attach(Looking(), backbone="backbone", heads=["head"])
+    seen = rebuilt_from(model)
+    for step in range(4):
+        batch = torch.cat([torch.rand(1, 4, 3, 32, 32), views()])
+        batch = batch if step % 2 else batch.flip(0)
+        x0, x1 = batch[step % 2 :][:2]
+        model.training_step(list(batch), step)
+        # what ran early is dropped
+        assert all(torch.equal(a, b) for a, b in zip(seen[-1][0], (x0, x1), strict=True))
 
 
 def test_a_batch_as_large_as_the_feature_is_no_reason_to_mask_images() -> None:
