@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import itertools
 import re
 import sys
 import tempfile
@@ -1267,6 +1268,46 @@ def activated(model: Any, batch: Any, *, copied: bool = False) -> Tensor:
     return apart(*(model.head(F.relu(y, inplace=True)) for y in (y0, y1)))
 
 
+def lazily(called: bool = False) -> Method:
+    layers = nn.LazyConv2d(WIDTH, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = Method(backbone=nn.Sequential(*layers), head=nn.LazyLinear(4))
+    if called:
+        model.head(model.backbone(views()[0]))
+    return model
+
+
+def alternating(pausing: bool) -> Callable[[Any, Any], Tensor]:
+    """Learns from labels in each second step."""
+    turns = itertools.count()
+
+    def step(model: Any, batch: Any) -> Tensor:
+        supervised = next(turns) % 2 == 1
+        if pausing:
+            model.recon_aux.weight = 0.0 if supervised else 1.0
+        views = batch[:1] if supervised else batch
+        return torch.stack([model.head(model.backbone(x)).square().mean() for x in views]).sum()
+
+    return step
+
+
+def taught_by_a_copy(before: bool) -> None:
+    model = Loop()
+    options: dict[str, Any] = {}
+    if before:
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        options = {"heads": ["head", teacher.head], "momentum_encoders": [teacher.backbone]}
+    attached(model, **options)
+    teacher = teacher if before else copy.deepcopy(model).requires_grad_(False)
+
+    def step(model: Any, batch: Any) -> Tensor:
+        z = model.head(model.backbone(batch[0]))
+        with torch.no_grad():
+            target = teacher.head(teacher.backbone(batch[1]))
+        return recon_aux.add_loss(model, apart(z, target), batch)
+
+    trains(model, list(views()), step)
+
+
 def enlarging() -> nn.Module:
     """An encoder that doesn't need its images for its gradients."""
     return nn.Sequential(nn.Upsample(scale_factor=2), *encoder())
@@ -1427,6 +1468,21 @@ CASES |= {
         lambda: fit(Method(activated)),
         r"Make a copy first: y = encoder\(view\)\.clone\(\)\.",
         lambda: fit(Method(partial(activated, copied=True))),
+    ),
+    "layers whose sizes aren't known yet": Case(
+        lambda: fit(lazily()),
+        r"Call the encoder and its heads on images once, then attach\.",
+        lambda: fit(lazily(called=True)),
+    ),
+    "a supervised step among the others": Case(
+        lambda: trains(attached(Method(alternating(pausing=False))), count=4),
+        r"For a step without two views, .* make model\.recon_aux\.weight 0\.",
+        lambda: trains(attached(Method(alternating(pausing=True))), count=4),
+    ),
+    "a copy of the attached model": Case(
+        lambda: taught_by_a_copy(before=False),
+        r"make it before attach, and pass momentum_encoders=\[it\]",
+        lambda: taught_by_a_copy(before=True),
     ),
     "one view alone": Case(lambda: fit(Method(one_view)), "Encode the other view, too", fit),
     "views that are joined, where the batch doesn't show it": Case(
@@ -1645,7 +1701,7 @@ CASES |= {
     ),
     "an evaluation with gradient": Case(
         lambda: [m := attached(Loop()), [m.backbone(views()[0]) for _ in range(40)]],
-        r"For evaluation use model\.eval\(\) and torch\.no_grad\(\)",
+        r"Around calls .*, as an evaluation's or .*, use model\.eval\(\), and torch\.no_grad\(\)",
         lambda: loop(step=evaluated),
     ),
     "a loop that trains on without the task": Case(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from recon_aux.engine.attachment import Attachment
 from recon_aux.engine.auto_weight import AttachedReconAux
@@ -300,6 +301,12 @@ def _refuse_model(model: nn.Module, step_method: str) -> None:
             f"configure_optimizers, got {step_method!r}. Pass the name of the method that returns "
             "the loss. If there is no configure_optimizers, leave step_method= out, and call "
             "recon_aux.add_loss in your loop."
+        )
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"expected layers whose sizes are known, got lazy ones: {lazy}. Call the encoder and "
+            "its heads on images once, then attach."
         )
     if hasattr(model, "recon_aux"):
         raise ValueError(

@@ -17,6 +17,7 @@ from recon_aux.engine.compiling import around_compiled, not_compiled, run_eagerl
 from recon_aux.engine.discover import (
     Plan,
     discover,
+    is_paused,
     refuse_manual_optimization,
     replay,
     warn_of_unlike,
@@ -25,6 +26,7 @@ from recon_aux.engine.early import drop_if_outdated, output_of, run_early
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import (
+    are_alike,
     describe_children,
     find_copies,
     find_momentum_heads,
@@ -137,23 +139,28 @@ class Attachment:
         for head in heads:
             if self.mask and not any(head is known for known in self.heads):
                 self.heads.append(head)
-                self.hooks.append(MethodHook(head, "forward", self.mask))
+                self.hooks.append(MethodHook(head, "forward", self.mask.of_a_head()))
 
     def mask_momentum_heads(self) -> None:
-        """Hide the equivariant channels from momentum heads, too, unless one was named."""
-        if not find_untrained(self.model).intersection(self.heads):
-            copies = [known for known in self.encoders if known is not self.encoder]
-            self.mask_heads(find_momentum_heads(self.model, self.encoder, copies, self.heads))
+        """Hide the equivariant channels from heads' momentum heads, too, unless one was named."""
+        untrained = find_untrained(self.model)
+        momentum = untrained.intersection(self.heads)
+        trained = [head for head in self.heads if head not in untrained]
+        unnamed = [head for head in trained if not any(are_alike(x, head) for x in momentum)]
+        self.mask_heads(self._momentum_heads(unnamed))
 
-    def unmask_heads(self, heads: Sequence[nn.Module]) -> None:
-        """Leave heads alone that take another encoder's features, and their momentum heads."""
-        copies = [known for known in self.encoders if known is not self.encoder]
-        others = [*heads, *find_momentum_heads(self.model, self.encoder, copies, heads)]
+    def unmask_momentum_heads(self, heads: Sequence[nn.Module]) -> None:
+        """Leave the momentum heads alone of heads that take another encoder's features."""
+        others = self._momentum_heads(heads)
         self.heads = [head for head in self.heads if head not in others]
         for hook in self.hooks:
-            if hook.callback is self.mask and hook.module in others:
+            if isinstance(hook.callback, HeadMask) and hook.module in others:
                 hook.remove()
         self.hooks = [hook for hook in self.hooks if hook.callback is not None]
+
+    def _momentum_heads(self, heads: Sequence[nn.Module]) -> list[nn.Module]:
+        copies = [known for known in self.encoders if known is not self.encoder]
+        return find_momentum_heads(self.model, self.encoder, copies, heads)
 
     def remove(self) -> None:
         """Take all hooks off again."""
@@ -179,7 +186,7 @@ class Attachment:
                 MethodHook(module, method, callback)
         vars(self).update(state)
         if self.driver.encodes_others:
-            self.driver.start(self.model, self.encoders)
+            self.driver.start(self.encoders)
 
     @not_compiled
     def start(self) -> None:
@@ -190,7 +197,7 @@ class Attachment:
         is_first = self.plan is None and self.mask is not None
         if is_first:
             self.mask_momentum_heads()
-        self.driver.start(self.model, self.encoders, self.aux.image_channels if is_first else None)
+        self.driver.start(self.encoders, self.aux.image_channels if is_first else None)
 
     @not_compiled
     def stop(self) -> None:
@@ -244,10 +251,10 @@ class Attachment:
             plan = self.plan
             drop_if_outdated(self, step)
             views = replay(self, plan, step, loss, batch)
-        if views is None:
-            self._warn_of_frozen()
-        else:
+        if views is not None:
             warn_of_unlike(plan, views.images)
+        elif not is_paused(self):
+            self._warn_of_frozen()
         if views is None or not aux.enabled:
             return loss
         features = list(views.outputs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon_aux.engine.autograd import gradient_of, reached
+from recon_aux.engine.autograd import gradients_of, reached
 from recon_aux.task import ReconAux
 from recon_aux.task.checks import finite_number
 from recon_aux.task.distributed import agree, are_many, mean_over_processes
@@ -165,7 +165,7 @@ class GradientNorms:
                 hooks.append((output, partial(note_rest, parts)))
             elif its and stop:
                 # some channels or positions alone, through whatever made the feature
-                part = gradient_of([features[i] for i in its], output)
+                (part,) = gradients_of([features[i] for i in its], [output])
                 hooks.append((output, partial(note, part)))
             elif its:
                 return list(features)

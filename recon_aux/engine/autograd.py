@@ -1,7 +1,7 @@
 """Read the autograd graph: what does a loss depend on, and what gradient does it give?
 
 There are three ways, since each sees something that the others can't. A walk over the graph is
-cheap enough for every step, and runs nothing. ``gradient_of`` runs a part of the backward pass,
+cheap enough for every step, and runs nothing. ``gradients_of`` runs a part of the backward pass,
 and sees which channels a head mixes. Hooks in the training's own backward pass (``auto_weight``)
 see the size of the whole gradient. Some methods can run their backward pass only once.
 """
@@ -74,10 +74,10 @@ def feed_each_other(masked: Sequence[Tensor]) -> bool:
     return any(any(reached(x, [y for y in masked if y.grad_fn is not x.grad_fn])) for x in masked)
 
 
-def gradient_of(results: Sequence[Tensor], output: Tensor) -> Tensor | None:
-    """Put random gradients on some results, and give what reaches the encoder's output, if any.
+def gradients_of(results: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Put random gradients on some results, and give what reaches the encoder's outputs, if any.
 
-    Gives None for code that torch has compiled for one backward pass only.
+    Gives None for each of code that torch has compiled for one backward pass only.
 
     Raises:
         RuntimeError: if the graph can't be read.
@@ -86,19 +86,19 @@ def gradient_of(results: Sequence[Tensor], output: Tensor) -> Tensor | None:
     generator = torch.Generator("cpu").manual_seed(0)
     flowing = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in results]
     if not results:
-        return None
+        return [None] * len(outputs)
     try:
-        (gradient,) = torch.autograd.grad(
-            results, output, flowing, retain_graph=True, allow_unused=True
+        gradients = torch.autograd.grad(
+            results, outputs, flowing, retain_graph=True, allow_unused=True
         )
     except RuntimeError as error:
         if "donated buffers" in str(error):
             # compiled for one backward pass
-            return None
+            return [None] * len(outputs)
         if "use_reentrant" not in str(error):
             raise
         raise RuntimeError(
             "expected activation checkpointing with use_reentrant=False, got True, whose graph "
             "can't be read. Pass use_reentrant=False to checkpoint()."
         ) from error
-    return gradient
+    return list(gradients)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recon_aux.engine.autograd import feed_each_other, gradient_of, past, reached
+from recon_aux.engine.autograd import feed_each_other, gradients_of, past, reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children, share_values, share_weights
 from recon_aux.engine.pairing import PairCheck
-from recon_aux.engine.step import EncoderCall, Pair, Step, Views
+from recon_aux.engine.step import EncoderCall, Pair, Step, Views, depends_on
 from recon_aux.engine.views import (
     batch_sizes,
     candidates,
@@ -97,7 +97,8 @@ def discover(
     if online and loss.requires_grad:
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
-            attached.unmask_heads([head for head in step.not_fed if head not in step.fed])
+            others = [head for head in step.not_fed if head not in step.fed]
+            attached.unmask_momentum_heads(others)
             _warn_of_shared_heads(attached, [head for head in step.not_fed if head in step.fed])
             own = [call for call in online if share_weights(call.encoder, plan.encoder)]
             _refuse_mixing_heads(attached, step, own)
@@ -110,7 +111,7 @@ def discover(
             problem = problem and _wrong_views(views.images, batch, attached.views)
         if problem:
             raise RuntimeError(problem)
-        _warn_of_changed_features(step, views)
+        warn_of_changed_features(step, views)
         plan.in_batch = all(is_of(batch, image) for image in views.images)
         plan.pixels = tuple(float(x) for x in views.images[0].aminmax())
         if attached.mask and loss.requires_grad:
@@ -133,7 +134,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     online = _online(plan, calls)
     if not online:
         encoders = attached.encoders if attached.plan is None else [plan.encoder]
-        if any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
+        trains = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
+        if trains and not is_paused(attached):
             raise RuntimeError(_no_call(attached, plan, step))
         return None
     if attached.mask and loss.requires_grad:
@@ -142,10 +144,17 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     if plan.calls is None:
         step.early = None
     views = step.early.views if step.early else find_views(attached, plan, calls, batch)
+    if views is None and is_paused(attached):
+        return None
     if views is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
     plan.other_is_momentum = not views.outputs[1].requires_grad
     return views
+
+
+def is_paused(attached: Attachment) -> bool:
+    """Whether a step needs no views: its weight was set to 0 after the first step."""
+    return attached.plan is not None and attached.aux.weight == 0
 
 
 def find_views(
@@ -178,7 +187,8 @@ def _changed(step: Step, views: Views) -> list[tuple[bool, bool]]:
     return [call.changed for call in step.calls if id(call.image) in used]
 
 
-def _warn_of_changed_features(step: Step, views: Views) -> None:
+def warn_of_changed_features(step: Step, views: Views) -> None:
+    """Warn if a feature isn't as the encoder returned it."""
     if any(output for _, output in _changed(step, views)):
         warnings.warn(
             "recon_aux: expected features that stay as the encoder returned them, saw one that was "
@@ -210,7 +220,7 @@ def _trained_encoder(
     attached: Attachment, loss: Tensor, online: Sequence[EncoderCall]
 ) -> nn.Module:
     """Give the encoder that the loss trains. Names are a guess: backbone may be a teacher."""
-    trains = reached(loss, [call.output for call in online])
+    trains = depends_on(loss, online)
     trained = {id(c.encoder): c.encoder for c, is_its in zip(online, trains, strict=True) if is_its}
     first = next(iter(trained.values()), None)
     if first is not None and all(share_weights(first, other) for other in trained.values()):
@@ -250,7 +260,7 @@ def _warn_of_unmasked_targets(
     They are a momentum encoder's, in the model or outside, or the encoder's own. What happens to
     them isn't in the graph, so this is as much as can be seen.
     """
-    is_its = reached(loss, [call.output for call in step.calls])
+    is_its = depends_on(loss, step.calls)
     trained = {id(c.image) for c, is_trained in zip(step.calls, is_its, strict=True) if is_trained}
     viewed, shape = {id(image) for image in views.images}, views.images[1].shape
     targets = [
@@ -276,7 +286,7 @@ def _warn_of_unmasked_targets(
     )
     # a head that was copied brought a mask along
     has_other_mask = any(
-        isinstance(hook.callback, HeadMask) and hook.callback is not attached.mask
+        isinstance(hook.callback, HeadMask) and hook not in attached.hooks
         for hook in find_hooks(attached.model)
     )
     inside = set(attached.model.modules())
@@ -345,9 +355,9 @@ def _warn_of_shared_heads(attached: Attachment, heads: Sequence[nn.Module]) -> N
         names = sorted({attached.name(head) for head in heads})
         warnings.warn(
             f"recon_aux: expected heads that take the encoder's features alone, saw {names} take "
-            "other features, too. Those are left as they are while the model trains. In "
-            "evaluation their last channels are zeroed. Use a head of its own for each, or pass "
-            "equivariant_dim=0 to train without a split.",
+            "other features, too. Those are left as they are in training. In evaluation, and in "
+            "compiled or checkpointed code, their last channels are zeroed. Use a head of its own "
+            "for each, or pass equivariant_dim=0 to train without a split.",
             stacklevel=2,
         )
 
@@ -389,9 +399,10 @@ def _refuse_past_heads(
     plan.steps += 1
     # a loss past the heads may weigh nothing at first: look in step 1, 2, 4, 8, ...
     is_due = not plan.uses_past_heads or plan.steps.bit_count() == 1
-    seen = past(loss, [call.output for call in calls], step.masked) if is_due else []
+    sources = [x for call in calls for x in call.sources] if is_due else []
+    seen = {id(x) for x in past(loss, sources, step.masked)}
     plan.uses_past_heads |= bool(seen)
-    its = [call for call in calls if any(call.output is x for x in seen)]
+    its = [call for call in calls if any(id(x) in seen for x in call.sources)] if seen else []
     if any(_sees_equivariant(attached, call, [loss]) for call in its):
         raise RuntimeError(_leak(attached, "past"))
 
@@ -400,9 +411,10 @@ def _sees_equivariant(attached: Attachment, call: EncoderCall, results: Sequence
     """Whether some results depend on the equivariant channels of a call's feature."""
     aux = attached.aux
     feature = as_feature(call.feature, spatial=aux.decoder.spatial)
-    own = gradient_of([aux.equivariant(feature)], call.output)
-    seen = gradient_of(results, call.output)
-    return own is not None and seen is not None and bool(((own != 0) & (seen != 0)).any())
+    own = gradients_of([aux.equivariant(feature)], call.sources)
+    seen = gradients_of(results, call.sources)
+    both = ((x, y) for x, y in zip(own, seen, strict=True) if x is not None and y is not None)
+    return any(bool(((x != 0) & (y != 0)).any()) for x, y in both)
 
 
 def _leak(attached: Attachment, where: str) -> str:
@@ -471,6 +483,11 @@ def _no_second_view(
             f"Features came from {_describe_unknown(attached, unknown)}, too: pass "
             "momentum_encoders=[it], and heads=[...] with its heads."
         )
+    if any(call.is_alike and find_hooks(call.module) for call in step.others):
+        advice.append(
+            "A copy of the attached encoder was called, too: make it before attach, and pass "
+            "momentum_encoders=[it], and heads=[...] with its heads."
+        )
     if candidates(calls, online):
         advice.append(
             "A momentum encoder's images aren't in the batch: they were made within the step, or "
@@ -484,6 +501,10 @@ def _no_second_view(
             "Encode the other view, too. If this call gets several views concatenated, and the "
             "batch doesn't show it, pass views= how many. If they take turns there, image by "
             "image, pass interleaved=True, too."
+        )
+    if attached.plan is not None:
+        advice.append(
+            "For a step without two views, as a supervised one, make model.recon_aux.weight 0."
         )
     if attached.driver.encodes_others:
         advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
@@ -524,8 +545,9 @@ def refuse_forgotten_loss(calls: int, has_changed: bool) -> None:
     if has_changed or calls >= MANY_CALLS:
         raise RuntimeError(
             "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
-            f"{MANY_CALLS} calls of it without. Call add_loss in each step. For evaluation use "
-            "model.eval() and torch.no_grad(). To train on without the task: "
+            f"{MANY_CALLS} calls of it without. Call add_loss in each step. Around calls "
+            "that don't train it, as an evaluation's or an attack's, use model.eval(), and "
+            "torch.no_grad() where that is possible. To train on without the task: "
             "recon_aux.detach(model)."
         )
 

@@ -16,7 +16,7 @@ from recon_aux.engine import discover
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.modules import are_alike, largest_child, share_values
-from recon_aux.engine.step import EncoderCall, OtherCall, Step, tensors_in
+from recon_aux.engine.step import EncoderCall, OtherCall, Step, depends_on, tensors_in
 from recon_aux.engine.views import is_of, largest_views
 from recon_aux.task.turns import version_of
 
@@ -43,7 +43,6 @@ class Driver:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.after_call: Callable[[Step], None] | None = None
-        self.model: nn.Module | None = None
         self.encoders: Sequence[nn.Module] = ()
         # of images that unknown momentum encoders take; None if there is no need to watch for them
         self.channels: int | None = None
@@ -54,12 +53,10 @@ class Driver:
         """Leave the running step out of copies and pickles."""
         return type(self), ()
 
-    def start(
-        self, model: nn.Module, encoders: Sequence[nn.Module], channels: int | None = None
-    ) -> None:
+    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
         """Start a step, in which these encoders are recorded, and others watched for."""
         self.unwatch()
-        self.step, self.model, self.encoders, self.channels = Step(), model, encoders, channels
+        self.step, self.encoders, self.channels = Step(), encoders, channels
 
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call of an encoder."""
@@ -81,33 +78,43 @@ class Driver:
             self.watching.remove()
         self.watching = None
 
-    def feeds(self, head: nn.Module, received: Tensor, is_first: bool) -> bool:
-        """Whether a head receives an encoder's feature, as far as can be seen.
+    def feeds(self, head: nn.Module, received: Tensor, is_first: bool) -> bool | None:
+        """Whether a head receives an encoder's feature; None if it can't be seen.
 
-        In doubt its first tensor is one, and others aren't.
+        Args:
+            head: that receives it.
+            received: one of its tensors.
+            is_first: whether that is the first.
         """
         # a head may be run by a hook, before the encoder returns
         unknown = self.step is None or self.is_encoding or is_recomputing()
         if unknown or self.step is None or torch.compiler.is_compiling():
-            return is_first
-        outputs = [call.output for call in self.step.calls]
-        with_gradient = [x for x in outputs if x.requires_grad]
-        any_without = len(with_gradient) < len(outputs)
-        with_gradient += [x for call in self.step.calls for x in call.returned]
+            return None
+        calls = self.step.calls
         # between a loop's steps nothing is recorded
-        if self.encodes_others and not (outputs and torch.is_grad_enabled()):
-            return is_first
-        if not received.requires_grad:
+        if self.encodes_others and not (calls and torch.is_grad_enabled()):
+            return None
+        with_gradient = [x for call in calls for x in call.returned]
+        if received.requires_grad:
+            fed = any(reached(received, with_gradient))
+        elif _share_memory(received, [*with_gradient, *(call.output for call in calls)]):
+            fed = True
+        else:
             # what was done to it isn't in the graph; only the first step asks
             if is_first and self.watching is not None:
-                storages = {x.untyped_storage().data_ptr() for x in with_gradient}
-                if received.untyped_storage().data_ptr() not in storages:
-                    self.step.unsure.append(head)
-            return is_first or any_without
-        fed = any(reached(received, with_gradient))
+                self.step.unsure.append(head)
+            return None
         if is_first:
             (self.step.fed if fed else self.step.not_fed).append(head)
         return fed
+
+    def may_feed(self, is_first: bool) -> bool:
+        """Whether a tensor that a head receives is taken for a feature, if nothing shows it."""
+        if is_first or torch.compiler.is_compiling():
+            return True
+        if self.step is None or (self.encodes_others and not torch.is_grad_enabled()):
+            return False
+        return any(not call.output.requires_grad for call in self.step.calls)
 
     def record_masked(self, head: nn.Module, masked: Tensor) -> None:
         """Note what a head received."""
@@ -136,11 +143,9 @@ class TrainingStepDriver(Driver):
         """Copy, but let a momentum encoder that is copied within a step be recorded in it."""
         return self if self.step is not None else type(self)()
 
-    def start(
-        self, model: nn.Module, encoders: Sequence[nn.Module], channels: int | None = None
-    ) -> None:
+    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
         """Start a step, in which these encoders are recorded."""
-        super().start(model, encoders, channels)
+        super().start(encoders, channels)
         self.watch()
         self.trained_outside = {}
 
@@ -153,7 +158,7 @@ class TrainingStepDriver(Driver):
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
         """Drop the trained encoder's calls on which the loss doesn't depend."""
-        belongs = reached(loss, [call.output for call in step.calls])
+        belongs = depends_on(loss, step.calls)
         its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
         # one view may be encoded without gradient, or detached: then all calls count
         if len(largest_views(its)) < 2:
@@ -177,16 +182,14 @@ class LoopDriver(Driver):
     def __init__(self, is_trained: bool = False) -> None:
         super().__init__()
         self.is_trained = is_trained
-        # whether the last loss was made of calls in eval mode, as with frozen batch norm
+        # whether a loss was made of calls in eval mode, as with frozen batch norm
         self.trains_in_eval: bool | None = None
         # of each encoder's parameters, at its first call of the step
         self.versions: dict[int, int] = {}
 
-    def start(
-        self, model: nn.Module, encoders: Sequence[nn.Module], channels: int | None = None
-    ) -> None:
+    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
         """Start a step, in which these encoders are recorded."""
-        super().start(model, encoders, channels)
+        super().start(encoders, channels)
         self.versions = {}
 
     def record(self, step: Step, call: EncoderCall) -> None:
@@ -199,7 +202,7 @@ class LoopDriver(Driver):
         self.is_trained |= with_gradient
         # a momentum encoder may be in eval mode throughout
         modes = [call.in_training, *(known.training for known in self.encoders)]
-        is_training = any(modes) or self.trains_in_eval or self._may_train_in_eval
+        is_training = any(modes) or self.trains_in_eval is not False
         if not with_gradient and not (is_training and self.is_trained):
             return
         discover.refuse_search_for_unused_parameters()
@@ -210,33 +213,34 @@ class LoopDriver(Driver):
             has_changed = self.versions.setdefault(id(call.encoder), now) != now
             discover.refuse_forgotten_loss(sum(map(self._trains, step.calls)), has_changed)
         else:
-            self._make_room(step)
+            self._make_room(step, with_gradient)
         step.calls.append(call)
 
     def _trains(self, call: EncoderCall) -> bool:
         """Whether this looks like a call of the encoder that is trained."""
         return call.output.requires_grad and (call.in_training or bool(self.trains_in_eval))
 
-    @property
-    def _may_train_in_eval(self) -> bool:
-        """Whether no loss has shown yet if calls in eval mode train."""
-        return self.trains_in_eval is None and self.model is not None and self.model.training
-
-    def _make_room(self, step: Step) -> None:
-        spare = [call for call in step.calls if not self._trains(call)]
-        if len(spare) >= (discover.MANY_CALLS if self._may_train_in_eval else _SPARE_CALLS):
+    def _make_room(self, step: Step, with_gradient: bool) -> None:
+        alike = (call for call in step.calls if call.output.requires_grad == with_gradient)
+        spare = [call for call in alike if not self._trains(call)]
+        # those with gradient may train after all
+        if len(spare) >= (discover.MANY_CALLS if with_gradient else _SPARE_CALLS):
             step.calls = [call for call in step.calls if call is not spare[0]]
             if spare[0].output.requires_grad:
-                step.masked = [x for x in step.masked if not reached(x, [spare[0].output])[0]]
+                step.masked = [x for x in step.masked if not any(reached(x, spare[0].returned))]
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
         """Give the calls of the loss, then those without gradient: the batch's, then the latest."""
-        belongs = reached(loss, [call.output for call in step.calls])
+        belongs = depends_on(loss, step.calls)
         its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
-        self.trains_in_eval = not all(call.in_training for call in its)
+        self.trains_in_eval = self.trains_in_eval or not all(call.in_training for call in its)
         others = [call for call in step.calls if not call.output.requires_grad]
         shown = [call for call in others if is_of(batch, call.image)]
         return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]
+
+
+def _share_memory(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return tensor.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in others}
 
 
 def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, result: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recon_aux.engine.discover import find_views, refuse_changed
+from recon_aux.engine.discover import find_views, refuse_changed, warn_of_changed_features
 from recon_aux.engine.step import EarlyTask, Step, Views, version_in_place
 from recon_aux.engine.views import is_of
 from recon_aux.task import ReconAuxOutput
@@ -69,8 +69,10 @@ def drop_if_outdated(attached: Attachment, step: Step) -> None:
     has_changed = early.versions != _versions(step)
     if has_changed or len(step.calls) != plan.calls or early.weight != attached.aux.weight:
         step.early = None
-    # it will change in each step
-    plan.calls = None if has_changed else plan.calls
+    if has_changed:
+        # it will change in each step
+        plan.calls = None
+        warn_of_changed_features(step, early.views)
 
 
 def output_of(

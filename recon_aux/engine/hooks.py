@@ -182,6 +182,8 @@ class EncoderRecorder:
             feature = take_feature(result, self.features, self.shape.channels)
             returned = [x for x in tensors_in(result) if x.requires_grad]
             output = source_of(feature, returned)
+            if output.requires_grad and not any(x is output for x in returned):
+                returned.append(output)
             versions = version_in_place(image), version_in_place(output)
             self.driver.record(
                 step,
@@ -214,6 +216,12 @@ class HeadMask:
         self.shape = shape
         self.equivariant_dim = equivariant_dim
         self.driver = driver
+        # by the arguments' places: whether a head was seen to receive a feature there
+        self.takes: dict[int, bool] = {}
+
+    def of_a_head(self) -> HeadMask:
+        """Make one for a head, which remembers what that receives."""
+        return HeadMask(self.shape, self.equivariant_dim, self.driver)
 
     def __call__(
         self,
@@ -232,12 +240,21 @@ class HeadMask:
                 "first tensor."
             )
         for i, value in enumerate(values):
-            is_feature = isinstance(value, Tensor) and value.shape == tensors[0].shape
-            if is_feature and self.driver.feeds(head, value, value is tensors[0]):
+            is_alike = isinstance(value, Tensor) and value.shape == tensors[0].shape
+            if is_alike and self._receives_feature(head, i, value, value is tensors[0]):
                 values[i] = self.mask(value, head)
                 self.driver.record_masked(head, values[i])
         named = dict(zip(kwargs, values[len(args) :], strict=True))
         return call(*values[: len(args)], **named)
+
+    def _receives_feature(self, head: nn.Module, place: int, value: Tensor, is_first: bool) -> bool:
+        known, seen = self.takes.get(place), self.driver.feeds(head, value, is_first)
+        if seen is None:
+            return self.driver.may_feed(is_first) if known is None else known
+        # a head that takes a feature once may do so where it can't be seen
+        if seen or known is None:
+            self.takes[place] = seen
+        return seen
 
     def mask(self, feature: Tensor, head: nn.Module) -> Tensor:
         """Zero the last channels of a feature.

@@ -162,7 +162,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 def averaged(module: nn.Module) -> nn.Module:
     """Look into an average of weights, torch's or timm's: it may be called, or its module."""
     is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
-    return module.get_submodule("module") if is_average else module
+    inner = getattr(module, "module", None)
+    return inner if is_average and isinstance(inner, nn.Module) else module
 
 
 def find_untrained(model: nn.Module) -> set[nn.Module]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from recon_aux.engine.autograd import reached
 from recon_aux.task import ReconAuxOutput
 
 Pair = tuple[Tensor, Tensor]
@@ -41,6 +42,14 @@ class EncoderCall(NamedTuple):
         return self.image.shape[-2:].numel()
 
     @property
+    def sources(self) -> list[Tensor]:
+        """Those of the returned tensors that the feature was made of. It may be one itself."""
+        if any(x is self.feature for x in self.returned):
+            return [self.feature]
+        is_its = reached(self.feature, self.returned)
+        return [x for x, its in zip(self.returned, is_its, strict=True) if its] or [self.output]
+
+    @property
     def changed(self) -> tuple[bool, bool]:
         """Whether images and output were changed in place since, as far as torch counts it."""
         image, output = self.versions
@@ -48,6 +57,14 @@ class EncoderCall(NamedTuple):
             image not in (None, version_in_place(self.image)),
             output not in (None, version_in_place(self.output)),
         )
+
+
+def depends_on(loss: Tensor, calls: Sequence[EncoderCall]) -> list[bool]:
+    """Say of each call whether a loss depends on its feature, or on what that was made of."""
+    sources = [call.sources for call in calls]
+    tensors = [x for its in sources for x in its]
+    found = {id(x) for x, is_its in zip(tensors, reached(loss, tensors), strict=True) if is_its}
+    return [any(id(x) in found for x in its) for its in sources]
 
 
 def version_in_place(tensor: Tensor) -> int | None:

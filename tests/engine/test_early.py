@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import recon_aux
 from helpers.features import smooth_pictures
 from helpers.models import siamese_loss
+from helpers.watching import calls_of
 
 
 class InALoop(nn.Module):
@@ -235,3 +236,30 @@ def test_a_weight_that_is_set_while_a_step_runs_counts_in_it() -> None:
     trained(late, [2, 2])
     early.then = late.recon_aux.weight = 7.0
     assert trained(early, [2]) == trained(late, [2])
+
+
+def test_where_features_change_in_place_the_task_soon_runs_once_a_step() -> None:
+    class Stepping(Method):
+        def loss(self, views: list[Tensor]) -> Tensor:
+            return changed_in_place(self, views, torch.relu_)
+
+    model = attached(Stepping())
+    runs = calls_of(model.recon_aux)
+    trained(model, [2] * 4)
+    # in the second step it ran in vain
+    assert len(runs) == 5
+
+
+def test_a_feature_that_changes_in_place_later_is_warned_of_once() -> None:
+    class Stepping(Method):
+        change: Any = staticmethod(torch.Tensor.clone)
+
+        def loss(self, views: list[Tensor]) -> Tensor:
+            return changed_in_place(self, views, self.change)
+
+    model = attached(Stepping())
+    trained(model, [2, 2])
+    model.change = torch.relu_
+    with pytest.warns(UserWarning, match="changed in place") as caught:
+        trained(model, [2, 2, 2])
+    assert len(caught) == 1

@@ -457,9 +457,10 @@ def test_an_encoder_that_trained_may_be_frozen_for_a_while() -> None:
         assert model.backbone[0].weight.grad.any()
 
 
-def test_a_loop_may_train_its_encoder_in_eval_mode() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loop_may_train_its_encoder_in_eval_mode(whole: bool) -> None:
     model = attach(in_a_loop())
-    model.backbone.eval()
+    (model if whole else model.backbone).eval()
     seen = rebuilt_from(model)
     crops = torch.rand(19, 4, 3, 16, 16)
     for _ in range(2):
@@ -470,8 +471,10 @@ def test_a_loop_may_train_its_encoder_in_eval_mode() -> None:
             model(crops[0])
 
 
-def test_then_its_momentum_encoder_may_be_in_eval_mode_too() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_then_its_momentum_encoder_may_be_in_eval_mode_too(whole: bool) -> None:
     model = attach(MomentumInALoop())
+    model.train(not whole)
     model.backbone.eval()
     model.backbone_momentum.eval()
     seen = rebuilt_from(model)
@@ -479,3 +482,13 @@ def test_then_its_momentum_encoder_may_be_in_eval_mode_too() -> None:
         views = list(torch.rand(2, 4, 3, 16, 16))
         recon_aux.add_loss(model, model.loss(views), views).backward()
         assert torch.equal(seen.pop()[0][1], views[1])
+
+
+def test_a_loop_may_change_its_mode_from_step_to_step() -> None:
+    model = attach(in_a_loop())
+    seen = rebuilt_from(model)
+    crops = torch.rand(19, 4, 3, 16, 16)
+    for step in range(4):
+        model.train(step % 2 == 0)
+        recon_aux.add_loss(model, sum(model(view).var() for view in crops)).backward()
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], crops, strict=False))

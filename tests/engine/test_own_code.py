@@ -14,6 +14,7 @@ from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import BYOLProjectionHead, SimCLRProjectionHead
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18, swin_t
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -584,6 +585,171 @@ def test_a_head_that_takes_two_features_sees_neither_s_equivariant_channels() ->
         assert not sees_noise(model, noise, views())
     model.recon_aux.weight = 1.0
     trains(model, views(), views())
+
+
+class Joins(nn.Module):
+    """A head of two features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2 * WIDTH, 8)
+
+    def forward(self, y0: Tensor, y1: Tensor) -> Tensor:
+        return self.layer(torch.cat([y0, y1], 1))
+
+
+class OfTwoViews(nn.Module):
+    """Its head takes the features of both views at once."""
+
+    recon_aux: Any
+
+    def __init__(self, save: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head, self.save = encoder(), Joins(), save
+
+    def forward(self, batch: Any) -> Tensor:
+        y0, y1 = (self.encoder(x) for x in batch)
+        z = checkpoint(self.head, y0, y1, use_reentrant=False) if self.save else self.head(y0, y1)
+        return z.square().mean()
+
+
+class StepOfTwoViews(OfTwoViews, Trained):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch)
+
+
+def gradient_of_unseen(model: Any, compiled: bool) -> Tensor:
+    """The gradient of a two-feature head's weights for equivariant channels, in the third step."""
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
+    if compiled:
+        model.head.compile(backend="aot_eager")
+    for _ in range(3):
+        model.zero_grad()
+        if isinstance(model, StepOfTwoViews):
+            loss = model.training_step(views(), 0)
+        else:
+            loss = recon_aux.add_loss(model, model(views()))
+        loss.backward()
+    return model.head.layer.weight.grad.unflatten(1, (2, 2, -1))[:, :, 1]
+
+
+@pytest.mark.parametrize("make", [OfTwoViews, StepOfTwoViews])
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_what_is_masked_does_not_depend_on_how_a_head_runs(make: Any, how: str) -> None:
+    model = make(save=how == "checkpointed")
+    assert not gradient_of_unseen(model, compiled=how == "compiled").any()
+    with torch.no_grad():
+        y = torch.rand(4, WIDTH)
+        z = model.head(y, y)
+        y[:, WIDTH // 2 :] = 0
+        assert torch.equal(z, model.head(y, y))
+
+
+def test_a_head_of_other_features_is_masked_where_it_takes_the_encoder_s() -> None:
+    class Late(Trained):
+        """The table's head also takes the encoder's detached feature, or that alone later."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.table = encoder(), nn.Linear(5, WIDTH)
+            self.head, self.shared = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+            self.turn = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y0, y1 = (self.backbone(x) for x in batch)
+            loss = (self.head(y0) - self.head(y1)).square().mean()
+            if self.turn < 2:
+                z = self.shared(self.table(torch.ones(4, 5)))
+                return loss + (z - self.shared(y0.detach()) * self.turn).square().mean()
+            return loss + self.shared(y1).square().mean()
+
+    model = recon_aux.attach(Late(), backbone="backbone", heads=["head", "shared"])
+    for model.turn in (0, 1, 2):
+        assert not sees_noise(model, model.backbone[3], views())
+
+
+def test_a_frozen_head_of_both_is_no_momentum_head() -> None:
+    class WithPrototypes(BYOL):
+        def __init__(self) -> None:
+            super().__init__(encoder(), encoder())
+            self.prototypes = frozen(nn.Linear(WIDTH, 6))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                target = self.prototypes(self.target(batch[1]))
+            z = (self.prototypes(self.online(batch[0])) - target).square().mean()
+            return z + super().training_step(batch, batch_idx)
+
+    model = WithPrototypes()
+    recon_aux.attach(model, backbone="online", heads=["projector", "prototypes"])
+    assert not sees_noise(model, model.target.get_submodule("3"), list(views()))
+
+
+class Both(nn.Module):
+    """Returns two tensors, of which a feature may be joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = encoder(WIDTH // 2), encoder(WIDTH // 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        left = self.left(x)
+        torch._dynamo.graph_break()
+        return {"left": left, "right": self.right(x)}
+
+
+def joined(output: dict[str, Tensor]) -> Tensor:
+    return torch.cat([output["left"], output["right"]], 1)
+
+
+def test_of_a_feature_that_is_joined_of_several_tensors_all_are_checked() -> None:
+    class Joined(Trained):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = Both()
+            self.head, self.other = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            y = [joined(self.encoder(x)) for x in batch]
+            z = [self.head(x) + self.other(x) for x in y]
+            return (z[0] - z[1]).square().mean()
+
+    for heads in (["head"], ["head", "other"]):
+        model = recon_aux.attach(Joined(), backbone="encoder", heads=heads, features=joined)
+        if len(heads) == 1:
+            with pytest.raises(RuntimeError, match="equivariant channels reach it past"):
+                model.training_step(views(), 0)
+        else:
+            trains(model, views(), views())
+
+
+def test_a_compiled_encoder_may_return_several_tensors() -> None:
+    class InALoop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = Both(), nn.Linear(WIDTH // 2, 8)
+
+    model: Any = InALoop()
+    recon_aux.attach(
+        model, backbone="encoder", heads=["head"], features=lambda output: 1 * output["right"]
+    )
+    model.encoder.compile(backend="aot_eager")
+    for _ in range(2):
+        z = [model.head(model.encoder(x)["right"]) for x in views()]
+        recon_aux.add_loss(model, (z[0] - z[1]).square().mean()).backward()
+    assert model.recon_aux.decoder.queries.grad.any()
+
+
+def test_an_average_of_ones_own_may_keep_its_model_anywhere() -> None:
+    class ModelEma(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.ema = frozen(model)
+
+    model = Taught()
+    model.ema = ModelEma(model.head)
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
 
 
 # --- where the channels are ---
