@@ -399,10 +399,11 @@ def _refuse_past_heads(
     plan.steps += 1
     # a loss past the heads may weigh nothing at first: look in step 1, 2, 4, 8, ...
     is_due = not plan.uses_past_heads or plan.steps.bit_count() == 1
-    sources = [x for call in calls for x in call.sources] if is_due else []
-    seen = {id(x) for x in past(loss, sources, step.masked)}
+    if not is_due:
+        return
+    seen = past(loss, [x for call in calls for x in call.sources], step.masked)
     plan.uses_past_heads |= bool(seen)
-    its = [call for call in calls if any(id(x) in seen for x in call.sources)] if seen else []
+    its = [call for call in calls if any(x is y for x in call.sources for y in seen)]
     if any(_sees_equivariant(attached, call, [loss]) for call in its):
         raise RuntimeError(_leak(attached, "past"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import finalize, ref
@@ -240,7 +241,11 @@ class LoopDriver(Driver):
 
 
 def _share_memory(tensor: Tensor, others: Sequence[Tensor]) -> bool:
-    return tensor.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in others}
+    # some tensors have no memory of their own, as sparse ones
+    with suppress(RuntimeError, NotImplementedError):
+        place = tensor.untyped_storage().data_ptr()
+        return place in {x.untyped_storage().data_ptr() for x in others}
+    return False
 
 
 def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, result: Any) -> None:
