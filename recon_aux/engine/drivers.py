@@ -183,7 +183,8 @@ class LoopDriver(Driver):
     def __init__(self, is_trained: bool = False) -> None:
         super().__init__()
         self.is_trained = is_trained
-        # whether a loss was made of calls in eval mode, as with frozen batch norm
+        # whether the last loss was made of calls in eval mode, as with frozen batch norm; None
+        # before the first
         self.trains_in_eval: bool | None = None
         # of each encoder's parameters, at its first call of the step
         self.versions: dict[int, int] = {}
@@ -234,7 +235,7 @@ class LoopDriver(Driver):
         """Give the calls of the loss, then those without gradient: the batch's, then the latest."""
         belongs = depends_on(loss, step.calls)
         its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
-        self.trains_in_eval = self.trains_in_eval or not all(call.in_training for call in its)
+        self.trains_in_eval = not all(call.in_training for call in its)
         others = [call for call in step.calls if not call.output.requires_grad]
         shown = [call for call in others if is_of(batch, call.image)]
         return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]

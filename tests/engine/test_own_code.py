@@ -667,6 +667,10 @@ def test_a_head_of_other_features_is_masked_where_it_takes_the_encoder_s() -> No
     model = recon_aux.attach(Late(), backbone="backbone", heads=["head", "shared"])
     for model.turn in (0, 1, 2):
         assert not sees_noise(model, model.backbone[3], views())
+    # nor outside of a step
+    y = torch.rand(4, WIDTH)
+    same = torch.cat([y[:, : WIDTH // 2], torch.rand(4, WIDTH // 2)], 1)
+    assert torch.equal(model.shared(y), model.shared(same))
 
 
 def test_a_frozen_head_of_both_is_no_momentum_head() -> None:
