@@ -1217,7 +1217,7 @@ CASES |= {
     ),
     "a head of other features, too": Case(
         lambda: fit(with_a_table("head")),
-        "Use a head of its own for each",
+        "Give each a head of its own",
         lambda: fit(with_a_table("head_table")),
     ),
     "a head of other features": Case(

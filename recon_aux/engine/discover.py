@@ -356,8 +356,8 @@ def _warn_of_shared_heads(attached: Attachment, heads: Sequence[nn.Module]) -> N
         warnings.warn(
             f"recon_aux: expected heads that take the encoder's features alone, saw {names} take "
             "other features, too. Those are left as they are in training. In evaluation, and in "
-            "compiled or checkpointed code, their last channels are zeroed. Use a head of its own "
-            "for each, or pass equivariant_dim=0 to train without a split.",
+            "compiled or checkpointed code, their last channels are zeroed. Give each a head of "
+            "its own, or pass equivariant_dim=0 to train without a split.",
             stacklevel=2,
         )
 
