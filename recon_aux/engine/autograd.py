@@ -61,6 +61,14 @@ def reached(
     return [edge in found for edge in edges]
 
 
+def sources_of(feature: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Find the tensors that a feature was made of: it may be one itself."""
+    if any(x is feature for x in tensors):
+        return [feature]
+    is_its = reached(feature, tensors)
+    return [x for x, is_it in zip(tensors, is_its, strict=True) if is_it]
+
+
 def past(loss: Tensor, outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
     """Find the encoder's outputs that a loss depends on without a masked head in between."""
     nodes: list[Node] = [x.grad_fn for x in masked if x.grad_fn is not None]

@@ -97,8 +97,7 @@ def discover(
     if online and loss.requires_grad:
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
-            others = [head for head in step.not_fed if head not in step.fed]
-            attached.unmask_momentum_heads(others)
+            attached.unmask_momentum_heads([head for head in step.not_fed if head not in step.fed])
             _warn_of_shared_heads(attached, [head for head in step.not_fed if head in step.fed])
             own = [call for call in online if share_weights(call.encoder, plan.encoder)]
             _refuse_mixing_heads(attached, step, own)

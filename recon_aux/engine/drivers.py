@@ -183,8 +183,7 @@ class LoopDriver(Driver):
     def __init__(self, is_trained: bool = False) -> None:
         super().__init__()
         self.is_trained = is_trained
-        # whether the last loss was made of calls in eval mode, as with frozen batch norm; None
-        # before the first
+        # whether the last loss was made in eval mode, as with frozen batch norm; None at first
         self.trains_in_eval: bool | None = None
         # of each encoder's parameters, at its first call of the step
         self.versions: dict[int, int] = {}
@@ -228,7 +227,7 @@ class LoopDriver(Driver):
         # those with gradient may train after all
         if len(spare) >= (discover.MANY_CALLS if with_gradient else _SPARE_CALLS):
             step.calls = [call for call in step.calls if call is not spare[0]]
-            if spare[0].output.requires_grad:
+            if with_gradient:
                 step.masked = [x for x in step.masked if not any(reached(x, spare[0].returned))]
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.autograd import reached
+from recon_aux.engine.autograd import sources_of
 from recon_aux.engine.step import tensors_in
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature, channel_dim
@@ -105,8 +105,7 @@ def source_of(feature: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return feature
     if torch.compiler.is_compiling():
         return tensors[0]
-    is_its = reached(feature, tensors)
-    return next((x for x, is_it in zip(tensors, is_its, strict=True) if is_it), feature)
+    return (sources_of(feature, tensors) or [feature])[0]
 
 
 def encoder_shape(

@@ -113,6 +113,7 @@ def find_momentum_heads(
     # what was replaced since has no name
     pairs = [(names.get(id(encoder)), names.get(id(copy))) for copy in momentum_encoders]
     found: list[nn.Module] = []
+    untrained = find_untrained(model)
     for head in heads:
         alike = {id(module) for module in (head, *find_copies(model, head))}
         candidates = [
@@ -122,7 +123,6 @@ def find_momentum_heads(
             for name in _analogous(own, other, names[id(head)])
         ]
         named = [m for m in candidates if m is not None and m is not head and id(m) in alike]
-        untrained = find_untrained(model)
         trained = [m for m in model.modules() if id(m) in alike and m not in untrained]
         in_order = []
         for parent in around:
@@ -168,9 +168,9 @@ def averaged(module: nn.Module) -> nn.Module:
 
 def find_untrained(model: nn.Module) -> set[nn.Module]:
     """Find the modules that no optimizer trains: frozen ones, and averages of weights."""
-    averages = [averaged(module) for module in model.modules() if averaged(module) is not module]
-    inside = {inner for module in averages for inner in module.modules()}
-    return inside | {module for module in model.modules() if is_frozen(module)}
+    averages = (averaged(x) for x in model.modules() if averaged(x) is not x)
+    frozen = (x for x in model.modules() if is_frozen(x))
+    return {*frozen, *(inner for average in averages for inner in average.modules())}
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.autograd import reached
+from recon_aux.engine.autograd import reached, sources_of
 from recon_aux.task import ReconAuxOutput
 
 Pair = tuple[Tensor, Tensor]
@@ -44,10 +44,7 @@ class EncoderCall(NamedTuple):
     @property
     def sources(self) -> list[Tensor]:
         """Those of the returned tensors that the feature was made of. It may be one itself."""
-        if any(x is self.feature for x in self.returned):
-            return [self.feature]
-        is_its = reached(self.feature, self.returned)
-        return [x for x, its in zip(self.returned, is_its, strict=True) if its] or [self.output]
+        return sources_of(self.feature, self.returned) or [self.output]
 
     @property
     def changed(self) -> tuple[bool, bool]:
