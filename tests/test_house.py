@@ -168,9 +168,10 @@ def test_the_engine_imports_the_task_and_nothing_else() -> None:
     assert foreign_in(ENGINE, "torch", "einops", "recon_aux.task", "recon_aux.engine") == {}
 
 
-def test_the_probe_imports_the_task_and_nothing_else_of_recon_aux() -> None:
-    needs = ("torch", "numpy", "sklearn", "kornia", "rich", "recon_aux.task", "recon_aux.probe")
-    assert foreign_in(PROBE, *needs) == {}
+def test_the_probe_imports_task_and_engine_and_nothing_else_of_recon_aux() -> None:
+    needs = ("torch", "numpy", "sklearn", "kornia", "rich", "PIL")
+    rooms = ("recon_aux.task", "recon_aux.engine", "recon_aux.probe")
+    assert foreign_in(PROBE, *needs, *rooms) == {}
 
 
 def test_the_command_line_imports_every_room_and_no_trainer() -> None:

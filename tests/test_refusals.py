@@ -22,9 +22,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -37,7 +39,8 @@ from helpers.training import take_steps
 from helpers.weights import assert_both_trained, weights_of
 from recon_aux import ReconAux
 from recon_aux.integrations import lightly
-from recon_aux.probe import draw_parameters, probe
+from recon_aux.probe import compare, draw_parameters, probe
+from recon_aux.probe.inputs import with_eight_bits
 
 
 class Case(NamedTuple):
@@ -105,6 +108,10 @@ class Method(Loop):
 
 
 SMALL: dict[str, Any] = {"target_size": 16, "decoder_dim": 16, "decoder_heads": 2}
+
+
+def deeper() -> Method:
+    return Method(backbone=nn.Sequential(*encoder(), nn.Linear(WIDTH, WIDTH)))
 
 
 def attached(model: Any = None, **options: Any) -> Any:
@@ -407,6 +414,11 @@ CASES |= {
         lambda: recon_aux.export_backbone(attached(), like=encoder),  # type: ignore[arg-type]
         "Build the model first",
         lambda: encoder().load_state_dict(recon_aux.export_backbone(attached(), like=encoder())),
+    ),
+    "an architecture with less": Case(
+        lambda: recon_aux.export_backbone(attached(deeper()), like=encoder()),
+        r"saw 2 tensors that it hasn't, as 3.bias.*Pass like= of the architecture that was trained",
+        lambda: recon_aux.export_backbone(attached(deeper()), like=deeper().backbone),
     ),
     "another architecture": Case(
         lambda: recon_aux.export_backbone(attached(), like=nn.Linear(2, 2)),
@@ -1727,13 +1739,23 @@ LABELLED = (torch.rand(16, 3, 8, 8), torch.arange(16) % 2)
 
 
 def probed(encode: Callable[[Tensor], Tensor], **options: Any) -> None:
-    result = probe(encode, LABELLED, LABELLED, equivariant_dim=1, pairs=(8, 8), **options)
+    options = {"pairs": (8, 8), **options}
+    result = probe(encode, LABELLED, LABELLED, equivariant_dim=1, **options)
     assert set(result.parts) == {"whole", "invariant", "equivariant"}
 
 
 def probe_images(images: Tensor, **options: Any) -> None:
     split = (images, None)
     probe(lambda x: x.mean((2, 3)), split, split, pairs=(8, 8), **options)
+
+
+def probe_labels(labels: Tensor | None) -> None:
+    split = (LABELLED[0], labels)
+    probe(lambda x: x.mean((2, 3)), split, split, pairs=(8, 8))
+
+
+def compared(model: nn.Module) -> None:
+    compare({"mine": model}, LABELLED, LABELLED, pairs=(8, 8))
 
 
 def imported(name: str, without: str = "") -> None:
@@ -1783,6 +1805,61 @@ CASES |= {
         lambda: probe_images((LABELLED[0] * 255).long()),
         r"got torch.int64 .*Pass images\.to\(torch\.uint8\)",
         lambda: probe_images((LABELLED[0] * 255).long().to(torch.uint8)),
+    ),
+    "images of 0 and 1 as whole numbers": Case(
+        lambda: probe_images((LABELLED[0] > 0.5).to(torch.uint8)),
+        r"got torch.uint8 from 0 to 1\. Pass images\.float\(\)",
+        lambda: probe_images((LABELLED[0] > 0.5).to(torch.uint8).float()),
+    ),
+    "images of 16 bits": Case(
+        lambda: probe_images((LABELLED[0] * 65535).to(torch.uint16)),
+        "Divide them, as floats, by the largest value that they may have, as 65535",
+        lambda: probe_images((LABELLED[0] * 65535).to(torch.uint16).float() / 65535),
+    ),
+    "a file of floats": Case(
+        lambda: with_eight_bits(Image.fromarray(np.ones((2, 2), np.float32))),
+        "got mode F from 1 to 1. Save it with 8 bits",
+        lambda: with_eight_bits(Image.fromarray(np.ones((2, 2), np.uint8))),
+    ),
+    "one image": Case(
+        lambda: probe_images(LABELLED[0][:1]),
+        "two images or more in train, got 1. Pass more images",
+        lambda: probe_images(LABELLED[0][:2]),
+    ),
+    "one pair": Case(
+        lambda: probed(lambda x: x.mean((2, 3)), pairs=(8, 1)),
+        r"pairs= as two whole numbers of 2 or more, got \(8, 1\). Pass such",
+        lambda: probed(lambda x: x.mean((2, 3)), pairs=(8, 2)),
+    ),
+    "labels as floats": Case(
+        lambda: probe_labels(LABELLED[1].float()),
+        r"got torch.float32 of shape \(16,\). Pass such: labels.long\(\) of floats",
+        lambda: probe_labels(LABELLED[1].float().long()),
+    ),
+    "a column for each class": Case(
+        lambda: probe_labels(F.one_hot(LABELLED[1])),
+        r"of shape \(16, 2\). Pass such: .*labels.argmax\(1\) of one column for each class",
+        lambda: probe_labels(F.one_hot(LABELLED[1]).argmax(1)),
+    ),
+    "labels of one class": Case(
+        lambda: probe_labels(torch.zeros(16, dtype=torch.int64)),
+        "two classes or more, got 0 alone. Pass None in their place",
+        lambda: probe_labels(None),
+    ),
+    "an encoder that returns several things": Case(
+        lambda: probed(lambda images: (images.mean((2, 3)), 1)),  # type: ignore[arg-type, return-value]
+        r"Pass a function that takes it from there, as lambda images: encoder\(images\)\[0\]",
+        lambda: probed(lambda images: (images.mean((2, 3)), 1)[0]),
+    ),
+    "a feature that isn't finite": Case(
+        lambda: probed(lambda images: images.mean((2, 3)) / 0),
+        "for 16 of 16 images. Pass images as in the training, and look for NaN",
+        lambda: probed(lambda images: images.mean((2, 3))),
+    ),
+    "a model with a head, whose encoder has a name of its own": Case(
+        lambda: compared(nn.ModuleDict({"net": encoder(), "projector": nn.Linear(WIDTH, 2)})),
+        r"got 'mine', a ModuleDict with net \(Sequential\), projector .* Pass its encoder alone",
+        lambda: compared(encoder()),
     ),
     "normalised images": Case(
         lambda: probe_images(transforms.Normalize([0.5] * 3, [0.25] * 3)(LABELLED[0])),
@@ -1838,7 +1915,7 @@ CASES |= {
 IMPERATIVE = re.compile(
     r"\b([Pp]ass|[Mm]ake|[Cc]all|[Ll]eave|[Bb]uild|[Rr]eturn|[Gg]ive|[Pp]ut|[Ee]ncode|[Rr]eplace|"
     r"[Mm]ove|[Ll]ist|[Ll]oad|[Ll]et|[Ll]ook|[Ll]ower|[Ii]nstall|attach|use|needs|did you mean|"
-    r"[Dd]ivide|has to|recon_aux\.detach)\b"
+    r"[Dd]ivide|[Ss]ave|has to|recon_aux\.detach)\b"
 )
 # notices that ask for nothing, and what has no way out of it
 WITHOUT_ADVICE = {

@@ -139,9 +139,7 @@ def probe_command(
         return load_images(data, size or own, images)
 
     probed = probe_all(found, load, normalization, where, console, regressor)
-    console.print(
-        f"{probed.images}. Normalised as --normalize {normalize}.", highlight=False, markup=False
-    )
+    _print_images(probed, normalize, console)
     console.print(side_by_side(probed.results))
     if json_file is not None:
         json_file.write_text(json.dumps(probed.to_dict(), indent=2))
@@ -151,8 +149,19 @@ def probe_command(
         console.print(f"Saved {saved}.", highlight=False)
 
 
+def _print_images(probed: Probed, normalize: str, console: Console) -> None:
+    """Say which images were seen, and if they differ, by which encoder."""
+    seen = {str(images) for images in probed.images.values()}
+    lines = list(seen) if len(seen) == 1 else [f"{n}: {x}" for n, x in probed.images.items()]
+    if len(seen) > 1:
+        lines.append("These images differ. Pass --size with one that all encoders take")
+    lines[-1] += f". Normalised as --normalize {normalize}"
+    for line in lines:
+        console.print(f"{line}.", highlight=False, markup=False)
+
+
 def _save_picture(path: Path, probed: Probed, console: Console) -> None:
-    unseen = save_picture(path, probed.results, probed.rebuilders, probed.images.test[0])
+    unseen = save_picture(path, probed.results, probed.rebuilders)
     for label in unseen:
         console.print(
             f"In {path}, what is {' '.join(label.split())} is mostly darker than black or brighter "
@@ -313,8 +322,8 @@ def demo(
     console = _console()
     console.print(side_by_side(results))
     attached: Any = models["attached"]
-    rebuilder = Rebuilder(attached.backbone, attached.recon_aux, NORMALIZE)
-    save_picture(picture, results, {"attached": rebuilder}, data.test[0])
+    rebuilder = Rebuilder(attached.backbone, attached.recon_aux, NORMALIZE, data.test[0])
+    save_picture(picture, results, {"attached": rebuilder})
     console.print(
         f"Whole, invariant and equivariant are parts of the feature. Use the whole. The picture is "
         f"{picture}.",

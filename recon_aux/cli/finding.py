@@ -93,6 +93,11 @@ class Saved:
         return int(self.values.get("options", {}).get("equivariant_dim", 0))
 
     @property
+    def keeps_positions(self) -> bool:
+        """Whether the task learned from a feature map or from tokens."""
+        return bool(self.values.get("options", {}).get("spatial", False))
+
+    @property
     def weight(self) -> str:
         """The weight in words: a number, and where it is automatic what it came to."""
         weight = self.values["options"]["weight"]

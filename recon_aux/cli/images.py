@@ -16,12 +16,14 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from recon_aux.cli.errors import UserError
+from recon_aux.probe.inputs import with_eight_bits
 
 # an image is a file or a picture; its class is a number, or None if there are no classes
 Sample = tuple[Path | Image.Image, int | None]
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-_HELD_OUT = ("test", "val", "valid", "validation")
+_TRAIN = ("train", "training")
+_HELD_OUT = ("test", "testing", "val", "valid", "validation", "dev", "eval")
 _FORMS = "a folder of images, of class folders, or of train/ and test/ (or val/) with class folders"
 
 
@@ -133,8 +135,9 @@ def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         (torch.Size([1400, 3, 16, 16]), torch.Size([397, 3, 16, 16]))
     """
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
-    ink = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 16, max(size - 8, 1), mode="bilinear")
-    ink = F.pad(ink, (4, 4, 4, 4))
+    margin = min(4, size // 4)
+    ink = pixels.float().view(-1, 1, 8, 8) / 16
+    ink = F.pad(F.interpolate(ink, size - 2 * margin, mode="bilinear"), [margin] * 4)
     images = torch.cat([0.2 + 0.7 * ink, 0.3 + 0.3 * ink, 0.5 - 0.2 * ink], dim=1)
     images = (images * 255).byte()
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -163,13 +166,17 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
             f"expected --data as digits, cifar10 or {_FORMS}, got {root}, which is no folder. Pass "
             "one of these."
         )
-    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
-    if held_out is not None and (root / "train").is_dir():
-        known = _classes(root / "train")
-        splits = [_samples(root / "train", known), _samples(held_out, known)]
-        said = f"{root}; {held_out.name}/ is held out"
+    train, held_out = _splits(root)
+    if train is not None and held_out:
+        known = _classes(train)
+        # of test/ and val/ one may have no classes
+        test = next((x for x in held_out if known and _samples(x, known)), held_out[0])
+        splits = [_samples(train, known), _samples(test, known)]
+        said = f"{root}; {test.name}/ is held out"
     else:
-        samples = _samples(root, _classes(root))
+        classes = _classes(root)
+        _refuse_splits(root, classes)
+        samples = _samples(root, classes)
         # every fifth of shuffled images
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
         splits = [
@@ -192,9 +199,27 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
     return splits[0], splits[1], said
 
 
+def _splits(root: Path) -> tuple[Path | None, list[Path]]:
+    """Find the folder to train on, if there is one, and those that may be held out."""
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    train = next((folders[name] for name in _TRAIN if name in folders), None)
+    return train, [folders[name] for name in _HELD_OUT if name in folders]
+
+
+def _refuse_splits(root: Path, classes: list[str]) -> None:
+    """Refuse folders of the same folders: they are splits, and no classes."""
+    within = [set(_classes(root / name)) for name in classes]
+    if shared := set[str]().union(*within).intersection(*within):
+        raise UserError(
+            f"expected {_FORMS}, got {root} with {', '.join(classes[:4])}, which have the same "
+            f"folders, as {min(shared)}. If they are splits, rename them to train and test."
+        )
+
+
 def _classes(folder: Path) -> list[str]:
     """Give the names of the class folders, if there are two or more."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _files(path))
+    folders = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    names = sorted(path.name for path in folders if _files(path))
     return names if len(names) > 1 else []
 
 
@@ -205,7 +230,13 @@ def _samples(folder: Path, classes: list[str]) -> list[Sample]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+    """Find the images in a folder; what is hidden, as .ipynb_checkpoints, holds copies."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _ENDINGS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def _natural_size(path: Path | Image.Image) -> int:
@@ -216,11 +247,14 @@ def _open(image: Path | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     try:
-        return Image.open(image).convert("RGB")
+        opened: Image.Image = with_eight_bits(Image.open(image))
+        return opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(
             f"expected an image, got {image}, which can't be read. Remove it."
         ) from error
+    except ValueError as error:
+        raise UserError(f"{image}: {error}") from error
 
 
 def _read(train: list[Sample], test: list[Sample], size: int, limit: int, said: str) -> Images:

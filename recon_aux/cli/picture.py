@@ -29,23 +29,25 @@ class Rebuilder:
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``.
         aux: the task, with its trained decoder.
         normalize: what its images go through.
+        images: held-out ones ``(N, 3, H, W)`` of its size, uint8.
     """
 
     encoder: nn.Module
     aux: ReconAux
     normalize: Normalization
+    images: Tensor
 
     @torch.no_grad()
-    def __call__(self, view: Tensor, other: Tensor) -> Tensor | None:
-        """Rebuild views in the context of others; None if the decoder takes another feature."""
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give two views of a few images, always the same, and the first as it is rebuilt."""
         parameter = next(self.encoder.parameters())
+        some = self.images[:: max(1, len(self.images) // _IMAGES)][:_IMAGES].float() / 255
+        generator = torch.Generator().manual_seed(0)
+        views = [transform(some, draw_parameters(len(some), generator=generator)) for _ in range(2)]
         with evaluating(self.encoder), evaluating(self.aux):
-            both = [self.encoder(self.normalize(x.to(parameter.device))) for x in (view, other)]
-            try:
-                rebuilt = self.aux.to(parameter.device).rebuild(both[0], both[1])
-            except (ValueError, RuntimeError):
-                return None
-        return self.normalize.undo(rebuilt).cpu()
+            own, other = (self.encoder(self.normalize(x.to(parameter.device))) for x in views)
+            rebuilt = self.aux.to(parameter.device).rebuild(own, other)
+        return views[0], views[1], self.normalize.undo(rebuilt).cpu()
 
 
 def check_picture(path: Path) -> None:
@@ -66,20 +68,18 @@ def save_picture(
     path: Path,
     results: Mapping[str, ProbeResult],
     rebuilders: Mapping[str, Rebuilder],
-    images: Tensor,
 ) -> list[str]:
     """Draw bars of R² for each encoder, and below them views that were rebuilt.
 
     Args:
         path: where to save it; its ending chooses the format.
         results: by the name of the checkpoint.
-        rebuilders: of those that recon_aux was attached to.
-        images: held-out ones ``(N, 3, H, W)``, uint8.
+        rebuilders: of those whose views can be rebuilt.
 
     Returns:
         Labels of rows whose rebuilt values mostly can't be shown.
     """
-    rows = _rebuilt_rows(rebuilders, images[:: max(1, len(images) // _IMAGES)][:_IMAGES])
+    rows = _rebuilt_rows(rebuilders)
     figure = Figure(figsize=(11, 4 + len(rows)), layout="constrained")
     grid = figure.add_gridspec(4 + len(rows), _IMAGES + 2)
     _draw_bars(figure.add_subplot(grid[:4, :]), results)
@@ -115,12 +115,10 @@ def _draw_bars(axis: Axes, results: Mapping[str, ProbeResult]) -> None:
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
-def _rebuilt_rows(rebuilders: Mapping[str, Rebuilder], images: Tensor) -> dict[str, Tensor]:
-    pixels = images.float() / 255
-    generator = torch.Generator().manual_seed(0)
-    view, other = (
-        transform(pixels, draw_parameters(len(pixels), generator=generator)) for _ in range(2)
-    )
-    made = {f"rebuilt by\n{name}": rebuild(view, other) for name, rebuild in rebuilders.items()}
-    rebuilt = {label: pictures for label, pictures in made.items() if pictures is not None}
-    return {"view": view, "other view": other, **rebuilt} if rebuilt else {}
+def _rebuilt_rows(rebuilders: Mapping[str, Rebuilder]) -> dict[str, Tensor]:
+    rows: dict[str, Tensor] = {}
+    for name, rebuild in rebuilders.items():
+        view, other, rebuilt = rebuild()
+        # of encoders of other sizes the same views, with more or fewer pixels
+        rows = {"view": view, "other view": other, **rows, f"rebuilt by\n{name}": rebuilt}
+    return rows

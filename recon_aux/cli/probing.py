@@ -17,6 +17,7 @@ from recon_aux.cli.images import Images, Normalization
 from recon_aux.cli.picture import Rebuilder
 from recon_aux.cli.report import as_json
 from recon_aux.probe import ProbeResult, probe
+from recon_aux.task.splitter import channel_dim
 
 
 @dataclass
@@ -24,13 +25,13 @@ class Probed:
     """What was measured, by the name of the checkpoint.
 
     Attributes:
-        images: those that the last encoder saw.
+        images: those that each encoder saw.
         encoders: what was found in the files.
         results: what the probe measured.
-        rebuilders: of those that recon_aux was attached to.
+        rebuilders: of those whose views can be rebuilt.
     """
 
-    images: Images
+    images: dict[str, Images]
     encoders: dict[str, Encoder]
     results: dict[str, ProbeResult]
     rebuilders: dict[str, Rebuilder]
@@ -41,11 +42,12 @@ class Probed:
             name: {
                 "arch": encoder.arch,
                 "prefix": encoder.prefix,
+                "images": str(self.images[name]),
                 "parts": as_json(self.results[name]),
             }
             for name, encoder in self.encoders.items()
         }
-        return {"images": str(self.images), "checkpoints": checkpoints}
+        return {"checkpoints": checkpoints}
 
 
 def probe_all(
@@ -69,23 +71,43 @@ def probe_all(
     Raises:
         UserError: if an encoder doesn't take the images.
     """
-    results: dict[str, ProbeResult] = {}
-    rebuilders: dict[str, Rebuilder] = {}
+    probed = Probed({}, {name: encoder for name, (encoder, _) in found.items()}, {}, {})
     loaded: dict[int | None, Images] = {}
     for name, (encoder, saved) in found.items():
         module = encoder.build().to(device)
         size = encoder.input_size(module)
         if size not in loaded:
             loaded[size] = load(size)
-        images = loaded[size]
+        images = probed.images[name] = loaded[size]
         console.print(f"{name}: {encoder}", highlight=False, markup=False)
-        split = saved.equivariant_dim if saved is not None else 0
-        results[name] = _probe(module, images, name, split, normalization, device, regressor)
-        aux = saved.build() if saved is not None else None
+        _check(name, encoder, saved, _width(module, images, name, normalization, device))
+        probed.results[name] = probe(
+            module,
+            images.train,
+            images.test,
+            equivariant_dim=saved.equivariant_dim if saved is not None else 0,
+            normalize=normalization,
+            regressor=regressor,
+            device=device,
+            progress=True,
+        )
+        if saved is None:
+            continue
+        aux = None if saved.keeps_positions else saved.build()
         if aux is not None:
-            rebuilders[name] = Rebuilder(module, aux, normalization)
-    encoders = {name: encoder for name, (encoder, _) in found.items()}
-    return Probed(images, encoders, results, rebuilders)
+            probed.rebuilders[name] = Rebuilder(module, aux, normalization, images.test[0])
+            continue
+        reason = "its options can't be read, as in an average of weights: no parts are measured"
+        if saved.keeps_positions:
+            reason = f"it learned from features of each position; {encoder.arch} gives one of all"
+        elif saved.values:
+            reason = "this version of recon_aux can't build its decoder"
+        console.print(
+            f"{name}: recon_aux was attached, but nothing is rebuilt: {reason}.",
+            highlight=False,
+            markup=False,
+        )
+    return probed
 
 
 def short_names(paths: Sequence[Path]) -> dict[str, Path]:
@@ -102,38 +124,33 @@ def short_names(paths: Sequence[Path]) -> dict[str, Path]:
     return {"/".join(path.parts[-depth:]): path for path in unique}
 
 
-def _probe(
+def _width(
     module: nn.Module,
     images: Images,
     name: str,
-    equivariant_dim: int,
     normalization: Normalization,
     device: torch.device,
-    regressor: str,
-) -> ProbeResult:
+) -> int:
+    """Give the width of an encoder's feature."""
     blank = images.train[0][:2].float().to(device) / 255
     try:
         with torch.no_grad():
-            width = module(normalization(blank)).flatten(1).shape[1]
+            feature = module(normalization(blank))
+            return int(feature.shape[channel_dim(feature)])
     except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"expected {name}'s encoder to give features of {images.size}x{images.size} images, "
             f"got: {reason}. Pass another --size, or --arch with a function that builds it."
         ) from error
-    if equivariant_dim > width:
+
+
+def _check(name: str, encoder: Encoder, saved: Saved | None, width: int) -> None:
+    """Refuse another feature than the one that recon_aux split."""
+    trained = width if saved is None else saved.values.get("options", {}).get("feature_dim", width)
+    if trained != width:
         raise UserError(
-            f"expected {name}'s feature to have the {equivariant_dim} equivariant channels that it "
-            f"was saved with, got {width} in all. Pass --arch with the architecture that was "
-            "trained."
+            f"expected {name}'s feature to have the {trained} channels that recon_aux was attached "
+            f"to, got {width} from {encoder.arch}. Pass --arch with a function that builds the "
+            "encoder that was trained, as --arch my_code:build_encoder."
         )
-    return probe(
-        module,
-        images.train,
-        images.test,
-        equivariant_dim=equivariant_dim,
-        normalize=normalization,
-        regressor=regressor,
-        device=device,
-        progress=True,
-    )

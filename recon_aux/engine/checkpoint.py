@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recon_aux.engine.api import attachment_of
-from recon_aux.engine.modules import uncompiled, unwrap
+from recon_aux.engine.modules import averaged, uncompiled, unwrap
 
 
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def export_backbone(
     """Give the trained encoder's weights as a plain ``state_dict``, under its class's own names.
 
     Args:
-        model: one that ``attach`` returned.
+        model: one that ``attach`` returned, or an average of its weights.
         path: where to save it, too, with ``torch.save``.
         like: a model of the architecture that is to load it strictly, torchvision's or timm's, say.
             An encoder that was cut from one, as ``Sequential(*resnet.children())[:-1]``, or stands
@@ -95,7 +96,7 @@ def export_backbone(
         >>> resnet18().load_state_dict(export_backbone(model, like=resnet18()))
         <All keys matched successfully>
     """
-    attached = attachment_of(model)
+    attached = attachment_of(averaged(unwrap(model)))
     attached.aux.finite_check.flush()
     encoder = unwrap(attached.trained_encoder)
     state = {
@@ -128,6 +129,13 @@ def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Te
             f"{_extent(state)}, got {len(names)}, {_extent(names)}. Pass like= a model that has "
             "the encoder's layers."
         )
+    if lost := sorted(state.keys() - found.values()):
+        warnings.warn(
+            f"recon_aux: expected like= to have all that the encoder has, saw {len(lost)} tensors "
+            f"that it hasn't, as {lost[0]}. They are left out, and like='s features differ. Pass "
+            "like= of the architecture that was trained.",
+            stacklevel=3,
+        )
     return {name: state[found[name]] if name in found else x for name, x in names.items()}
 
 
@@ -141,24 +149,16 @@ def pair_names(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict
     ]
     for found in (*within, dict(zip(names, state, strict=False))):
         fits = all(
-            state[key].shape == names[name].shape and _last(key) == _last(name)
+            state[key].shape == names[name].shape and key.split(".")[-1] == name.split(".")[-1]
             for name, key in found.items()
         )
         # a whole top-level module may be missing, as a classifier, but no single layer
-        known = {_first(part) for pair in found.items() for part in pair}
+        known = {part.split(".")[0] for pair in found.items() for part in pair}
         lacking = [key for key in names if key not in found]
         lacking += [key for key in state if key not in found.values()]
-        if found and fits and not known & {_first(key) for key in lacking}:
+        if found and fits and not known & {key.split(".")[0] for key in lacking}:
             return found
     return None
-
-
-def _first(name: str) -> str:
-    return name.split(".", 1)[0]
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
 
 
 def _extent(state: dict[str, Tensor]) -> str:

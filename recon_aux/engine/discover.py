@@ -112,7 +112,7 @@ def discover(
             raise RuntimeError(problem)
         warn_of_changed_features(step, views)
         plan.in_batch = all(is_of(batch, image) for image in views.images)
-        plan.pixels = tuple(float(x) for x in views.images[0].aminmax())
+        plan.pixels = tuple(float(x) for x in views.images[0].detach().aminmax())
         if attached.mask and loss.requires_grad:
             _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
     return plan, views

@@ -5,17 +5,15 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from recon_aux.engine.api import attachment_of, is_attached
 from recon_aux.engine.compiling import run_eagerly
 from recon_aux.engine.encoder import take_feature
-from recon_aux.engine.modules import describe_children, unwrap
+from recon_aux.engine.modules import describe_children
 from recon_aux.monitor.images import take_images
 from recon_aux.monitor.loggers import log_picture
 from recon_aux.monitor.measure import (
@@ -24,14 +22,9 @@ from recon_aux.monitor.measure import (
     as_floats,
     describe,
     encode_stream,
-    random_state_kept,
 )
 from recon_aux.monitor.picture import draw_picture, inverse_of
-from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature
-
-# where a bare model has its encoder
-_ENCODERS = ("backbone", "encoder", "online_backbone", "student_backbone")
 
 _FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
 
@@ -63,9 +56,9 @@ class Monitor(_Base):  # type: ignore[misc]
     - ``monitor/picture``: view, other view, rebuilt, and rebuilt in another image's context.
 
     Args:
-        images: held-out, without augmentation: a tensor ``(N, C, H, W)``, a dataset, or a loader;
-            uint8, or floats from 0 to 1. Labels beside them are used.
-        labels: ``(N,)``, if ``images`` is a tensor.
+        images: held-out, without augmentation: a tensor or an array ``(N, C, H, W)``, a dataset,
+            or a loader; uint8, or floats from 0 to 1. Labels beside them are used.
+        labels: ``(N,)``, if they aren't beside the images.
         every: how many epochs lie between two measurements.
         count: how many images are used, at most.
         normalize: what the training transform does to images last, as torchvision's ``Normalize``.
@@ -82,6 +75,7 @@ class Monitor(_Base):  # type: ignore[misc]
         ValueError: if a number is out of range.
 
     Example:
+        >>> import torch
         >>> model = nn.ModuleDict({"encoder": nn.Conv2d(3, 8, 16), "head": nn.Flatten()})
         >>> monitor = Monitor(torch.rand(64, 3, 16, 16))
         >>> sorted(monitor.measure(model).numbers)[-3:]
@@ -96,7 +90,7 @@ class Monitor(_Base):  # type: ignore[misc]
     def __init__(
         self,
         images: Any,
-        labels: Tensor | None = None,
+        labels: Any = None,
         *,
         every: int = 1,
         count: int = 1000,
@@ -160,18 +154,26 @@ class Monitor(_Base):  # type: ignore[misc]
             TypeError: if the encoder returns no feature.
 
         Example:
+            >>> import torch
             >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
             >>> model = nn.ModuleDict({"backbone": encoder})
             >>> 0 <= Monitor(torch.rand(32, 3, 8, 8)).measure(model).numbers["monitor/whole/std"] <= 1
             True
         """  # noqa: E501
-        model, start = unwrap(model), time.perf_counter()
-        with _undisturbed(model):
+        from recon_aux.probe.encoding import (  # noqa: PLC0415
+            device_of,
+            equivariant_dim_of,
+            undisturbed,
+            without_wrapper,
+        )
+
+        model, start = without_wrapper(model), time.perf_counter()
+        with undisturbed(model):
             stream, encode = self._prepared(model), self._encoder(model)
-            features = encode_stream(encode, stream, self.batch_size, _device_of(model))
+            features = encode_stream(encode, stream, self.batch_size, device_of(model))
             self._check_pixels(model, stream)
             picture = self._picture(model, stream, encode)
-            found = describe(features, stream, _equivariant_dim(model)) if regress else {}
+            found = describe(features, stream, equivariant_dim_of(model)) if regress else {}
         found["seconds"] = time.perf_counter() - start
         return Measurement({f"{self.name}/{key}": value for key, value in found.items()}, picture)
 
@@ -181,7 +183,7 @@ class Monitor(_Base):  # type: ignore[misc]
             images, labels = take_images(self.images, self.labels, self.count)
             stream, encode = Stream.draw(images, labels, self.seed), self._encoder(model)
             try:
-                encode(as_floats(images[:2]).to(_device_of(model)))
+                encode(as_floats(images[:2]))
             except RuntimeError as error:
                 raise ValueError(
                     f"expected held-out images that the encoder takes, got {tuple(images.shape)}, "
@@ -196,7 +198,7 @@ class Monitor(_Base):  # type: ignore[misc]
         plan = attachment_of(model).plan if is_attached(model) else None
         if plan is None or not plan.pixels:
             return
-        images = as_floats(stream.images[: self.batch_size]).to(_device_of(model))
+        images = as_floats(stream.images[: self.batch_size])
         seen = self._normalized(images).aminmax()
         ours, theirs = tuple(float(x) for x in seen), plan.pixels
         if _is_plain(*ours) != _is_plain(*theirs):
@@ -210,41 +212,29 @@ class Monitor(_Base):  # type: ignore[misc]
 
     def _encoder(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Give the function that encodes images from 0 to 1."""
-        call, dtype = self._call_of(model), next(model.parameters(), torch.empty(0)).dtype
-
-        def encode(images: Tensor) -> Tensor:
-            feature: Tensor = run_eagerly(call, self._normalized(images).to(dtype))
-            return feature
-
-        return encode
+        call = self._call_of(model)
+        return lambda images: run_eagerly(call, self._normalized(images))
 
     def _normalized(self, images: Tensor) -> Tensor:
         return images if self.normalize is None else self.normalize(images)
 
     def _call_of(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        spatial = is_attached(model) and bool(attachment_of(model).aux.options["spatial"])
-        if self.encode is not None:
-            own = self.encode
-            return lambda images: as_feature(take_feature(own(model, images)), spatial=spatial)
-        if is_attached(model):
-            attached = attachment_of(model)
-            encoder, method = attached.trained_encoder, attached.backbone_method
-            call = encoder if method == "forward" else getattr(encoder, method)
-            features, channels = attached.recorder.features, attached.recorder.shape.channels
+        from recon_aux.probe.encoding import ENCODERS, as_input, find_call  # noqa: PLC0415
+
+        own = self.encode
+        if own is not None:
+            spatial = is_attached(model) and bool(attachment_of(model).aux.options["spatial"])
             return lambda images: as_feature(
-                take_feature(call(images), features, channels), spatial=spatial
+                take_feature(own(model, as_input(model, images))), spatial=spatial
             )
-        found = (getattr(model, name, None) for name in _ENCODERS)
-        bare = next((module for module in found if isinstance(module, nn.Module)), None)
-        if bare is None and isinstance(model, nn.ModuleDict):
-            bare = next((model[name] for name in _ENCODERS if name in model), None)
-        if bare is None:
+        call = find_call(model)
+        if call is None:
             raise ValueError(
-                f"expected an encoder named one of {_ENCODERS} in {type(model).__name__}, which "
+                f"expected an encoder named one of {ENCODERS} in {type(model).__name__}, which "
                 f"has {describe_children(model)}. Pass encode=lambda model, images: "
                 "model.its_encoder(images)."
             )
-        return lambda images: as_feature(take_feature(bare(images)))
+        return call
 
     def _picture(self, model: nn.Module, stream: Stream, encode: Callable[[Tensor], Tensor]) -> Any:
         """Rebuild a few views; None where there is no decoder, or an untrained one."""
@@ -253,7 +243,7 @@ class Monitor(_Base):  # type: ignore[misc]
         aux = attachment_of(model).aux if is_attached(model) else None
         if aux is None or aux.options["weight"] == 0 or not self.rows:
             return None
-        clean = as_floats(stream.images[: self.rows]).to(_device_of(model))
+        clean = as_floats(stream.images[: self.rows])
         views = [
             transform(clean, {name: x[: self.rows] for name, x in parameters.items()})
             for parameters in stream.views
@@ -261,15 +251,17 @@ class Monitor(_Base):  # type: ignore[misc]
         own, other = map(encode, views)
         restore = inverse_of(self.normalize, clean)
         contexts = (other, other.roll(1, 0))
-        rebuilt = [restore(aux.rebuild(own, context).float()) for context in contexts]
+        rebuilt = [restore(aux.rebuild(own, context).float().cpu()) for context in contexts]
         return draw_picture([*views, *rebuilt])
 
     # --- for Lightning's trainer ---
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the images, and encode some, so that what is wrong shows before the training."""
-        model = unwrap(pl_module)
-        with _undisturbed(model):
+        from recon_aux.probe.encoding import undisturbed, without_wrapper  # noqa: PLC0415
+
+        model = without_wrapper(pl_module)
+        with undisturbed(model):
             stream = self._prepared(model)
         if trainer.is_global_zero:
             epochs = "each epoch" if self.every == 1 else f"every {self.every} epochs"
@@ -317,28 +309,3 @@ def _restore(cls: type[Any], state: dict[str, Any]) -> Any:
 def _is_plain(low: float, high: float) -> bool:
     """Whether pixels are from 0 to 1, give or take what augmentation adds."""
     return low > -0.3 and high < 1.5
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device
-
-
-def _equivariant_dim(model: nn.Module) -> int:
-    return attachment_of(model).aux.splitter.equivariant_dim if is_attached(model) else 0
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Leave modes, random states and a running step as they are."""
-    driver = attachment_of(model).driver if is_attached(model) else None
-    step = None if driver is None else driver.step
-    device = _device_of(model)
-    kept, still = random_state_kept([device]), torch.autocast(device.type, enabled=False)
-    try:
-        if driver is not None:
-            driver.step = None
-        with evaluating(model), kept, still, torch.no_grad():
-            yield
-    finally:
-        if driver is not None:
-            driver.step = step

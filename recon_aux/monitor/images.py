@@ -12,13 +12,13 @@ _LABELS = ("label", "labels", "target", "targets", "y")
 _FEWEST = 16
 
 
-def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | None]:
     """Take images and labels out of a tensor, a dataset or a loader.
 
     Args:
         source: images ``(N, C, H, W)``; or a dataset or an iterable of images, or of tuples or
             dicts that hold an image and a label; or a loader of batches of them.
-        labels: ``(N,)``, of images that are given as a tensor.
+        labels: ``(N,)``, of the images of a tensor or of a dataset.
         count: how many images, at most. Where there are more, they are evenly spaced; of a loader
             they are the first.
 
@@ -27,7 +27,8 @@ def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor,
 
     Raises:
         TypeError: if there is no image in what the source gives.
-        ValueError: if there are too few, or of several sizes, or not from 0 to 1.
+        ValueError: if there are too few, or of several sizes, or not from 0 to 1, or labels don't
+            fit them.
 
     Example:
         >>> dataset = [(torch.zeros(3, 8, 8), i % 2) for i in range(50)]
@@ -59,37 +60,48 @@ def take_images(source: Any, labels: Tensor | None, count: int) -> tuple[Tensor,
         )
     stacked = torch.stack(images).detach().cpu()
     check_images(stacked)
-    return stacked, torch.stack(classes).cpu() if len(classes) == len(images) else None
+    if len(classes) not in (0, len(images)):
+        raise ValueError(
+            f"expected a label for each image, or none, got {len(classes)} for {len(images)}. Pass "
+            "images alone, or a label with each."
+        )
+    return stacked, torch.stack(classes).cpu() if classes else None
 
 
-def _pairs(source: Any, labels: Tensor | None, count: int) -> Iterator[tuple[Tensor, Any]]:
-    if isinstance(source, tuple) and len(source) == 2 and _is_images(source[0]):
+def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    if isinstance(source, tuple) and len(source) == 2 and getattr(source[0], "ndim", 0) == 4:
         source, labels = source
-    if isinstance(source, Tensor):
-        if not _is_images(source):
-            raise TypeError(f"expected images (N, C, H, W), got {tuple(source.shape)}. Pass such.")
-        if labels is not None and len(labels) != len(source):
-            raise ValueError(
-                f"expected a label for each image, got {len(labels)} for {len(source)}. Pass as "
-                "many."
-            )
-        rows = _spread(len(source), count)
-        yield source[rows], None if labels is None else labels[rows.to(labels.device)]
-        return
+    if hasattr(source, "__array_interface__"):
+        source = torch.as_tensor(source)
+    if isinstance(source, Tensor) and source.ndim != 4:
+        raise TypeError(f"expected images (N, C, H, W), got {tuple(source.shape)}. Pass such.")
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        items: Iterable[Any] = (source[i] for i in _spread(len(source), count).tolist())
-    elif isinstance(source, Iterable):
-        items = source
-    else:
+        yield from _of_each(source, labels, _spread(len(source), count))
+    elif not isinstance(source, Iterable):
         raise TypeError(
             f"expected images as a tensor, a dataset or a loader, got {type(source).__name__}. "
             "Pass one of these."
         )
-    yield from map(_pair, items)
+    elif labels is not None:
+        raise TypeError(
+            "expected labels= beside a tensor or a dataset, got them beside a "
+            f"{type(source).__name__}. Leave labels= out, and let it give each image's label."
+        )
+    else:
+        yield from map(_pair, source)
 
 
-def _is_images(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4
+def _of_each(source: Any, labels: Any, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Take images by their index, and labels from beside them where they are given."""
+    given = None if labels is None else torch.as_tensor(labels)
+    if given is not None and (given.numel() != len(source) or given.is_floating_point()):
+        raise ValueError(
+            f"expected labels as {len(source)} whole numbers, one for each image, got "
+            f"{given.dtype} of shape {tuple(given.shape)}. Pass as many."
+        )
+    for row in rows.tolist():
+        image, label = _pair(source[row])
+        yield image, label if given is None else given.flatten()[row]
 
 
 def _spread(available: int, count: int) -> Tensor:
@@ -110,7 +122,8 @@ def _pair(item: Any) -> tuple[Tensor, Tensor | None]:
         )
     place, image = found
     named = [item[key] for key in _LABELS if key in item] if isinstance(item, Mapping) else []
-    labels = (_as_label(value, image.ndim - 3) for value in named or values[place + 1 :])
+    count = len(image) if image.ndim == 4 else 1
+    labels = (_as_label(value, count) for value in named or values[place + 1 :])
     return image, next((label for label in labels if label is not None), None)
 
 
@@ -118,6 +131,9 @@ def _as_image(value: Any) -> Tensor | None:
     if hasattr(value, "convert") and hasattr(value, "mode"):
         import numpy as np  # noqa: PLC0415
 
+        from recon_aux.probe.inputs import with_eight_bits  # noqa: PLC0415
+
+        value = with_eight_bits(value)
         pixels = torch.from_numpy(np.array(value if value.mode == "L" else value.convert("RGB")))
         return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
     if hasattr(value, "__array_interface__"):
@@ -125,9 +141,10 @@ def _as_image(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim in (3, 4) else None
 
 
-def _as_label(value: Any, ndim: int) -> Tensor | None:
+def _as_label(value: Any, count: int) -> Tensor | None:
+    """Give one whole number for each of so many images, ``(count,)``; None if it is none."""
     if isinstance(value, (int, Tensor)) or (hasattr(value, "item") and hasattr(value, "dtype")):
         label = torch.as_tensor(value)
-        is_label = label.ndim == ndim and not label.is_floating_point()
-        return label if is_label else None
+        is_label = label.numel() == count and not label.is_floating_point()
+        return label.flatten() if is_label else None
     return None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,17 +178,3 @@ def spread(features: Tensor) -> float:
 def as_floats(images: Tensor) -> Tensor:
     """Give images as floats from 0 to 1."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-@contextmanager
-def random_state_kept(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Set the random states of torch, numpy and Python back afterwards."""
-    import numpy as np  # noqa: PLC0415
-
-    own, numpys = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-            yield
-    finally:
-        random.setstate(own)
-        np.random.set_state(numpys)

@@ -14,15 +14,27 @@ import torch
 from rich.progress import Progress
 from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor
+from torch import Tensor, nn
 
-from recon_aux.probe.inputs import check_images, check_normalize
+from recon_aux.probe.encoding import (
+    as_input,
+    call_of,
+    equivariant_dim_of,
+    evaluating_encoder,
+    undisturbed,
+    without_wrapper,
+)
+from recon_aux.probe.inputs import (
+    as_tensors,
+    check_normalize,
+    check_pairs,
+    checked_feature,
+)
 from recon_aux.probe.linear import linear_classifier, linear_regression
 from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import PartResult, ProbeResult
 from recon_aux.probe.transformations import SETS, transform
 from recon_aux.task.checks import check_choice
-from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import FeatureSplitter, channel_dim
 
 REGRESSORS = ("ridge", "mlp")
@@ -32,13 +44,12 @@ _MLP_SEEDS = 3
 
 # features ``(N, D)`` of each part
 Parts = dict[str, np.ndarray]
-Labelled = tuple[Tensor, Tensor | None]
 
 
 def probe(
     encoder: Callable[[Tensor], Tensor],
-    train: Labelled,
-    test: Labelled,
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
     *,
     equivariant_dim: int = 0,
     normalize: Callable[[Tensor], Tensor] | None = None,
@@ -61,9 +72,10 @@ def probe(
 
     Args:
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
-            A module is in eval mode meanwhile.
-        train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)``, or
-            None if there are none. Accuracies are then ``nan``. Arrays and lists will do.
+            A module is in eval mode meanwhile, and so is each module that a function calls.
+        train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)`` of
+            two classes or more, or None if there are none. Accuracies are then ``nan``. Arrays and
+            lists will do. Images get the type of the encoder's weights.
         test: the same, of the test split.
         equivariant_dim: if the features are split, how many of their last channels are
             equivariant. The parts are then measured, too.
@@ -84,10 +96,10 @@ def probe(
 
     Raises:
         TypeError: if ``train`` or ``test`` isn't a pair of images and labels, or ``normalize`` is
-            no function.
+            no function, or the encoder returns no feature.
         ValueError: if ``equivariant_dim`` is larger than the feature, or the feature has another
-            rank, or images have another shape or aren't from 0 to 1, or there is no such regressor
-            or set of transformations.
+            rank or isn't finite, or images have another shape or aren't from 0 to 1, or labels
+            don't fit them, or there is no such regressor or set of transformations.
 
     Example:
         >>> images, labels = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
@@ -95,7 +107,8 @@ def probe(
         >>> sorted(result.parts["whole"].combined)[:3]
         ['brightness', 'contrast', 'hue']
     """
-    train, test = _as_tensors("train", train), _as_tensors("test", test)
+    train, test = as_tensors("train", train), as_tensors("test", test)
+    check_pairs(pairs)
     check_normalize(normalize)
     regressions = _regressions(regressor, seed, device)
     check_choice("transformations", transformations, list(SETS))
@@ -112,14 +125,15 @@ def probe(
             batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
             if parameters is not None:
                 batch = transform(batch, {name: p[rows] for name, p in parameters.items()})
-            feature = encoder(batch if normalize is None else normalize(batch))
+            seen = batch if normalize is None else normalize(batch)
+            feature = checked_feature(encoder(as_input(encoder, seen)))
             parts = split_parts(feature, equivariant_dim)
             features.append({name: x.flatten(1).float().cpu() for name, x in parts.items()})
             advance(len(rows))
         return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
 
     work = len(train[0]) + len(test[0]) + len(made.tasks) * sum(len(rows) for rows in chosen)
-    with _bar(progress, work) as advance, evaluating(encoder), torch.no_grad():
+    with _bar(progress, work) as advance, evaluating_encoder(encoder), torch.no_grad():
         clean = [encode(images) for images, _ in (train, test)]
         pairs_of = {}
         for task, names in made.tasks.items():
@@ -150,22 +164,25 @@ def _side_by_side(
 
 def compare(
     models: Mapping[str, Any],
-    train: Labelled,
-    test: Labelled,
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
     **options: Any,
 ) -> dict[str, ProbeResult]:
     """Probe the encoders of several models, to be printed side by side by :func:`render`.
 
     Args:
-        models: by name: models that recon_aux was attached to and that were trained, or with their
-            encoder as ``backbone``, or encoders. Where recon_aux is attached, the parts of the
-            feature are measured, too.
+        models: by name: models that recon_aux is attached to, or with their encoder as
+            ``backbone`` or ``encoder``, or encoders, or functions of images. Where recon_aux is
+            attached, the feature that the task gets is measured, and its parts, too.
         train: as in :func:`probe`.
         test: as in :func:`probe`.
         options: other options of :func:`probe`.
 
     Returns:
         Results by the name of their model.
+
+    Raises:
+        ValueError: if a model has a head, but no encoder that is found.
 
     Example:
         >>> model = torch.nn.Module()
@@ -176,17 +193,13 @@ def compare(
         dict_keys(['whole'])
     """
     results = {}
-    for name, model in models.items():
-        aux = getattr(model, "recon_aux", None)
-        split = 0 if aux is None else aux.splitter.equivariant_dim
-        encoder = _encoder_of(model, getattr(aux, "encoder_name", ""))
-        results[name] = probe(encoder, train, test, equivariant_dim=split, **options)
+    for name, given in models.items():
+        model = without_wrapper(given) if isinstance(given, nn.Module) else given
+        split = equivariant_dim_of(model)
+        with undisturbed(model):
+            encode = call_of(name, model)
+            results[name] = probe(encode, train, test, equivariant_dim=split, **options)
     return results
-
-
-def _encoder_of(model: Any, name: str) -> Any:
-    """Give the encoder of that name, or else the backbone, or else what is an encoder itself."""
-    return model.get_submodule(name) if name else getattr(model, "backbone", model)
 
 
 def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
@@ -197,24 +210,6 @@ def split_parts(feature: Tensor, equivariant_dim: int) -> dict[str, Tensor]:
     invariant, equivariant = FeatureSplitter(channels, equivariant_dim)(feature)
     parts = {"whole": feature, "invariant": invariant, "equivariant": equivariant}
     return {name: part for name, part in parts.items() if part.numel()}
-
-
-def _as_tensors(name: str, given: Any) -> Labelled:
-    """Check a split, and make tensors of arrays and lists."""
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(
-            f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
-            "images (N, 3, H, W) and labels (N,), or (images, None)."
-        )
-    images, labels = (None if x is None else torch.as_tensor(x) for x in given)
-    if images is None or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"expected {name}'s images as (N, 3, H, W), got "
-            f"{None if images is None else tuple(images.shape)}. Pass such: "
-            "images.movedim(-1, 1) of (N, H, W, 3), images.expand(-1, 3, -1, -1) of grey ones."
-        )
-    check_images(images)
-    return images, labels
 
 
 def _regressions(regressor: str, seed: int, device: torch.device | str) -> list[Any]:

@@ -10,12 +10,9 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(module: object) -> Iterator[None]:
-    """Put a module into eval mode; afterwards each submodule gets back the mode it had.
-
-    A function is accepted, too, and left as it is.
-    """
-    modes = [(m, m.training) for m in module.modules()] if isinstance(module, nn.Module) else []
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode; afterwards each submodule gets back the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
         for part, _ in modes:
             part.training = False

@@ -23,6 +23,7 @@ import recon_aux
 from helpers.checkpoints import KINDS, lightlys, own_encoder, resnet18
 from helpers.running import run_python
 from recon_aux.cli.commands import app
+from recon_aux.cli.errors import UserError
 from recon_aux.cli.images import Normalization, digits, load_images
 from recon_aux.cli.report import side_by_side
 from recon_aux.probe import TRANSFORMATIONS, PartResult, ProbeResult
@@ -49,6 +50,13 @@ def fail(*arguments: Any) -> str:
     assert result.stderr.startswith("recon-aux: ")
     assert result.stderr.count("\n") == 1
     return str(result.stderr)
+
+
+def fail_late(*arguments: Any) -> str:
+    """Run a command that a user's mistake ends after it has said what it found."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output + repr(result.exception)
+    return " ".join(result.stderr.split())
 
 
 def save(kind: str, folder: Path) -> Path:
@@ -169,6 +177,114 @@ def test_what_is_held_out_is_said_and_never_trained_on(tmp_path: Path) -> None:
     ]
     assert [len(row) for row in rows] == [16, 4]
     assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("training", "testing"), ("train", "dev")]
+)
+def test_splits_of_other_names_are_no_classes(train: str, test: str, tmp_path: Path) -> None:
+    for seed, split in enumerate((train, test)):
+        for name in ("cats", "dogs", ".ipynb_checkpoints"):
+            save_images(tmp_path / split / name, 4, seed=seed)
+    images = load_images(str(tmp_path), None, 100)
+    assert images.said.endswith(f"; {test}/ is held out")
+    assert images.train[1] is not None
+    assert images.train[1].bincount().tolist() == [4, 4]
+
+
+def test_splits_of_unknown_names_are_refused_and_what_follows_the_advice_is_not(
+    tmp_path: Path,
+) -> None:
+    for seed, split in enumerate(("spring", "autumn")):
+        for name in ("cats", "dogs"):
+            save_images(tmp_path / split / name, 4, seed=seed)
+    with pytest.raises(UserError, match="autumn, spring, which have the same folders, as cats"):
+        load_images(str(tmp_path), None, 100)
+    (tmp_path / "spring").rename(tmp_path / "train")
+    (tmp_path / "autumn").rename(tmp_path / "test")
+    assert load_images(str(tmp_path), None, 100).said.endswith("; test/ is held out")
+
+
+def test_a_test_split_without_classes_does_not_hide_the_one_with_them(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cats", "dogs"):
+            save_images(tmp_path / split / name, 4)
+    save_images(tmp_path / "test", 4)
+    assert load_images(str(tmp_path), None, 100).said.endswith("; val/ is held out")
+
+
+def test_files_of_16_bits_keep_their_contrast(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        Image.fromarray(ramp).save(tmp_path / "photos" / f"{i}.png")
+    images = load_images(str(tmp_path / "photos"), None, 100)
+    assert images.train[0][0].flatten().tolist() == list(range(256)) * 3
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "photos" / "floats.tif")
+    with pytest.raises(UserError, match="8 or 16 bits, got mode F"):
+        load_images(str(tmp_path / "photos"), None, 100)
+
+
+def attached(encoder: nn.Module, width: int, folder: Path, **options: Any) -> Path:
+    model = nn.ModuleDict({"encoder": encoder, "projector": nn.Linear(width, 4)})
+    recon_aux.attach(model, backbone="encoder", heads=["projector"], image_size=32, **options)
+    torch.save(model.state_dict(), folder / "a.pt")
+    return folder / "a.pt"
+
+
+def small_resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=64)
+
+
+def test_another_feature_than_the_split_one_is_refused(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = attached(small_resnet(), 64, tmp_path)
+    said = fail_late("probe", path, "--data", photos, "--images", 20)
+    assert "to have the 64 channels that recon_aux was attached to, got 512" in said
+    assert "Pass --arch with a function that builds the encoder that was trained" in said
+    (tmp_path / "my_code.py").write_text(
+        "import torchvision\n"
+        "def build_encoder(): return torchvision.models.resnet18(num_classes=64)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--arch", "my_code:build_encoder", "--json", "n.json"]
+    succeed("probe", path, "--data", photos, "--images", 20, *options)
+    parts = json.loads(Path("n.json").read_text())["checkpoints"]["a.pt"]["parts"]
+    assert list(parts) == ["whole", "invariant", "equivariant"]
+
+
+def test_what_cannot_be_rebuilt_is_said(tmp_path: Path, photos: Path) -> None:
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
+    path = attached(encoder, 192, tmp_path, backbone_method="forward_features")
+    options = ["--images", 20, "--picture", tmp_path / "a.png"]
+    printed = succeed("probe", path, "--data", photos, *options)
+    assert "nothing is rebuilt: it learned from features of each position" in printed
+    averaged = torch.load(path)
+    averaged["recon_aux._extra_state"] = torch.zeros(1024)
+    torch.save(averaged, path)
+    printed = succeed("probe", path, "--data", photos, *options)
+    assert "nothing is rebuilt: its options can't be read, as in an average of weights" in printed
+
+
+def test_images_of_different_sizes_are_said_to_be(tmp_path: Path, photos: Path) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    both = [save("plain", tmp_path), tmp_path / "vit.pt"]
+    ask = ["probe", *both, "--data", photos, "--images", 20, "--json", tmp_path / "n.json"]
+    printed = succeed(*ask)
+    assert "These images differ. Pass --size with one that all encoders take." in printed
+    found = json.loads((tmp_path / "n.json").read_text())["checkpoints"]
+    assert found["plain.ckpt"]["images"].endswith("of 16x16 pixels")
+    assert found["vit.pt"]["images"].endswith("of 32x32 pixels")
+    assert "These images differ" not in succeed(*ask, "--size", 32)
+
+
+def test_digits_of_any_size_can_be_told_apart() -> None:
+    for size in (8, 9, 16, 17):
+        (images, _), _ = digits(size)
+        assert images.shape[-2:] == (size, size)
+        assert len(images.flatten(1).unique(dim=0)) > 1390
 
 
 def test_digits_are_those_of_the_example() -> None:

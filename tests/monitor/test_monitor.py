@@ -273,15 +273,68 @@ def as_picture(image: Tensor) -> Image.Image:
         DataLoader(Stream(), batch_size=7),
         [{"idx": 3, "image": x, "label": y} for x, y in zip(images(), LABELS, strict=True)],
         [(as_picture(x), int(y), "file") for x, y in zip(images(), LABELS, strict=True)],
+        (images().numpy(), LABELS.numpy()),
+        [(x.numpy(), np.array([y])) for x, y in zip(images(), LABELS, strict=True)],
+        DataLoader(TensorDataset(images(), LABELS[:, None]), batch_size=5),
     ],
-    ids=["tensors", "dataset", "loader", "stream", "stream-loader", "dicts", "pillow"],
-)
+    ids=[
+        "tensors", "dataset", "loader", "stream", "stream-loader", "dicts", "pillow", "arrays",
+        "label-arrays", "label-columns",
+    ],
+)  # fmt: skip
 def test_images_may_come_in_any_form(source: Any) -> None:
     taken, labels = take_images(source, None, 100)
     taken = taken.float() / 255 if taken.dtype == torch.uint8 else taken
     assert labels is not None
     torch.testing.assert_close(taken, images(), rtol=0, atol=0.002)
     assert labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS.numpy(), LABELS.tolist(), LABELS[:, None]])
+@pytest.mark.parametrize("source", [images(), images().numpy(), list(images())])
+def test_labels_may_stand_beside_the_images(source: Any, labels: Any) -> None:
+    found, classes = take_images(source, labels, 24)
+    assert torch.equal(found, images()[::2])
+    assert classes is not None
+    assert torch.equal(classes, LABELS[::2])
+
+
+@pytest.mark.parametrize(
+    ("source", "labels", "error", "message"),
+    [
+        (images(), LABELS[1:], ValueError, r"got torch.int64 of shape \(47,\). Pass as many"),
+        (
+            list(images()),
+            LABELS / 2,
+            ValueError,
+            "48 whole numbers, one for each",
+        ),
+        (Stream(), LABELS, TypeError, "Leave labels= out, and let it give each image's label"),
+        ([*zip(images(), LABELS, strict=True), images()[0]], None, ValueError, "a label with"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(
+    source: Any, labels: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        take_images(source, labels, 100)
+
+
+def test_images_of_16_bits_keep_their_contrast() -> None:
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    found, _ = take_images([Image.fromarray(ramp)] * 16, None, 16)
+    assert found[0].flatten().tolist() == list(range(256))
+    with pytest.raises(ValueError, match="got mode F from 0 to 1"):
+        take_images([Image.fromarray((ramp / 65535).astype(np.float32))] * 16, None, 16)
+
+
+def test_an_average_of_weights_is_measured_as_the_model() -> None:
+    model = attach(Siamese())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    expected, found = (monitor(rows=0).measure(x).numbers for x in (model, average))
+    for numbers in (expected, found):
+        del numbers["monitor/seconds"]
+    assert found == expected
 
 
 def test_no_more_are_taken_than_are_asked_for_from_all_classes() -> None:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
+import recon_aux
 from recon_aux.probe import (
     COMBINED,
     SETS,
+    compare,
     draw_parameters,
     linear_regression,
     mlp_regression,
@@ -341,3 +344,122 @@ def test_bytes_are_the_same_images_as_floats() -> None:
     first, second = (probe(pixels, *splits).to_dict() for splits in (as_bytes, as_floats))
     assert first == second
     assert first["whole"]["alone"]["brightness"] > 0.5
+
+
+def test_images_of_any_number_type_are_encoded_as_the_weights_are() -> None:
+    encoder = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 8, 1), nn.Flatten())
+    images, labels = labelled(60, seed=0)
+    split = images.double().numpy(), labels.tolist()
+    expected = probe(encoder, (images, labels), (images, labels)).to_dict()
+    assert probe(encoder, split, split).to_dict() == expected
+    assert probe(encoder.double(), split, split).to_dict()["whole"]["linear"] > 0
+    assert probe(encoder.bfloat16(), split, split).to_dict()["whole"]["linear"] > 0
+
+
+def of_a_lambda(encoder: nn.Module) -> Any:
+    return lambda images: encoder(images + 0)
+
+
+@pytest.mark.parametrize("function", [of_a_lambda, lambda encoder: encoder.forward])
+def test_what_a_function_calls_is_evaluated_and_keeps_its_modes(function: Any) -> None:
+    norm: Any = nn.BatchNorm2d(3)
+    encoder = nn.Sequential(nn.AvgPool2d(4), norm, nn.Dropout(), nn.Flatten())
+    encoder[2].eval()
+    split = labelled(60, seed=0)
+    found = probe(function(encoder), split, split)
+    assert [x.training for x in encoder.modules()] == [True, True, True, False, True]
+    assert torch.equal(norm.running_var, torch.ones(3))
+    assert found.to_dict() == probe(encoder, split, split).to_dict()
+
+
+class Learner(nn.Module):
+    """An encoder, a projector, and what a whole model returns."""
+
+    def __init__(self, encoder: nn.Module, width: int = 32) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = nn.Linear(width, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.projector(self.encoder(images))
+        return found
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_models_are_compared_by_their_encoders_and_never_by_their_heads() -> None:
+    model = Learner(convolutions())
+    split = labelled(60, seed=0)
+    expected = probe(model.encoder, split, split).to_dict()
+    bare = {"model": model, "encoder": model.encoder, "function": of_a_lambda(model.encoder)}
+    assert {str(x.to_dict()) for x in compare(bare, split, split).values()} == {str(expected)}
+    recon_aux.attach(model, backbone="encoder", heads=["projector"], weight=1.0)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    found = compare({"attached": model, "average": average}, split, split)
+    parts = probe(model.encoder, split, split, equivariant_dim=16).to_dict()
+    assert {str(x.to_dict()) for x in found.values()} == {str(parts)}
+    found = compare({"detached": recon_aux.detach(model)}, split, split)
+    assert found["detached"].to_dict() == expected
+
+
+class TwoOutputs(nn.Module):
+    """An encoder with classes of its own, beside a feature of each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 4, 4)
+        self.classes = nn.Linear(8, 100)
+
+    def positions(self, images: Tensor) -> Tensor:
+        return self.convolution(images).flatten(2).movedim(1, 2)
+
+    def forward(self, images: Tensor) -> Any:
+        tokens = self.positions(images)
+        return {"tokens": tokens, "classes": self.classes(tokens.mean(1))}
+
+
+@pytest.mark.parametrize(
+    "options", [{"backbone_method": "positions"}, {"features": lambda output: output["tokens"]}]
+)
+def test_of_an_attached_model_the_tasks_own_feature_is_measured(options: dict[str, Any]) -> None:
+    model = Learner(TwoOutputs(), width=8)
+    split = labelled(60, seed=0)
+    recon_aux.attach(
+        model, backbone="encoder", heads=["projector"], image_size=16, weight=1.0, **options
+    )
+    found = compare({"mine": model}, split, split)["mine"].to_dict()
+    positions: Any = model.encoder.positions
+    assert found == probe(positions, split, split, equivariant_dim=4).to_dict()
+
+
+def test_a_transformers_blocks_are_no_encoder_of_images() -> None:
+    model = VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=8)
+    assert isinstance(model.encoder, nn.Module)
+    split = labelled(60, seed=0)
+    found = compare({"whole": model}, split, split)
+    assert found["whole"].to_dict() == probe(model, split, split).to_dict()
+
+
+def test_comparing_in_the_midst_of_a_step_changes_nothing() -> None:
+    def losses(midst: Any) -> list[float]:
+        torch.manual_seed(0)
+        model = Learner(nn.Sequential(*convolutions(), nn.BatchNorm1d(32)))
+        recon_aux.attach(model, backbone="encoder", heads=["projector"], weight=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        found = []
+        for seed in range(3):
+            first, second = photographs(8, seed=seed), photographs(8, seed=seed).flip(3)
+            z0 = model(first)
+            midst(model)
+            loss = recon_aux.add_loss(model, (z0 - model(second)).square().mean())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    split = labelled(60, seed=0)
+    expected = losses(lambda model: None)
+    assert losses(lambda model: compare({"mine": model}, split, split, pairs=(9, 9))) == expected

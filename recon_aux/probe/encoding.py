@@ -1,0 +1,160 @@
+"""Find what encodes images as in the training, and leave a model as it was meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recon_aux.engine.api import attachment_of, is_attached
+from recon_aux.engine.encoder import take_feature
+from recon_aux.engine.modules import averaged, describe_children, unwrap
+from recon_aux.task.contexts import evaluating
+from recon_aux.task.splitter import as_feature
+
+ENCODERS = ("backbone", "encoder", "online_backbone", "student_backbone")
+"""Where a bare model has its encoder."""
+
+# a model that has one of these returns what no encoder does
+_HEADS = ("projector", "projection_head", "predictor", "prediction_head")
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """Look through compiled, parallel and averaged models."""
+    return unwrap(averaged(unwrap(model)))
+
+
+def find_call(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Find what encodes images.
+
+    Args:
+        model: attached, or with a submodule of :data:`ENCODERS`.
+
+    Returns:
+        A function of images that returns the feature that the task gets: ``attach``'s options
+        count. None if there is no encoder of these names.
+    """
+    features, channels, spatial = None, None, False
+    if is_attached(model):
+        attached = attachment_of(model)
+        encoder, method = attached.trained_encoder, attached.backbone_method
+        call = encoder if method == "forward" else getattr(encoder, method)
+        features, channels = attached.recorder.features, attached.recorder.shape.channels
+        spatial = bool(attached.aux.options["spatial"])
+    else:
+        call = _bare_encoder(model)
+    if call is None:
+        return None
+    return lambda images: as_feature(
+        take_feature(call(as_input(model, images)), features, channels), spatial=spatial
+    )
+
+
+def call_of(name: str, model: Any) -> Any:
+    """Give what encodes images: a model's encoder, or else the model itself.
+
+    Raises:
+        ValueError: if the model has a head, so that it is no encoder itself.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    found = find_call(model)
+    if found is None and any(child in _HEADS for child, _ in model.named_children()):
+        raise ValueError(
+            f"expected an encoder, or a model whose encoder is one of {ENCODERS}, got {name!r}, a "
+            f"{type(model).__name__} with {describe_children(model)}. Pass its encoder alone."
+        )
+    return found or model
+
+
+def equivariant_dim_of(model: Any) -> int:
+    """Give how many of the feature's last channels are equivariant: 0 if nothing is attached."""
+    if not isinstance(model, nn.Module) or not is_attached(model):
+        return 0
+    return attachment_of(model).aux.splitter.equivariant_dim
+
+
+def as_input(encoder: Any, images: Tensor) -> Tensor:
+    """Give images the type and the device of an encoder's weights."""
+    weights = encoder.parameters() if isinstance(encoder, nn.Module) else ()
+    like = next((x for x in weights if x.is_floating_point()), images)
+    return images.to(like)
+
+
+def _bare_encoder(model: nn.Module) -> nn.Module | None:
+    """Find the submodule that takes the images: a transformer's blocks may be named encoder."""
+    found = (getattr(model, name, None) for name in ENCODERS)
+    modules = (module for module in found if isinstance(module, nn.Module))
+    return next((x for x in modules if _channels(x) == _channels(model)), None)
+
+
+def _channels(module: nn.Module) -> int | None:
+    convolutions = (x.in_channels for x in module.modules() if isinstance(x, nn.Conv2d))
+    return next(convolutions, None)
+
+
+@contextmanager
+def evaluating_encoder(encoder: Any) -> Iterator[None]:
+    """Put an encoder into eval mode; of a function each module that it calls."""
+    if isinstance(encoder, nn.Module):
+        with evaluating(encoder):
+            yield
+        return
+    modes: dict[nn.Module, bool] = {}
+
+    def put(called: nn.Module, _: Any) -> None:
+        if called not in modes and not torch.compiler.is_compiling():
+            modes.update({part: part.training for part in called.modules() if part not in modes})
+            for part in called.modules():
+                part.training = False
+
+    hook = nn.modules.module.register_module_forward_pre_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Leave a model's modes, a running step and the random states as they are."""
+    if not isinstance(model, nn.Module):
+        with torch.no_grad():
+            yield
+        return
+    driver = attachment_of(model).driver if is_attached(model) else None
+    step = None if driver is None else driver.step
+    device = device_of(model)
+    still = torch.autocast(device.type, enabled=False)
+    try:
+        if driver is not None:
+            driver.step = None
+        with evaluating(model), _random_state_kept(device), still, torch.no_grad():
+            yield
+    finally:
+        if driver is not None:
+            driver.step = step
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Give the device of the first parameter."""
+    return next(model.parameters(), torch.empty(0)).device
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Set the random states of torch, numpy and Python back afterwards."""
+    own, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(numpys)
