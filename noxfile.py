@@ -144,7 +144,8 @@ def solo_learn(session: nox.Session) -> None:
     session.install("-e", ".", *SOLO_LEARN_NEEDS)
     # its pins, of torch 1.9 among others, can't be met
     session.install("--no-deps", "solo-learn==1.0.2")
-    session.run("python", "-m", "pytest", "-rs", *its_tests("solo_learn"), *session.posargs)
+    tests = its_tests("solo_learn")
+    session.run("python", "-m", "pytest", "-rs", *IN_PARALLEL, *tests, *session.posargs)
 
 
 @nox.session(python="3.10")

@@ -90,12 +90,13 @@ def _bare_encoder(model: nn.Module) -> nn.Module | None:
     """Find the submodule that takes the images: a transformer's blocks may be named encoder."""
     found = (getattr(model, name, None) for name in ENCODERS)
     modules = (module for module in found if isinstance(module, nn.Module))
-    return next((x for x in modules if _channels(x) == _channels(model)), None)
+    return next((x for x in modules if _fewest_channels(x) == _fewest_channels(model)), None)
 
 
-def _channels(module: nn.Module) -> int | None:
-    convolutions = (x.in_channels for x in module.modules() if isinstance(x, nn.Conv2d))
-    return next(convolutions, None)
+def _fewest_channels(module: nn.Module) -> int | None:
+    """Give the fewest channels that a convolution takes: those of images."""
+    taken = (x.in_channels for x in module.modules() if isinstance(x, nn.Conv2d))
+    return min(taken, default=None)
 
 
 @contextmanager
