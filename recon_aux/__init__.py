@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from recon_aux.engine.api import add_loss, attach, detach, is_attached, logs
 from recon_aux.engine.checkpoint import export_backbone, strip
+from recon_aux.monitor.summary import summary
 from recon_aux.task.decoder import CrossAttentionDecoder
 from recon_aux.task.splitter import FeatureSplitter
 from recon_aux.task.task import ReconAux, ReconAuxOutput
@@ -30,6 +31,7 @@ __all__ = [
     "is_attached",
     "logs",
     "strip",
+    "summary",
 ]
 
 

@@ -67,6 +67,8 @@ class Plan:
         pairs: whether the views show the same images, row by row.
         pixels: lowest and highest value of the first view.
         in_batch: whether both views are the batch's own tensors.
+        shape: of a view.
+        joined: whether several views came in one call.
     """
 
     encoder: nn.Module
@@ -78,6 +80,8 @@ class Plan:
     pairs: PairCheck = field(default_factory=PairCheck)
     pixels: tuple[float, ...] = ()
     in_batch: bool = False
+    shape: tuple[int, ...] = ()
+    joined: bool = False
 
 
 def discover(
@@ -112,6 +116,8 @@ def discover(
             raise RuntimeError(problem)
         warn_of_changed_features(step, views)
         plan.in_batch = all(is_of(batch, image) for image in views.images)
+        plan.shape = tuple(views.images[0].shape)
+        plan.joined = not any(call.image is views.images[0] for call in step.calls)
         plan.pixels = tuple(float(x) for x in views.images[0].detach().aminmax())
         if attached.mask and loss.requires_grad:
             _warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
@@ -494,11 +500,11 @@ def _no_second_view(
             "are another process's, which can't be used. If they are in the order of the "
             "encoder's own, pass views=1. Else put the views into the batch."
         )
-    if len({*trained}) > 1:
+    if len({shape[1:] for shape in trained}) > 1:
         advice.append("Make two views of one size, with as many channels.")
-    if len({id(call.image) for call in online}) == 1:
+    if len({id(call.image) for call in online}) == 1 or len({shape[0] for shape in trained}) > 1:
         advice.append(
-            "Encode the other view, too. If this call gets several views concatenated, and the "
+            "Encode the other view, too. If a call gets several views concatenated, and the "
             "batch doesn't show it, pass views= how many. If they take turns there, image by "
             "image, pass interleaved=True, too."
         )

@@ -785,3 +785,54 @@ def test_a_graph_of_many_ways_is_walked_once() -> None:
     for _ in range(100):
         y = y + y
     assert reached(y, [x]) == [True]
+
+
+def joined_and_others(self: Any, views: list[Tensor], others: Tensor, *, first: bool) -> Tensor:
+    """The loss of concatenated views, and of others that are encoded first or last."""
+    extra = self.embed(others).square().mean() if first else 0
+    loss = self.criterion(*self.embed(torch.cat(views)).chunk(2))
+    return loss + extra if first else loss + self.embed(others).square().mean()
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("options", [{}, {"views": 2}])
+def test_concatenated_views_are_found_beside_labelled_images(
+    count: int, first: bool, options: dict[str, Any]
+) -> None:
+    class Supervised(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return joined_and_others(self, *batch[:2], first=first)
+
+    model = built(Supervised, **options)
+    views, seen = shaded_views(2), rebuilt_from(model)
+    others = torch.rand(count, *views[0].shape[1:])
+    for _ in range(2):
+        model.training_step((views, others, torch.arange(count)), 0)
+        assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
+
+
+def test_of_two_sources_that_are_concatenated_each_one_is_taken() -> None:
+    class Sources(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            pairs = ([x, x.flip(3)] for x in batch)
+            return sum(
+                (self.criterion(*self.embed(torch.cat(pair)).chunk(2)) for pair in pairs),
+                torch.zeros(()),
+            )
+
+    model = built(Sources, views=2)
+    (one, other), seen = shaded_views(2), rebuilt_from(model)
+    model.training_step([one, other], 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], [one, one.flip(3)], strict=True))
+
+
+def test_how_many_views_are_concatenated_does_not_cut_what_is_one_view() -> None:
+    class OneByOne(Method):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return self.criterion(*map(self.embed, batch[0]))
+
+    model = built(OneByOne, views=2)
+    views, seen = shaded_views(2), rebuilt_from(model)
+    model.training_step((views, torch.arange(4)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
