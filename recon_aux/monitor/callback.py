@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from recon_aux.engine.api import attachment_of, is_attached
@@ -75,7 +76,6 @@ class Monitor(_Base):  # type: ignore[misc]
         ValueError: if a number is out of range.
 
     Example:
-        >>> import torch
         >>> model = nn.ModuleDict({"encoder": nn.Conv2d(3, 8, 16), "head": nn.Flatten()})
         >>> monitor = Monitor(torch.rand(64, 3, 16, 16))
         >>> sorted(monitor.measure(model).numbers)[-3:]
@@ -154,14 +154,12 @@ class Monitor(_Base):  # type: ignore[misc]
             TypeError: if the encoder returns no feature.
 
         Example:
-            >>> import torch
-            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
+                >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
             >>> model = nn.ModuleDict({"backbone": encoder})
             >>> 0 <= Monitor(torch.rand(32, 3, 8, 8)).measure(model).numbers["monitor/whole/std"] <= 1
             True
         """  # noqa: E501
         from recon_aux.probe.encoding import (  # noqa: PLC0415
-            device_of,
             equivariant_dim_of,
             undisturbed,
             without_wrapper,
@@ -170,7 +168,7 @@ class Monitor(_Base):  # type: ignore[misc]
         model, start = without_wrapper(model), time.perf_counter()
         with undisturbed(model):
             stream, encode = self._prepared(model), self._encoder(model)
-            features = encode_stream(encode, stream, self.batch_size, device_of(model))
+            features = encode_stream(encode, stream, self.batch_size, _device_of(model))
             self._check_pixels(model, stream)
             picture = self._picture(model, stream, encode)
             found = describe(features, stream, equivariant_dim_of(model)) if regress else {}
@@ -183,7 +181,7 @@ class Monitor(_Base):  # type: ignore[misc]
             images, labels = take_images(self.images, self.labels, self.count)
             stream, encode = Stream.draw(images, labels, self.seed), self._encoder(model)
             try:
-                encode(as_floats(images[:2]))
+                encode(as_floats(images[:2]).to(_device_of(model)))
             except RuntimeError as error:
                 raise ValueError(
                     f"expected held-out images that the encoder takes, got {tuple(images.shape)}, "
@@ -198,7 +196,7 @@ class Monitor(_Base):  # type: ignore[misc]
         plan = attachment_of(model).plan if is_attached(model) else None
         if plan is None or not plan.pixels:
             return
-        images = as_floats(stream.images[: self.batch_size])
+        images = as_floats(stream.images[: self.batch_size]).to(_device_of(model))
         seen = self._normalized(images).aminmax()
         ours, theirs = tuple(float(x) for x in seen), plan.pixels
         if _is_plain(*ours) != _is_plain(*theirs):
@@ -243,7 +241,7 @@ class Monitor(_Base):  # type: ignore[misc]
         aux = attachment_of(model).aux if is_attached(model) else None
         if aux is None or aux.options["weight"] == 0 or not self.rows:
             return None
-        clean = as_floats(stream.images[: self.rows])
+        clean = as_floats(stream.images[: self.rows]).to(_device_of(model))
         views = [
             transform(clean, {name: x[: self.rows] for name, x in parameters.items()})
             for parameters in stream.views
@@ -251,7 +249,7 @@ class Monitor(_Base):  # type: ignore[misc]
         own, other = map(encode, views)
         restore = inverse_of(self.normalize, clean)
         contexts = (other, other.roll(1, 0))
-        rebuilt = [restore(aux.rebuild(own, context).float().cpu()) for context in contexts]
+        rebuilt = [restore(aux.rebuild(own, context).float()) for context in contexts]
         return draw_picture([*views, *rebuilt])
 
     # --- for Lightning's trainer ---
@@ -309,3 +307,7 @@ def _restore(cls: type[Any], state: dict[str, Any]) -> Any:
 def _is_plain(low: float, high: float) -> bool:
     """Whether pixels are from 0 to 1, give or take what augmentation adds."""
     return low > -0.3 and high < 1.5
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device

@@ -132,7 +132,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         return
     driver = attachment_of(model).driver if is_attached(model) else None
     step = None if driver is None else driver.step
-    device = device_of(model)
+    device = next(model.parameters(), torch.empty(0)).device
     still = torch.autocast(device.type, enabled=False)
     try:
         if driver is not None:
@@ -142,11 +142,6 @@ def undisturbed(model: Any) -> Iterator[None]:
     finally:
         if driver is not None:
             driver.step = step
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Give the device of the first parameter."""
-    return next(model.parameters(), torch.empty(0)).device
 
 
 @contextmanager

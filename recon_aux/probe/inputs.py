@@ -151,8 +151,9 @@ def check_images(images: Tensor) -> None:
     """
     if not images.numel():
         return
-    # torch finds no extremes of unsigned 16 bits
-    values = images if images.is_floating_point() else images.long()
+    # torch finds no extremes of these
+    others = (torch.bool, torch.uint16, torch.uint32, torch.uint64)
+    values = images.long() if images.dtype in others else images
     low, high = (float(x) for x in values.aminmax())
     if images.dtype == torch.uint8 and high != 1:
         return
