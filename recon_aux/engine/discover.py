@@ -44,8 +44,8 @@ _IN_ORDER = (
 _UNLIKE = (
     "expected two views of the same images, row by row, saw rows no more alike than any two "
     "images. Encode the views first, one by one, then other images, as labelled ones. If one call "
-    "gets several views concatenated, pass views= how many, or else leave it out; if they take turns "
-    "there, image by image, pass interleaved=True; or put the views into the batch."
+    "gets several views concatenated, pass views= how many, or else leave it out; if they take "
+    "turns, image by image, pass interleaved=True; or put the views into the batch."
 )
 
 # calls that train: no step of a loop makes as many
