@@ -1421,7 +1421,7 @@ MANY = 256
 CASES |= {
     "images that take turns in the step": Case(
         lambda: fit(Method(partial(augmented, turns=True)), torch.rand(MANY, 3, 16, 16)),
-        "pass .*; if they take turns there, image by image, interleaved=True",
+        "pass .*; if they take turns, image by image, pass interleaved=True",
         lambda: [
             fit(
                 Method(partial(augmented, turns=True)),
@@ -1468,7 +1468,7 @@ CASES |= {
     ),
     "views of other channels than each other's": Case(
         lambda: fit(two_stems(), views(channels=2)[:1] + views()[1:]),
-        "Make two views of one size, with as many channels",
+        "Make two views of one size, with as many images and channels",
         lambda: fit(two_stems()),
     ),
     "a view that is changed after it was encoded": Case(

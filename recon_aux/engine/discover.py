@@ -500,8 +500,8 @@ def _no_second_view(
             "are another process's, which can't be used. If they are in the order of the "
             "encoder's own, pass views=1. Else put the views into the batch."
         )
-    if len({shape[1:] for shape in trained}) > 1:
-        advice.append("Make two views of one size, with as many channels.")
+    if len({*trained}) > 1:
+        advice.append("Make two views of one size, with as many images and channels.")
     if len({id(call.image) for call in online}) == 1 or len({shape[0] for shape in trained}) > 1:
         advice.append(
             "Encode the other view, too. If a call gets several views concatenated, and the "
