@@ -812,7 +812,8 @@ def test_concatenated_views_are_found_beside_labelled_images(
         assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], views, strict=True))
 
 
-def test_of_two_sources_that_are_concatenated_each_one_is_taken() -> None:
+@pytest.mark.parametrize("options", [{}, {"views": 2}])
+def test_of_two_sources_that_are_concatenated_the_first_is_taken(options: dict[str, Any]) -> None:
     class Sources(Method):
         def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
             pairs = ([x, x.flip(3)] for x in batch)
@@ -821,7 +822,7 @@ def test_of_two_sources_that_are_concatenated_each_one_is_taken() -> None:
                 torch.zeros(()),
             )
 
-    model = built(Sources, views=2)
+    model = built(Sources, **options)
     (one, other), seen = shaded_views(2), rebuilt_from(model)
     model.training_step([one, other], 0)
     assert all(torch.equal(a, b) for a, b in zip(seen.pop()[0], [one, one.flip(3)], strict=True))
