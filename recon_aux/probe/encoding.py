@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -106,21 +106,15 @@ def evaluating_encoder(encoder: Any) -> Iterator[None]:
         with evaluating(encoder):
             yield
         return
-    modes: dict[nn.Module, bool] = {}
+    with ExitStack() as stack:
 
-    def put(called: nn.Module, _: Any) -> None:
-        if called not in modes and not torch.compiler.is_compiling():
-            modes.update({part: part.training for part in called.modules() if part not in modes})
-            for part in called.modules():
-                part.training = False
+        def put(called: nn.Module, _: Any) -> None:
+            trains = (part.training for part in called.modules())
+            if not torch.compiler.is_compiling() and any(trains):
+                stack.enter_context(evaluating(called))
 
-    hook = nn.modules.module.register_module_forward_pre_hook(put)
-    try:
+        stack.enter_context(nn.modules.module.register_module_forward_pre_hook(put))
         yield
-    finally:
-        hook.remove()
-        for part, training in modes.items():
-            part.training = training
 
 
 @contextmanager
