@@ -56,6 +56,7 @@ MUTATED = {
     "drivers": ["loops", "methods", "memory", "teachers", "own_code"],
     "encoder": ["inputs", "own_code", "attach"],
     "hooks": ["attach", "own_code", "plain", "methods"],
+    "leaks": ["methods", "attach", "own_code", "teachers"],
     "modules": ["momentum", "teachers", "own_code", "attach"],
     "optimizers": ["optimizers", "loops"],
     "pairing": ["pairing"],

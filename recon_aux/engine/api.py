@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from recon_aux.engine.attachment import Attachment
 from recon_aux.engine.auto_weight import AttachedReconAux
-from recon_aux.engine.discover import refuse_manual_optimization
-from recon_aux.engine.drivers import driver_for, has_training_step
+from recon_aux.engine.drivers import driver_for, has_training_step, refuse_manual_optimization
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask
 from recon_aux.engine.logs import Logs

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from recon_aux.engine.auto_weight import AttachedReconAux, AutoWeight
 from recon_aux.engine.compiling import around_compiled, not_compiled, run_eagerly
-from recon_aux.engine.discover import (
-    Plan,
-    discover,
-    is_paused,
-    refuse_manual_optimization,
-    replay,
-    warn_of_unlike,
-)
+from recon_aux.engine.discover import discover, is_paused, replay, warn_of_unlike
+from recon_aux.engine.drivers import refuse_manual_optimization
 from recon_aux.engine.early import drop_if_outdated, output_of, run_early
 from recon_aux.engine.hooks import EncoderRecorder, HeadMask, MethodHook, find_hooks
 from recon_aux.engine.logs import Logs
@@ -35,6 +29,7 @@ from recon_aux.engine.modules import (
     unwrap,
 )
 from recon_aux.engine.optimizers import DecoderGroup, add_decoder_params
+from recon_aux.engine.plan import Plan
 from recon_aux.engine.step import Step
 from recon_aux.engine.updates import DecoderUpdates
 

@@ -11,9 +11,9 @@ from weakref import finalize, ref
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from recon_aux.engine import discover
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.modules import are_alike, largest_child, share_values
@@ -23,6 +23,9 @@ from recon_aux.task.turns import version_of
 
 # LightningModule's own methods, in either package, do nothing
 _STUBS = {"lightning.pytorch.core.module", "pytorch_lightning.core.module"}
+
+# calls that train: no step of a loop makes as many
+_MANY_CALLS = 32
 
 # calls without training that a loop's step keeps: the latest
 _SPARE_CALLS = 16
@@ -155,7 +158,7 @@ class TrainingStepDriver(Driver):
         if self.step is not None:
             super().record_masked(head, masked)
         elif masked.requires_grad and head.training and not torch.compiler.is_compiling():
-            discover.refuse_training_outside(head, masked, self.trained_outside)
+            _refuse_training_outside(head, masked, self.trained_outside)
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
         """Drop the trained encoder's calls on which the loss doesn't depend."""
@@ -206,13 +209,13 @@ class LoopDriver(Driver):
         is_training = any(modes) or self.trains_in_eval is not False
         if not with_gradient and not (is_training and self.is_trained):
             return
-        discover.refuse_search_for_unused_parameters()
+        _refuse_search_for_unused_parameters()
         if self._trains(call):
             # not before: watching gets in the way of torch.export
             self.watch()
             now = version_of(call.encoder.parameters())
             has_changed = self.versions.setdefault(id(call.encoder), now) != now
-            discover.refuse_forgotten_loss(sum(map(self._trains, step.calls)), has_changed)
+            _refuse_forgotten_loss(sum(map(self._trains, step.calls)), has_changed)
         else:
             self._make_room(step, with_gradient)
         step.calls.append(call)
@@ -225,7 +228,7 @@ class LoopDriver(Driver):
         alike = (call for call in step.calls if call.output.requires_grad == with_gradient)
         spare = [call for call in alike if not self._trains(call)]
         # those with gradient may train after all
-        if len(spare) >= (discover.MANY_CALLS if with_gradient else _SPARE_CALLS):
+        if len(spare) >= (_MANY_CALLS if with_gradient else _SPARE_CALLS):
             step.calls = [call for call in step.calls if call is not spare[0]]
             if with_gradient:
                 step.masked = [x for x in step.masked if not any(reached(x, spare[0].returned))]
@@ -279,3 +282,64 @@ def has_training_step(model: nn.Module, step_method: str) -> bool:
     )
     is_stub = getattr(step, "__module__", "") in _STUBS
     return callable(step) and callable(configure) and not is_stub
+
+
+def _refuse_training_outside(head: nn.Module, masked: Tensor, versions: dict[int, int]) -> None:
+    """Refuse to train a masked head past the training_step that adds the loss.
+
+    A loss that is only looked at is no training. It is training if a backward pass went through
+    the head outside a step, and its weights have changed since.
+    """
+    if is_recomputing():
+        return
+    now = version_of(head.parameters())
+    hooked: Any = masked
+    hooked.register_hook(lambda gradient: versions.update({id(head): now}))
+    if versions.get(id(head), now) != now:
+        raise RuntimeError(
+            f"expected the attached training_step to train the head {type(head).__name__}, which "
+            "is masked, saw it change past it. Replace training_step before attaching, and what "
+            "step_method= names. Or take all off: recon_aux.detach(model)."
+        )
+
+
+def _refuse_forgotten_loss(calls: int, has_changed: bool) -> None:
+    """Refuse a loop that trains the encoder on, or changes it, without add_loss.
+
+    Args:
+        calls: of the encoder that train, since the last step.
+        has_changed: whether the encoder has, since then.
+    """
+    if has_changed or calls >= _MANY_CALLS:
+        raise RuntimeError(
+            "expected recon_aux.add_loss(model, loss) once a step, saw the encoder change or "
+            f"{_MANY_CALLS} calls of it without. Call add_loss in each step. Around calls "
+            "that don't train it, as an evaluation's or an attack's, use model.eval(), and "
+            "torch.no_grad() where that is possible. To train on without the task: "
+            "recon_aux.detach(model)."
+        )
+
+
+def _refuse_search_for_unused_parameters() -> None:
+    """Refuse DistributedDataParallel that looks for unused parameters before add_loss."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and wrapper.find_unused_parameters:
+        raise TypeError(
+            "expected DistributedDataParallel with find_unused_parameters=False, got True: it "
+            "looks for them before the decoder is used. Pass find_unused_parameters=False."
+        )
+
+
+def refuse_manual_optimization(model: nn.Module) -> None:
+    """Refuse a model whose losses don't pass through what its training step returns.
+
+    Raises:
+        TypeError: that says what to do instead.
+    """
+    if getattr(model, "automatic_optimization", True) is False:
+        raise TypeError(
+            f"expected automatic optimization, but {type(model).__name__} sets "
+            "automatic_optimization=False, so no loss passes through what training_step returns. "
+            "Put what computes the loss into a method of its own, and pass step_method= its name. "
+            "Or call recon_aux.ReconAux in the step, see the README."
+        )

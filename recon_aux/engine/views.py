@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,18 +35,16 @@ def two_views(
     pairs = ((x, y) for i, x in enumerate(views) for y in views[i + 1 :])
     alike = next((pair for pair in pairs if pair[0].image.shape == pair[1].image.shape), None)
     # two calls of one shape may hold several views each, if the batch shows that
-    for is_shown in (True, False):
-        for call in views:
-            unsure = alike is not None
-            size = _view_size(call.image, batch, count, interleaved, is_shown, unsure)
-            if size is not None:
-                images, features = (
-                    parts_of(x, size, interleaved) for x in (call.image, call.feature)
-                )
-                return (images[0], images[1]), (features[0], features[1])
-        if alike is not None:
-            one, other = alike
-            return (one.image, other.image), (one.feature, other.feature)
+    unsure = alike is not None
+    shown = ((x, _shown_size(x.image, batch, count, interleaved, unsure=unsure)) for x in views)
+    likely = ((x, _likely_size(x.image, batch, count)) for x in views if not unsure)
+    for call, size in chain(shown, likely):
+        if size is not None:
+            images, features = (parts_of(x, size, interleaved) for x in (call.image, call.feature))
+            return (images[0], images[1]), (features[0], features[1])
+    if alike is not None:
+        one, other = alike
+        return (one.image, other.image), (one.feature, other.feature)
     first, others = views[0], candidates(calls, online)
     for call in others:
         ordered = in_batch_order(call, batch, count)
@@ -86,34 +85,41 @@ def largest_views(calls: Sequence[EncoderCall]) -> list[EncoderCall]:
     return list(views.values())
 
 
-def _view_size(
-    image: Tensor, batch: Any, count: int | None, interleaved: bool, is_shown: bool, unsure: bool
+def _shown_size(
+    image: Tensor, batch: Any, count: int | None, interleaved: bool, *, unsure: bool
 ) -> int | None:
-    """Say how many images a view has, where one call got several views concatenated.
+    """Say how many images a view has, where the batch shows that one call got several views.
+
+    It has views of this size, or the very images.
 
     Args:
         image: what the call got.
         batch: the step's.
         count: how many views there are, if the user says so.
         interleaved: whether they take turns.
-        is_shown: the batch has to show it. It has views of this size, or the very images.
         unsure: whether sizes alone can't show it.
     """
     known = batch_sizes(batch)
     if count is not None:
-        size, rest = divmod(len(image), count)
-        shows = not known or (size in known and not is_of(batch, image))
-        return size if count > 1 and not rest and (shows or not is_shown) else None
+        size = _likely_size(image, batch, count)
+        return size if not known or (size in known and not is_of(batch, image)) else None
     fitting = {size for size in known if len(image) % size == 0}
     smaller = {size for size in fitting if 2 * size <= len(image)}
-    if not is_shown:
-        return smaller.pop() if len(smaller) == len(fitting) == 1 else None
     # comparing values waits for the device
     if not smaller or not (unsure or len(fitting) > 1) or is_of(batch, image):
         return None
     first = {size: parts_of(image, size, interleaved)[0] for size in smaller}
     shown = {len(x) for x in images_in(batch) if len(x) in first and _same(x, first[len(x)])}
     return shown.pop() if len(shown) == 1 else None
+
+
+def _likely_size(image: Tensor, batch: Any, count: int | None) -> int | None:
+    """Say how many images a view has, by numbers alone, if one call got several views."""
+    if count is not None:
+        size, rest = divmod(len(image), count)
+        return size if count > 1 and not rest else None
+    fitting = [size for size in batch_sizes(batch) if len(image) % size == 0]
+    return fitting[0] if len(fitting) == 1 and 2 * fitting[0] <= len(image) else None
 
 
 def _same(images: Tensor, others: Tensor) -> bool:
