@@ -72,6 +72,8 @@ def pretrain(*, recon_aux: Mapping[str, Any] | None = None, **arguments: Any) ->
             f"{_REFUSED.get(method, 'recon_aux does not know')}. Pass method= one of "
             f"{sorted(map(str.lower, _METHODS))}, or call lightly_train.pretrain itself."
         )
+    # None, as of a config's "weight: null", stands for the default
+    options = {name: value for name, value in options.items() if value is not None}
     with _attaching({**_METHODS[method], **expand_preset(options)}):
         lightly_train.pretrain(**arguments)
 

@@ -66,8 +66,9 @@ def attach(
         ...     forward=simclr, simclr_loss=spt.losses.NTXEntLoss()))
         >>> trainer.fit(module, datamodule=data)                            # doctest: +SKIP
     """
-    if isinstance(model, Module):
-        _SPT.refuse(model.forward)
+    if isinstance(model, Module) and (backbone is None or heads is None):
+        # functools.partial, as configs make it, has no name, and comes wrapped
+        _SPT.refuse(getattr(model.forward, "_fn", model.forward))
     attach_by(_SPT, model, backbone=backbone, heads=heads, weight=weight, **options)
     if isinstance(model, Module):
         MethodHook(model, "_collect_parameters_by_optimizer_groups", _without_decoder)
@@ -141,7 +142,11 @@ def _without_decoder(
 def _record(model: nn.Module, encode: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
     """Encode layer by layer, as a call of the ViT that is recorded."""
     vit, *given = args
-    tokens: Tensor = vit.forward_features.callback(vit, partial(encode, vit), given, kwargs)
+    hook = getattr(vit, "forward_features", None)
+    if not isinstance(hook, MethodHook) or hook.callback is None:
+        # not the attached encoder: the first step says which one was expected
+        return encode(*args, **kwargs)
+    tokens: Tensor = hook.callback(vit, partial(encode, vit), tuple(given), kwargs)
     if not (torch.is_grad_enabled() and model.training):
         return tokens
     # DINOv3's KoLeo takes the student's features past the heads

@@ -66,9 +66,14 @@ def attach(
     if _kind(task) == "BYOL" and backbone is None:
         wrapper = its.model.backbone
         given["backbone"] = wrapper.model
-        if not isinstance([*wrapper.model.children()][-1], nn.Identity):
+        # the head was made for images of this size
+        given = {"image_size": getattr(its.model.augment, "size", 224), **given}
+        layers = [*wrapper.model.children()]
+        if not isinstance(layers[-1], nn.Identity):
             # a hook within the encoder, before its classifier, runs the head
-            given = {"features": partial(_embedding, wrapper), **given}
+            taken = _Taken()
+            MethodHook(layers[wrapper.layer], "forward", taken)
+            given = {"features": taken.feature, **given}
     is_first = _kind(task) == "MoCo" and its.hparams["version"] == 1
     if not is_first or heads is not None or options.get("equivariant_dim") == 0:
         return attach_by(_TORCHGEO, task, **given)
@@ -91,17 +96,34 @@ def _masked(head: nn.Module, task: Any, method: Callable[..., Any], args: Any, k
     return head(output) if isinstance(output, Tensor) else (head(output[0]), *output[1:])
 
 
-def _embedding(wrapper: Any, output: Tensor) -> Any:
-    return wrapper._embedding
+class _Taken:
+    """Takes what a layer returns, as TorchGeo's hook does, which flattens it."""
+
+    def __init__(self) -> None:
+        self.output: Any = None
+
+    def __reduce__(self) -> tuple[type[_Taken], tuple[()]]:
+        """Leave the tensor out of copies."""
+        return type(self), ()
+
+    def __call__(self, layer: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.output = forward(*args, **kwargs)
+        return self.output
+
+    def feature(self, output: Any) -> Any:
+        """Give it as the encoder's feature, whatever the encoder returns."""
+        return self.output
 
 
 def _is_head(name: str, module: nn.Module) -> bool:
-    return name.startswith("projection_head") or name.endswith("._projector")
+    last = name.rpartition(".")[2]
+    return last.startswith("projection_head") or last.endswith("projector")
 
 
 def _defaults(task: nn.Module) -> dict[str, Any]:
-    # each call encodes one view, which the task made within the step
-    return {"weight": _WEIGHTS.get(_kind(task), "auto"), "views": 1}
+    # each call of TorchGeo's tasks encodes one view, which the task made within the step
+    kind = _kind(task)
+    return {"weight": _WEIGHTS[kind], "views": 1} if kind else {"weight": "auto"}
 
 
 _TORCHGEO = Conventions(

@@ -532,8 +532,10 @@ CASES |= {
     ),
     "a method without two views, by its name": Case(
         lambda: lightly.attach(type("MAE", (Method,), {})()),
-        r"call recon_aux\.attach\(model, backbone=\.\.\., heads=\[\.\.\.\]\)",
-        lambda: fit(type("MAE", (Method,), {})()),
+        "pass backbone= and heads=",
+        lambda: trains(
+            lightly.attach(type("MAE", (Method,), {})(), backbone="backbone", heads=["head"])
+        ),
     ),
     "an encoder without a usual name": Case(
         lambda: lightly.attach(Method(step=trunks, backbone=None, trunk=encoder(), **projection())),
@@ -1100,6 +1102,16 @@ def beside_a_table() -> Method:
     return Method(step, table=table, head_table=nn.Linear(WIDTH, 4))
 
 
+def probed_beside() -> Method:
+    """Trains a probe of its own on features that are detached."""
+
+    def step(model: Any, batch: Any) -> Tensor:
+        read = model.own_probe(model.backbone(batch[0]).detach())
+        return one_by_one(model, batch) + read.square().mean()
+
+    return Method(step, own_probe=nn.Linear(WIDTH, 4))
+
+
 def mixing(model: Any, batch: Any) -> Tensor:
     return apart(*(model.head(F.normalize(model.backbone(x))) for x in batch))
 
@@ -1214,7 +1226,7 @@ CASES |= {
     ),
     "features that the heads don't receive": Case(
         lambda: fit(Method(taking(1), backbone=pooler()), features=lambda out: out[0]),
-        "If features= is given, let it take what the heads receive",
+        "pass features=lambda output: what they receive",
         lambda: fit(Method(taking(1), backbone=pooler()), features=lambda out: out[1]),
     ),
     "a head of no tensor": Case(
@@ -1236,6 +1248,11 @@ CASES |= {
         lambda: fit(beside_a_table(), heads=["head", "head_table"]),
         r"pass heads=\[\.\.\.\] without \['head_table'\]",
         lambda: fit(beside_a_table()),
+    ),
+    "a probe among the heads": Case(
+        lambda: fit(probed_beside(), heads=["head", "own_probe"]),
+        r"If they are probes, pass heads=\[\.\.\.\] without \['own_probe'\]",
+        lambda: fit(probed_beside()),
     ),
     "a head of what comes before the encoder's last layer": Case(
         lambda: fit(run_by_a_hook()),

@@ -54,12 +54,13 @@ class Conventions:
         Raises:
             TypeError: that names the method and the reason.
         """
+        # of functools.partial the function
+        method = getattr(method, "func", method)
         for name in (getattr(x, "__name__", "") for x in getattr(method, "__mro__", [method])):
             if name in self.refused:
                 raise TypeError(
                     f"expected a method that encodes two views, got {method.__name__}, which "
-                    f"{self.refused[name]}. If this one encodes two, call recon_aux.attach(model, "
-                    "backbone=..., heads=[...])."
+                    f"{self.refused[name]}. If this one encodes two, pass backbone= and heads=."
                 )
 
     def find_encoder(self, model: nn.Module) -> nn.Module:
@@ -130,11 +131,13 @@ def attach_by(
         The same model.
 
     Raises:
-        TypeError: if the conventions know the method for one without two views.
+        TypeError: if the conventions know the method for one without two views, and the encoder or
+            its heads aren't given.
         ValueError: if no encoder or no head is found, and as :func:`recon_aux.attach` does.
     """
     refuse_wrapped(model)
-    conventions.refuse(type(model))
+    if backbone is None or heads is None:
+        conventions.refuse(type(model))
     if backbone is None:
         backbone = conventions.find_encoder(model)
     if heads is None:

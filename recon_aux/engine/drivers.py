@@ -101,7 +101,11 @@ class Driver:
         with_gradient = [x for call in calls for x in call.returned]
         if received.requires_grad:
             fed = any(reached(received, with_gradient))
-        elif _share_memory(received, [*with_gradient, *(call.output for call in calls)]):
+        elif _share_memory(received, with_gradient):
+            if is_first:
+                self.step.detached.append(head)
+            return True
+        elif _share_memory(received, [call.output for call in calls]):
             fed = True
         else:
             # what was done to it isn't in the graph; only the first step asks

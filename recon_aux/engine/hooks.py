@@ -179,9 +179,10 @@ class EncoderRecorder:
         step = self.driver.step
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs, self.shape.image_channels)
-            feature = take_feature(result, self.features, self.shape.channels)
+            taken = take_feature(result, self.features)
+            feature = take_feature(taken, channels=self.shape.channels)
             returned = [x for x in tensors_in(result) if x.requires_grad]
-            output = source_of(feature, returned)
+            output = source_of(taken, returned)
             if output.requires_grad and not any(x is output for x in returned):
                 returned.append(output)
             versions = version_in_place(image), version_in_place(output)

@@ -28,8 +28,10 @@ def check_heads(
     Raises:
         RuntimeError: if equivariant channels reach the loss through the heads.
     """
-    attached.unmask_momentum_heads([head for head in step.not_fed if head not in step.fed])
-    _warn_of_shared_heads(attached, [head for head in step.not_fed if head in step.fed])
+    fed = {*step.fed, *step.detached}
+    attached.unmask_momentum_heads([head for head in step.not_fed if head not in fed])
+    _warn_of_shared_heads(attached, [head for head in step.not_fed if head in fed])
+    _warn_of_probes(attached, step)
     own = [call for call in online if share_weights(call.encoder, plan.encoder)]
     _refuse_mixing_heads(attached, step, own)
 
@@ -79,8 +81,8 @@ def _leak(attached: Attachment, where: str) -> str:
         "heads=[...]: every module that takes the encoder's features as they are, of these: "
         f"{describe_children(attached.model)}. If something between encoder and head mixes "
         "channels, as F.normalize or a norm does, make it a part of the head, or of the encoder. "
-        "If features= is given, let it take what the heads receive. Or pass equivariant_dim=0 to "
-        "train without a split."
+        "If the encoder returns more than the heads receive, pass features=lambda output: what "
+        "they receive. Or pass equivariant_dim=0 to train without a split."
     )
 
 
@@ -125,9 +127,8 @@ def warn_of_unmasked_targets(
     names_outside = any(head not in inside for head in attached.heads)
     in_loop = attached.driver.encodes_others
     unknown = unknown_encoders(step, plan.encoder, trained | viewed if in_loop else None, batch)
-    unsure = [head for head in step.unsure if head not in step.fed]
-    if unsure and not unknown and all(call.output.requires_grad for call in step.calls):
-        _warn_of_unsure_heads(attached, unsure)
+    if not unknown and all(call.output.requires_grad for call in step.calls):
+        _warn_of_unsure_heads(attached, step)
     if passes_a_mask:
         unknown = [] if names_outside else [module for module in unknown if module not in inside]
     if has_other_mask or not (unknown or (targets and not passes_a_mask)):
@@ -194,15 +195,29 @@ def _warn_of_shared_heads(attached: Attachment, heads: Sequence[nn.Module]) -> N
         )
 
 
-def _warn_of_unsure_heads(attached: Attachment, heads: Sequence[nn.Module]) -> None:
-    names = sorted({attached.name(head) for head in heads})
-    warnings.warn(
-        f"recon_aux: expected heads that receive the encoder's features, saw {names} receive "
-        "something without gradient, and can't see what. Its last channels are zeroed. If these "
-        f"are other features, as a table's, pass heads=[...] without {names}, of these: "
-        f"{describe_children(attached.model)}.",
-        stacklevel=2,
-    )
+def _warn_of_probes(attached: Attachment, step: Step) -> None:
+    probes = [head for head in step.detached if head not in step.fed]
+    seen = "receive them detached, as probes do"
+    _warn_without_gradient(attached, probes, seen, "they are probes")
+
+
+def _warn_of_unsure_heads(attached: Attachment, step: Step) -> None:
+    unsure = [head for head in step.unsure if head not in {*step.fed, *step.detached}]
+    seen = "receive something without gradient, and can't see what"
+    _warn_without_gradient(attached, unsure, seen, "these are other features, as a table's")
+
+
+def _warn_without_gradient(
+    attached: Attachment, heads: Sequence[nn.Module], seen: str, why: str
+) -> None:
+    if heads:
+        names = sorted({attached.name(head) for head in heads})
+        warnings.warn(
+            f"recon_aux: expected heads that receive the encoder's features, saw {names} {seen}. "
+            f"Their last channels are zeroed. If {why}, pass heads=[...] without {names}, of "
+            f"these: {describe_children(attached.model)}.",
+            stacklevel=2,
+        )
 
 
 def describe_unknown(attached: Attachment, unknown: Sequence[nn.Module]) -> str:

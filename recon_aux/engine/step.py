@@ -113,6 +113,7 @@ class Step:
         masked: what masked heads received, with gradient.
         masked_without_gradient: whether a masked head received anything without.
         fed: heads that received an encoder's feature, with gradient.
+        detached: heads that received such a feature without its gradient.
         not_fed: heads that received something else, with gradient.
         unsure: heads that received something without gradient, from where can't be seen.
         others: what other modules gave without gradient, as unknown momentum encoders do.
@@ -124,6 +125,7 @@ class Step:
         self.masked: list[Tensor] = []
         self.masked_without_gradient = False
         self.fed: list[nn.Module] = []
+        self.detached: list[nn.Module] = []
         self.not_fed: list[nn.Module] = []
         self.unsure: list[nn.Module] = []
         self.others: list[OtherCall] = []

@@ -393,6 +393,14 @@ def test_options_go_before_the_methods(tmp_path: Path, trained: list[Any]) -> No
     assert method.recon_aux.splitter.equivariant_dim == 0
 
 
+def test_none_stands_for_the_default(tmp_path: Path, trained: list[Any]) -> None:
+    options = {"weight": None, "backbone": None, "heads": None, "equivariant_dim": None}
+    pretrain(**arguments_for("simclr", tmp_path / "out", epochs=1), recon_aux=options)
+    (method,) = trained
+    assert method.recon_aux.weight == 1
+    assert method.recon_aux.splitter.equivariant_dim == 8
+
+
 @pytest.mark.parametrize("missing", ["function", "call"])
 def test_a_version_that_builds_its_methods_another_way_is_refused(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -222,7 +222,7 @@ def test_another_feature_than_the_heads_receive_is_refused() -> None:
         return SimCLR(of_transformers("ViT"), 32, lambda f, x: f(x).pooler_output)
 
     attached = lightly.attach(model(), features=lambda out: out.last_hidden_state)
-    with pytest.raises(RuntimeError, match="let it take what the heads receive"):
+    with pytest.raises(RuntimeError, match="pass features=lambda output: what they receive"):
         attached.training_step(views(), 0)
     trains(lightly.attach(model(), features=lambda out: out.pooler_output), views(), 32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,66 @@ def test_a_forward_of_one_view_is_refused() -> None:
     model = module("supervised", conv(), classifier=mlp(), supervised_loss=nn.CrossEntropyLoss())
     with pytest.raises(TypeError, match="two views, got supervised, which classifies one view"):
         attach(model)
+
+
+def test_a_partial_of_a_forward_of_one_view_is_refused() -> None:
+    model = spt.Module(forward=partial(forward.supervised), backbone=conv(), classifier=mlp())
+    with pytest.raises(TypeError, match="two views, got supervised, which classifies one view"):
+        attach(model)
+
+
+def test_a_forward_of_that_name_attaches_if_it_encodes_two_views() -> None:
+    def supervised(self: Any, batch: Any, stage: str) -> dict[str, Any]:
+        """Encode both views, as a supervised contrastive loss asks for."""
+        return {"loss": self.criterion(*(self.neck(self.encoder(x)) for x in images_of(batch)))}
+
+    model = spt.Module(
+        forward=supervised,
+        encoder=conv(),
+        neck=mlp(),
+        criterion=losses.NTXEntLoss(),
+        optim=copy.deepcopy(FAST),
+    )
+    with pytest.raises(TypeError, match="If this one encodes two, pass backbone= and heads="):
+        attach(model)
+    before = decoder_of(attach(model, backbone="encoder", heads=["neck"]))
+    fit(model, "simclr")
+    assert_trained(model, before)
+
+
+def images_of(batch: Any) -> list[Tensor]:
+    return [view["image"] for view in batch["views"]]
+
+
+def test_a_probe_of_ones_own_is_told_from_a_head() -> None:
+    def probed(self: Any, batch: Any, stage: str) -> dict[str, Any]:
+        features = [self.backbone(x) for x in images_of(batch)]
+        read = self.linear_head(features[0].detach()).square().mean()
+        return {"loss": self.criterion(*map(self.projector, features)) + read}
+
+    def probing() -> Any:
+        return spt.Module(
+            forward=probed,
+            backbone=conv(),
+            projector=mlp(),
+            linear_head=nn.Linear(WIDTH, 2),
+            criterion=losses.NTXEntLoss(),
+            optim=copy.deepcopy(FAST),
+        )
+
+    with pytest.warns(UserWarning, match=r"pass heads=\[\.\.\.\] without \['linear_head'\]"):
+        fit(attach(probing()), "simclr")
+    model = attach(probing(), heads=["projector"])
+    fit(model, "simclr")
+    whole = torch.rand(2, WIDTH)
+    half = torch.cat([whole[:, : WIDTH // 2], torch.zeros(2, WIDTH // 2)], 1)
+    assert not torch.equal(model.linear_head(whole), model.linear_head(half))
+
+
+def test_another_method_of_an_encoder_that_runs_by_layers_is_refused() -> None:
+    model = attach(made("DINOv2"), backbone_method="forward")
+    with pytest.raises(RuntimeError, match=r"to call forward of .* Pass backbone_method="):
+        fit(model, "DINOv2")
 
 
 def test_every_method_is_attached_or_refused() -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import recon_aux
-from helpers.geo import augmentation, task_class
+from helpers.geo import augmentation, byol_of, task_class
 from helpers.watching import rebuilt_from
 from helpers.weights import assert_same, assert_trained, decoder_of, weights_of
 from recon_aux.integrations.torchgeo import attach
@@ -131,6 +133,59 @@ def test_a_task_can_be_copied_and_detached(name: str) -> None:
     fit(fresh)
     fit(bare)
     assert_same(weights_of(fresh), weights_of(bare))
+
+
+MAPS = {
+    "channels last": lambda: SwinTransformer(
+        96, embed_dim=16, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=2
+    ),
+    "channels first": lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=2),
+}
+
+
+@slow
+@pytest.mark.parametrize("kind", MAPS)
+def test_byol_splits_the_channels_of_a_map(kind: str) -> None:
+    torch.manual_seed(0)
+    encoder: Any = MAPS[kind]()
+    task = task_of("BYOLTask")
+    task.model = byol_of(encoder, side=96)
+    attach(task)
+    width = encoder.num_features
+    assert task.recon_aux.splitter.feature_dim == width
+    received: list[Tensor] = []
+    projector = task.model.backbone.projector.mlp[0]
+    projector.register_forward_pre_hook(lambda module, args: received.append(args[0].detach()))
+    before = decoder_of(task)
+    fit(task)
+    assert_trained(task, before)
+    for flat in received:
+        last = flat.unflatten(1, (-1, width) if kind == "channels last" else (width, -1))
+        channels = last.movedim(-1 if kind == "channels last" else 1, 0)
+        assert channels[: width // 2].any() and not channels[width // 2 :].any()
+    assert received
+
+
+def test_a_task_of_ones_own_may_join_its_views() -> None:
+    class Own(task_class("BaseTask")):  # type: ignore[misc]
+        def configure_models(self) -> None:
+            pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.backbone = nn.Sequential(nn.Conv2d(3, 8, 4, 4), *pool)
+            self.projector = nn.Linear(8, 4)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            x = batch["image"]
+            p, q = self.projector(self.backbone(torch.cat([x, x.flip(-1)]))).chunk(2)
+            loss: Tensor = (p - q).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    task = attach(Own())
+    before = decoder_of(task)
+    fit(task)
+    assert_trained(task, before)
 
 
 def test_without_a_split_the_first_moco_needs_no_head() -> None:
