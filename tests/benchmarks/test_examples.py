@@ -73,7 +73,8 @@ def test_a_template_is_short_and_imports_nothing_from_beside_it(template: str) -
             assert str(node.module).split(".")[0] not in beside
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+# what the first one prints is compared with the study's numbers, see below
+@pytest.mark.parametrize("template", [x for x in TEMPLATES if x != "lightly_simclr.py"])
 def test_a_template_compares_bare_and_attached(template: str) -> None:
     if template.startswith("solo") and not solo_learn_is_githubs():
         pytest.skip("solo-learn 1.0.6, from GitHub, is not installed")

@@ -22,7 +22,7 @@ from recon_aux.integrations.lightly import attach
 pytestmark = pytest.mark.slow
 
 many = settings(
-    max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 OURS = (ValueError, TypeError, RuntimeError, FloatingPointError)
 
