@@ -1305,18 +1305,58 @@ def lazily(called: bool = False) -> Method:
     return model
 
 
-def alternating(pausing: bool) -> Callable[[Any, Any], Tensor]:
-    """Learns from labels in each second step."""
+def alternating(pausing: bool, first: int = 1) -> Callable[[Any, Any], Tensor]:
+    """Learns from labels in each second step, from the first or the second one on."""
     turns = itertools.count()
 
     def step(model: Any, batch: Any) -> Tensor:
-        supervised = next(turns) % 2 == 1
+        supervised = next(turns) % 2 == first
         if pausing:
             model.recon_aux.weight = 0.0 if supervised else 1.0
         views = batch[:1] if supervised else batch
         return torch.stack([model.head(model.backbone(x)).square().mean() for x in views]).sum()
 
     return step
+
+
+def heads_alone(pausing: bool, first: int = 1, recorded: bool = True) -> Callable[..., Tensor]:
+    """Trains the heads alone in each second step."""
+    turns = itertools.count()
+
+    def step(model: Any, batch: Any) -> Tensor:
+        alone = next(turns) % 2 == first
+        if pausing:
+            model.recon_aux.weight = 0.0 if alone else 1.0
+        with torch.set_grad_enabled(recorded or not alone):
+            features = [model.backbone(x) for x in batch]
+        return apart(*(model.head(y.detach() if alone else y) for y in features))
+
+    return step
+
+
+def with_another(name: str, module: nn.Module, *, loaded: bool) -> None:
+    """Brings other weights into a model that trains."""
+    model = fit()
+    if loaded:
+        getattr(model, name).load_state_dict(module.state_dict())
+    else:
+        setattr(model, name, module)
+    trains(model)
+
+
+def joined_with_labelled(model: Any, batch: Any, apart_from_views: bool) -> Tensor:
+    some, both = batch["labelled"], torch.cat(batch["views"])
+    if apart_from_views:
+        y, labelled = model.backbone(both), model.backbone(some)
+    else:
+        labelled, y = model.backbone(torch.cat([some, both])).split([len(some), len(both)])
+    return apart(*model.head(y).chunk(2)) + model.head_labels(labelled).square().mean()
+
+
+def beside_labelled(apart_from_views: bool) -> None:
+    step = partial(joined_with_labelled, apart_from_views=apart_from_views)
+    model = attached(Method(step, head_labels=nn.Linear(WIDTH, 2)), heads=["head", "head_labels"])
+    trains(model, {"labelled": torch.rand(2, 3, 16, 16), "views": views(8)})
 
 
 def taught_by_a_copy(before: bool) -> None:
@@ -1505,8 +1545,43 @@ CASES |= {
     ),
     "a supervised step among the others": Case(
         lambda: trains(attached(Method(alternating(pausing=False))), count=4),
-        r"For a step without two views, .* make model\.recon_aux\.weight 0\.",
+        r"For a step without two views, .* make model\.recon_aux\.weight 0 in it\.",
         lambda: trains(attached(Method(alternating(pausing=True))), count=4),
+    ),
+    "a step without two views comes first": Case(
+        lambda: trains(attached(Method(alternating(pausing=False, first=0))), count=4),
+        r"For a step without two views, .* make model\.recon_aux\.weight 0 in it\.",
+        lambda: trains(attached(Method(alternating(pausing=True, first=0))), count=4),
+    ),
+    "a step that trains the heads alone": Case(
+        lambda: trains(attached(Method(heads_alone(pausing=False))), count=4),
+        r"To train the heads alone, make model\.recon_aux\.weight 0 in such steps",
+        lambda: trains(attached(Method(heads_alone(pausing=True))), count=4),
+    ),
+    "a first step that trains the heads alone, without gradient": Case(
+        lambda: trains(attached(Method(heads_alone(False, first=0, recorded=False))), count=4),
+        r"To train the heads alone in some steps, make model\.recon_aux\.weight 0 in them",
+        lambda: trains(attached(Method(heads_alone(True, first=0, recorded=False))), count=4),
+    ),
+    "a first step that trains the heads alone": Case(
+        lambda: trains(attached(Method(heads_alone(False, first=0))), count=4),
+        r"A warm-up of the heads needs encoder\.requires_grad_\(False\)",
+        lambda: trains(attached(Method(heads_alone(True, first=0))), count=4),
+    ),
+    "a head that was replaced since": Case(
+        lambda: with_another("head", nn.Linear(WIDTH, 4), loaded=False),
+        r"Since attach, \['head'\] was replaced: load new weights into the old module",
+        lambda: with_another("head", nn.Linear(WIDTH, 4), loaded=True),
+    ),
+    "an encoder that was replaced since": Case(
+        lambda: with_another("backbone", encoder(), loaded=False),
+        r"Since attach, \['backbone'\] was replaced: load new weights into the old module",
+        lambda: with_another("backbone", encoder(), loaded=True),
+    ),
+    "labelled images before the views, in one call": Case(
+        lambda: beside_labelled(apart_from_views=False),
+        "Encode labelled images in a call of their own",
+        lambda: beside_labelled(apart_from_views=True),
     ),
     "a copy of the attached model": Case(
         lambda: taught_by_a_copy(before=False),

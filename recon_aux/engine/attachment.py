@@ -134,7 +134,7 @@ class Attachment:
         for head in heads:
             if self.mask and not any(head is known for known in self.heads):
                 self.heads.append(head)
-                self.hooks.append(MethodHook(head, "forward", self.mask.of_a_head()))
+                self.hooks.append(MethodHook(head, "forward", self.mask.of_a_head(self.name(head))))
 
     def mask_momentum_heads(self) -> None:
         """Hide the equivariant channels from heads' momentum heads, too, unless one was named."""

@@ -43,7 +43,7 @@ class AttachedReconAux(ReconAux):
         self.encoder_name = ""
         self.measured_weight: float | None = None
         # whether the user has set the weight since
-        self._weight_is_given = False
+        self.weight_is_given = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -54,18 +54,18 @@ class AttachedReconAux(ReconAux):
     @property
     def weight(self) -> float:
         """Factor of the whole loss. It may be set at any time, for good."""
-        if self._weight_is_given or self.measured_weight is None:
+        if self.weight_is_given or self.measured_weight is None:
             return self._weight
         return self.measured_weight
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        self._weight, self._weight_is_given = finite_number("weight", weight), True
+        self._weight, self.weight_is_given = finite_number("weight", weight), True
 
     @property
     def weight_is_due(self) -> bool:
         """Whether the next batch is to set an automatic weight."""
-        is_set = self._weight_is_given or self.measured_weight is not None
+        is_set = self.weight_is_given or self.measured_weight is not None
         return self.has_auto_weight and not is_set
 
     def saved_state(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class AttachedReconAux(ReconAux):
         """Restore the encoder's name and an automatic weight that the user hasn't set since."""
         super().load_saved_state(state)
         self.encoder_name = state.get("encoder", "")
-        if self.has_auto_weight and not self._weight_is_given:
+        if self.has_auto_weight and not self.weight_is_given:
             self.measured_weight = _weight_in(state)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from recon_aux.engine.hooks import find_hooks
 from recon_aux.engine.leaks import (
     check_heads,
+    describe_replaced,
     describe_unknown,
     refuse_past_heads,
     unknown_encoders,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 _IN_ORDER = (
     "Call the encoder once for each whole view, or once with all views, one after the other, in "
-    "the batch's order. If they take turns in one call, image by image, pass interleaved=True."
+    "the batch's order. If they take turns in one call, image by image, pass interleaved=True. "
+    "Encode labelled images in a call of their own."
 )
 
 _UNLIKE = (
@@ -63,6 +65,8 @@ def discover(
     plan = Plan(attached.encoder, interleaved=attached.interleaved)
     calls = _calls_of_method(attached, plan, step, loss, batch)
     online = [call for call in calls if call.output.requires_grad]
+    if is_paused(attached) and loss.requires_grad and not any(depends_on(loss, online)):
+        return plan, None
     if online and loss.requires_grad:
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
@@ -110,6 +114,8 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
     # what ran early took all calls for the method's
     if plan.calls is None:
         step.early = None
+    if step.is_past and attached.plan is not None and not is_paused(attached):
+        _warn_of_loss_past_encoder(attached, plan)
     views = step.early.views if step.early else find_views(attached, plan, calls, batch)
     if views is None and is_paused(attached):
         return None
@@ -120,8 +126,9 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
 
 
 def is_paused(attached: Attachment) -> bool:
-    """Whether a step needs no views: its weight was set to 0 after the first step."""
-    return attached.plan is not None and attached.aux.weight == 0
+    """Whether a step needs no views: its weight was set to 0, or it is 0 after the first step."""
+    aux = attached.aux
+    return aux.weight == 0 and (aux.weight_is_given or attached.plan is not None)
 
 
 def find_views(
@@ -203,13 +210,23 @@ def _trained_encoder(
         advice = (
             "If the method uses another tensor than the encoder returns, as one that a hook took, "
             "pass features=lambda output: that tensor. A warm-up of the heads needs "
-            "encoder.requires_grad_(False) instead of a feature that is detached."
+            "encoder.requires_grad_(False), or model.recon_aux.weight = 0."
         )
     raise RuntimeError(
         "expected the method's loss to train one encoder, but it depends on "
         f"{attached.names(trained.values()) or 'none'} of those like "
         f"{attached.name(attached.encoder)}. Pass backbone=: one of "
         f"{describe_children(attached.model)}. {advice}"
+    )
+
+
+def _warn_of_loss_past_encoder(attached: Attachment, plan: Plan) -> None:
+    warnings.warn(
+        "recon_aux: expected the method's loss to train the encoder "
+        f"{attached.name(plan.encoder)} in each step, saw one that it doesn't depend on. The task "
+        "trains the encoder alone then. To train the heads alone, make model.recon_aux.weight 0 in "
+        "such steps, or call encoder.requires_grad_(False).",
+        stacklevel=2,
     )
 
 
@@ -232,7 +249,7 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
     places = [[(x, rows) for x in parts if (rows := rows_in(v, x)) is not None] for v in images]
     if all(places):
         # a part of the batch has the same rows of both views
-        pairs = [(b, rows) for _, rows in places[0] for b, _ in places[1] if rows.max() < len(b)]
+        pairs = [(b, rows) for a, rows in places[0] for b, _ in places[1] if len(a) == len(b)]
         mixed = not any(torch.equal(b[rows], images[1]) for b, rows in pairs)
     else:
         unplaced = [view for view, place in zip(images, places, strict=True) if not place]
@@ -247,13 +264,17 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
 
 def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
     in_a_loop = attached.driver.encodes_others
+    warms_up = any(share_weights(call.encoder, plan.encoder) for call in step.calls)
     return (
         f"expected {attached.driver.where} to call {attached.backbone_method} of the encoder "
         f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls without and "
         f"none with. Pass backbone=: one of {describe_children(attached.model)}. Pass "
         "backbone_method= if another of its methods is called."
-        + " Encode both views with gradient, then call add_loss, in each step."
-        * in_a_loop
+        + describe_replaced(attached)
+        + " To train the heads alone in some steps, make model.recon_aux.weight 0 in them, or call "
+        "encoder.requires_grad_(False)."
+        * warms_up
+        + " Encode both views with gradient, then call add_loss, in each step." * in_a_loop
     )
 
 
@@ -292,10 +313,9 @@ def _no_second_view(
             "batch doesn't show it, pass views= how many. If they take turns there, image by "
             "image, pass interleaved=True, too."
         )
-    if attached.plan is not None:
-        advice.append(
-            "For a step without two views, as a supervised one, make model.recon_aux.weight 0."
-        )
+    advice.append(
+        "For a step without two views, as a supervised one, make model.recon_aux.weight 0 in it."
+    )
     if attached.driver.encodes_others:
         advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
     return (

@@ -168,6 +168,7 @@ class TrainingStepDriver(Driver):
         """Drop the trained encoder's calls on which the loss doesn't depend."""
         belongs = depends_on(loss, step.calls)
         its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
+        step.is_past = not its
         # one view may be encoded without gradient, or detached: then all calls count
         if len(largest_views(its)) < 2:
             return step.calls

@@ -211,18 +211,22 @@ class HeadMask:
         shape: of the encoder's feature.
         equivariant_dim: how many of the last channels are equivariant.
         driver: to which the masked features are handed.
+        name: the head's, for errors.
     """
 
-    def __init__(self, shape: EncoderShape, equivariant_dim: int, driver: Driver) -> None:
+    def __init__(
+        self, shape: EncoderShape, equivariant_dim: int, driver: Driver, name: str = ""
+    ) -> None:
         self.shape = shape
         self.equivariant_dim = equivariant_dim
         self.driver = driver
+        self.name = name
         # by the arguments' places: whether a head was seen to receive a feature there
         self.takes: dict[int, bool] = {}
 
-    def of_a_head(self) -> HeadMask:
+    def of_a_head(self, name: str) -> HeadMask:
         """Make one for a head, which remembers what that receives."""
-        return HeadMask(self.shape, self.equivariant_dim, self.driver)
+        return HeadMask(self.shape, self.equivariant_dim, self.driver, name)
 
     def __call__(
         self,
@@ -236,14 +240,14 @@ class HeadMask:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors:
             raise ValueError(
-                f"expected the head {type(head).__name__} to be called with features, got no "
+                f"expected the head {self.name} to be called with features, got no "
                 "tensor. Pass heads=[...]: the modules that take the encoder's features as their "
                 "first tensor."
             )
         for i, value in enumerate(values):
             is_alike = isinstance(value, Tensor) and value.shape == tensors[0].shape
             if is_alike and self._receives_feature(head, i, value, value is tensors[0]):
-                values[i] = self.mask(value, head)
+                values[i] = self.mask(value)
                 self.driver.record_masked(head, values[i])
         named = dict(zip(kwargs, values[len(args) :], strict=True))
         return call(*values[: len(args)], **named)
@@ -257,13 +261,12 @@ class HeadMask:
             self.takes[place] = seen
         return seen
 
-    def mask(self, feature: Tensor, head: nn.Module) -> Tensor:
+    def mask(self, feature: Tensor) -> Tensor:
         """Zero the last channels of a feature.
 
         Args:
             feature: ``(B, D)``, tokens ``(B, N, D)``, a map ``(B, D, H, W)`` or, with channels
                 last, ``(B, H, W, D)``, or one of them flattened, ``(B, D * H * W)``.
-            head: that receives it, to be named in an error.
 
         Returns:
             The masked feature, in the same shape.
@@ -285,14 +288,14 @@ class HeadMask:
         is_other = is_image or feature.ndim not in (2, 3, 4)
         if is_other or rest or (positions != 1 and not flattened):
             raise ValueError(
-                f"expected the head {type(head).__name__} to receive the encoder's "
+                f"expected the head {self.name} to receive the encoder's "
                 f"{width} channels, got {tuple(feature.shape)}. "
                 "Pass heads=[...]: the modules that take the encoder's features. If they take "
                 "another tensor than the encoder returns, pass features=lambda output: that tensor."
             )
         if flattened and self.shape.channels != 1:
             tokens = rearrange(feature, "b (n d) -> b n d", n=positions)
-            return self.mask(tokens, head).flatten(1)
+            return self.mask(tokens).flatten(1)
         # a flattened map is channel-major, so its equivariant channels are last, too
         hidden = self.equivariant_dim * positions
         after = [0, 0] * (feature.ndim - 1 - dim)

@@ -53,9 +53,9 @@ def refuse_past_heads(
 ) -> None:
     """Refuse a loss that sees equivariant channels without a masked head in between."""
     plan.steps += 1
-    # a loss past the heads may weigh nothing at first: look in step 1, 2, 4, 8, ...
-    is_due = not plan.uses_past_heads or plan.steps.bit_count() == 1
-    if not is_due:
+    # such a loss may weigh nothing at first: look in step 1, 2, 4, ..., 64, 128, 192, ...
+    is_due = plan.steps.bit_count() == 1 or plan.steps % 64 == 0
+    if plan.uses_past_heads and not is_due:
         return
     seen = past(loss, [x for call in calls for x in call.sources], step.masked)
     plan.uses_past_heads |= bool(seen)
@@ -83,6 +83,7 @@ def _leak(attached: Attachment, where: str) -> str:
         "channels, as F.normalize or a norm does, make it a part of the head, or of the encoder. "
         "If the encoder returns more than the heads receive, pass features=lambda output: what "
         "they receive. Or pass equivariant_dim=0 to train without a split."
+        + describe_replaced(attached)
     )
 
 
@@ -225,3 +226,19 @@ def describe_unknown(attached: Attachment, unknown: Sequence[nn.Module]) -> str:
     its = unknown[-1]
     name, kind = attached.name(its), type(its).__name__
     return f"{name} ({kind})" if name != kind else f"a {kind} that isn't in the model"
+
+
+def describe_replaced(attached: Attachment) -> str:
+    """Say so, for an error, if the encoder or a head was replaced since attach."""
+    masks = ((hook.callback, hook.module) for hook in attached.hooks)
+    known = {mask.name: head for mask, head in masks if isinstance(mask, HeadMask)}
+    known[attached.aux.encoder_name] = attached.encoder
+    now = dict(attached.model.named_modules())
+    # one that is compiled since is still in the model
+    gone = [name for name in known if name and name in now and known[name] not in now.values()]
+    if not gone:
+        return ""
+    return (
+        f" Since attach, {gone} was replaced: load new weights into the old module. Or call "
+        "recon_aux.detach(model) before it is replaced, then attach, and make the optimizer."
+    )

@@ -116,6 +116,7 @@ class Step:
         detached: heads that received such a feature without its gradient.
         not_fed: heads that received something else, with gradient.
         unsure: heads that received something without gradient, from where can't be seen.
+        is_past: whether the method's loss depends on none of the calls with gradient.
         others: what other modules gave without gradient, as unknown momentum encoders do.
         early: what the task made of the views, while the method's loss wasn't computed yet.
     """
@@ -128,6 +129,7 @@ class Step:
         self.detached: list[nn.Module] = []
         self.not_fed: list[nn.Module] = []
         self.unsure: list[nn.Module] = []
+        self.is_past = False
         self.others: list[OtherCall] = []
         self.early: EarlyTask | None = None
 

@@ -223,16 +223,30 @@ def test_a_look_in_eval_mode_past_the_step_is_no_training() -> None:
         model.train()
 
 
-def test_a_loss_past_the_heads_that_weighs_nothing_at_first() -> None:
+@pytest.mark.parametrize(("begins", "is_noticed"), [(2, 3), (128, 191)])
+def test_a_loss_past_the_heads_that_weighs_nothing_at_first(begins: int, is_noticed: int) -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         past = self.backbone(batch[0][0]).square().mean()
-        return PlainMethod.training_step(self, batch, 0) + (batch_idx >= 2) * past
+        return PlainMethod.training_step(self, batch, 0) + (batch_idx >= begins) * past
 
-    model = attach(plain_method(training_step=step))
-    for index in range(3):
-        model.training_step(batch(), index)
+    model = attach(plain_method(training_step=step), weight=0)
+    few = [x[:2] for x in batch()[0]], batch()[1][:2]
+    for index in range(is_noticed):
+        model.training_step(few, index)
     with pytest.raises(RuntimeError, match="past what the heads"):
-        model.training_step(batch(), 3)
+        model.training_step(few, is_noticed)
+
+
+def test_a_head_of_another_encoder_is_named() -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        taught = self.teacher_projection(batch[0][0].flatten(1)[:, :24])
+        loss: Tensor = PlainMethod.training_step(self, batch, 0) + taught.square().mean()
+        return loss
+
+    model = plain_method(training_step=step)
+    model.teacher_projection = nn.Linear(24, 8)
+    with pytest.raises(ValueError, match="expected the head teacher_projection to receive"):
+        attach(model).training_step(batch(), 0)
 
 
 def test_a_head_that_takes_what_another_gives() -> None:
@@ -779,7 +793,7 @@ def test_a_flattened_feature_loses_the_channels_that_it_would(shape: tuple[int, 
 
 def test_a_head_that_does_not_take_the_feature_is_named() -> None:
     for width in (7, 12):  # a pooled feature is never twice as wide as itself
-        message = rf"head Identity to receive .*6 channels, got \(4, {width}\)"
+        message = rf"head projection_head to receive .*6 channels, got \(4, {width}\)"
         with pytest.raises(ValueError, match=message):
             masked_head(6)(torch.rand(4, width))
 
