@@ -267,10 +267,10 @@ def tables(done: list[Record]) -> str:
         arms = sorted({run["arm"] for run in runs}, key=_order)
         others = [arm for arm in arms if parse_arm(arm).options]
         shipped = [arm for arm in arms if arm not in others]
-        text += [f"{own}: the whole feature, R² with all transformations combined"]
-        text += [as_text(_wholes(runs, shipped))]
-        if others:
-            text += [f"{own}: the same with other options", as_text(_wholes(runs, others))]
+        titles = {"the whole feature, R² with all transformations combined": shipped}
+        titles["the same with other options"] = others
+        for title, some in titles.items():
+            text += [f"{own}: {title}", as_text(_wholes(runs, some))] if some else []
         text += field.tables(own, runs, arms)
         text += [f"{own}: its parts", as_text(_parts(runs, arms, "combined", ["linear", "knn"]))]
         text += [f"{own}: R² with each transformation alone", as_text(_parts(runs, arms, "alone"))]

@@ -152,6 +152,19 @@ def test_in_both_protocols_attached_is_ahead_and_the_page_shows_it(data: str) ->
         assert column(shown, name) == column(whole_table, name), name
 
 
+def test_the_pages_tuning_is_that_of_the_records() -> None:
+    runs = {run["arm"]: run["results"]["whole"] for run in kept(RESULTS / "natural-tune")}
+    shown = first_table(text_of("natural_images"), after="How the rivals were tuned")
+    names = ["linear %", "R² paper"]
+    assert shown == [
+        ["encoder", *names],
+        *(
+            [arm, *(f"{field.MEASURES[x](of):.{y}f}" for x, y in zip(names, (1, 3), strict=True))]
+            for arm, of in runs.items()
+        ),
+    ]
+
+
 def test_the_pages_corner_errors_are_those_of_the_records() -> None:
     runs = kept(RESULTS / "homography")
     errors = {run["arm"]: run["results"][homography.ERROR] for run in runs}
