@@ -93,15 +93,13 @@ def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tenso
 
 def _of_each(source: Any, labels: Any, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Take images by their index, and labels from beside them where they are given."""
-    given = None if labels is None else torch.as_tensor(labels)
-    if given is not None and (given.numel() != len(source) or given.is_floating_point()):
-        raise ValueError(
-            f"expected labels as {len(source)} whole numbers, one for each image, got "
-            f"{given.dtype} of shape {tuple(given.shape)}. Pass as many."
-        )
+    from recon_aux.probe.inputs import checked_labels  # noqa: PLC0415
+
+    if labels is not None:
+        labels = checked_labels("the images'", torch.as_tensor(labels), len(source))
     for row in rows.tolist():
         image, label = _pair(source[row])
-        yield image, label if given is None else given.flatten()[row]
+        yield image, label if labels is None else labels[row]
 
 
 def _spread(available: int, count: int) -> Tensor:

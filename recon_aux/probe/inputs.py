@@ -46,24 +46,38 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
         )
     check_images(images)
     images = images.float() if images.is_floating_point() else images
-    return images, None if labels is None else _as_labels(name, labels, len(images))
-
-
-def _as_labels(name: str, labels: Tensor, count: int) -> Tensor:
-    """Check that there is one class for each image; ``(N, 1)`` will do."""
-    if labels.numel() != count or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"expected {name}'s labels as {count} whole numbers, one for each image, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}. Pass such: labels.long() of floats, "
-            "labels.argmax(1) of one column for each class; or None if there are no labels."
-        )
-    labels = labels.flatten().cpu()
+    if labels is None:
+        return images, None
+    labels = checked_labels(f"{name}'s", labels, len(images))
     if name == "train" and int(labels.min()) == int(labels.max()):
         raise ValueError(
             f"expected train's labels of two classes or more, got {labels[0].item()} alone. Pass "
             "None in their place to measure no accuracies."
         )
-    return labels
+    return images, labels
+
+
+def checked_labels(whose: str, labels: Tensor, count: int) -> Tensor:
+    """Check that there is one class for each image; ``(N, 1)`` will do.
+
+    Args:
+        whose: labels these are, for the message.
+        labels: ``(N,)`` or of another shape with as many numbers.
+        count: how many images there are.
+
+    Returns:
+        Labels ``(N,)``, on the CPU.
+
+    Raises:
+        ValueError: if there are more or fewer, or if they aren't whole numbers.
+    """
+    if labels.numel() != count or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"expected {whose} labels as {count} whole numbers, one for each image, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}. Pass such: labels.long() of floats, "
+            "labels.argmax(1) of one column for each class; or None if there are no labels."
+        )
+    return labels.flatten().cpu()
 
 
 def check_pairs(pairs: tuple[int, int]) -> None:

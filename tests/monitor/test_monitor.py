@@ -302,7 +302,7 @@ def test_labels_may_stand_beside_the_images(source: Any, labels: Any) -> None:
 @pytest.mark.parametrize(
     ("source", "labels", "error", "message"),
     [
-        (images(), LABELS[1:], ValueError, r"got torch.int64 of shape \(47,\). Pass as many"),
+        (images(), LABELS[1:], ValueError, r"got torch.int64 of shape \(47,\). Pass such"),
         (
             list(images()),
             LABELS / 2,
