@@ -26,7 +26,7 @@ def made_of(folder: Path) -> str:
     """Make a folder's table anew."""
     if folder.name in ("curves", "pair-check"):
         return {"curves": curves, "pair-check": pair_check}[folder.name].table(kept(folder))
-    if folder.name in ("decoders", "homography"):
+    if folder.name.startswith(("decoders", "homography")):
         return frozen.table(kept(folder))
     make = natural_images.tables if folder.name.startswith("natural") else compare.table
     return make(kept(folder))
@@ -173,6 +173,13 @@ def test_the_pages_corner_errors_are_those_of_the_records() -> None:
     assert shown[0] == ["none: the mean prediction", *nothing]
     assert shown[1:] == [[arm, f"{error:.2f}"] for arm, error in errors.items()]
     assert errors["SimCLR, attached"] < errors["SimCLR"] - 1
+    runs = kept(RESULTS / "homography-field")
+    errors = {run["arm"]: run["results"][homography.ERROR] for run in runs}
+    _, *shown = first_table(text_of("natural_images"), after="The same for the encoders of [all")
+    assert sorted(shown) == sorted([arm, f"{error:.2f}"] for arm, error in errors.items())
+    attached = {f"{method}, attached" for method in ("SimCLR", "VICReg")}
+    others = [error for arm, error in errors.items() if arm not in attached]
+    assert max(errors[arm] for arm in attached) < min(others) - 0.2
 
 
 def test_the_pages_decoders_are_those_of_the_record() -> None:
