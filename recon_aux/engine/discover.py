@@ -70,7 +70,7 @@ def discover(
     if online and loss.requires_grad:
         plan.encoder = _trained_encoder(attached, loss, online)
         if attached.mask:
-            check_heads(attached, plan, step, online)
+            check_heads(attached, step, _online(plan, calls))
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
         problem = _wrong_views(views.images, batch, attached.views)

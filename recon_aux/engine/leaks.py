@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from recon_aux.engine.attachment import Attachment
 
 
-def check_heads(
-    attached: Attachment, plan: Plan, step: Step, online: Sequence[EncoderCall]
-) -> None:
+def check_heads(attached: Attachment, step: Step, online: Sequence[EncoderCall]) -> None:
     """Mask the heads of the trained encoder alone, and refuse those that mix channels.
+
+    Args:
+        attached: whose heads they are.
+        step: what they received.
+        online: the calls that train the encoder.
 
     Raises:
         RuntimeError: if equivariant channels reach the loss through the heads.
@@ -32,8 +35,7 @@ def check_heads(
     attached.unmask_momentum_heads([head for head in step.not_fed if head not in fed])
     _warn_of_shared_heads(attached, [head for head in step.not_fed if head in fed])
     _warn_of_probes(attached, step)
-    own = [call for call in online if share_weights(call.encoder, plan.encoder)]
-    _refuse_mixing_heads(attached, step, own)
+    _refuse_mixing_heads(attached, step, online)
 
 
 def _refuse_mixing_heads(attached: Attachment, step: Step, calls: Sequence[EncoderCall]) -> None:

@@ -88,8 +88,11 @@ def both(module: nn.Module) -> nn.Module:
 
 
 def module(name: str, backbone: nn.Module, **parts: Any) -> Any:
-    its = getattr(forward, name)
-    return spt.Module(forward=its, backbone=backbone, optim=copy.deepcopy(FAST), **parts)
+    return of_forward(getattr(forward, name), backbone=backbone, **parts)
+
+
+def of_forward(its: Any, **parts: Any) -> Any:
+    return spt.Module(forward=its, optim=copy.deepcopy(FAST), **parts)
 
 
 FORWARDS: dict[str, Callable[[], Any]] = {
@@ -460,13 +463,7 @@ def test_a_forward_of_that_name_attaches_if_it_encodes_two_views() -> None:
         """Encode both views, as a supervised contrastive loss asks for."""
         return {"loss": self.criterion(*(self.neck(self.encoder(x)) for x in images_of(batch)))}
 
-    model = spt.Module(
-        forward=supervised,
-        encoder=conv(),
-        neck=mlp(),
-        criterion=losses.NTXEntLoss(),
-        optim=copy.deepcopy(FAST),
-    )
+    model = of_forward(supervised, encoder=conv(), neck=mlp(), criterion=losses.NTXEntLoss())
     with pytest.raises(TypeError, match="If this one encodes two, pass backbone= and heads="):
         attach(model)
     before = decoder_of(attach(model, backbone="encoder", heads=["neck"]))
@@ -485,14 +482,8 @@ def test_a_probe_of_ones_own_is_told_from_a_head() -> None:
         return {"loss": self.criterion(*map(self.projector, features)) + read}
 
     def probing() -> Any:
-        return spt.Module(
-            forward=probed,
-            backbone=conv(),
-            projector=mlp(),
-            linear_head=nn.Linear(WIDTH, 2),
-            criterion=losses.NTXEntLoss(),
-            optim=copy.deepcopy(FAST),
-        )
+        heads = {"projector": mlp(), "linear_head": nn.Linear(WIDTH, 2)}
+        return of_forward(probed, backbone=conv(), criterion=losses.NTXEntLoss(), **heads)
 
     with pytest.warns(UserWarning, match=r"pass heads=\[\.\.\.\] without \['linear_head'\]"):
         fit(attach(probing()), "simclr")
@@ -636,13 +627,8 @@ def test_what_transformers_checkpoints_hold_is_the_bare_encoder(tmp_path: Path) 
         tokens = [self.backbone(view["image"]).last_hidden_state for view in batch["views"]]
         return {"loss": self.simclr_loss(*(self.projector(x[:, 0]) for x in tokens))}
 
-    model = spt.Module(
-        forward=of_tokens,
-        backbone=vit_of_transformers(),
-        projector=mlp(),
-        simclr_loss=losses.NTXEntLoss(),
-        optim=copy.deepcopy(FAST),
-    )
+    parts = {"backbone": vit_of_transformers(), "projector": mlp()}
+    model = of_forward(of_tokens, simclr_loss=losses.NTXEntLoss(), **parts)
     attach(model)
     exports = spt.callbacks.HuggingFaceCheckpointCallback(str(tmp_path), raise_on_error=True)
     fit(model, "simclr", callbacks=[exports]).save_checkpoint(tmp_path / "last.ckpt")
