@@ -63,6 +63,7 @@ def attach(
     """
     given = {"backbone": backbone, "heads": heads, "weight": weight, **options}
     its: Any = task
+    hooks: list[MethodHook] = []
     if _kind(task) == "BYOL" and backbone is None:
         wrapper = its.model.backbone
         given["backbone"] = wrapper.model
@@ -72,15 +73,21 @@ def attach(
         if not isinstance(layers[-1], nn.Identity):
             # a hook within the encoder, before its classifier, runs the head
             taken = _Taken()
-            MethodHook(layers[wrapper.layer], "forward", taken)
+            hooks = [MethodHook(layers[wrapper.layer], "forward", taken)]
             given = {"features": taken.feature, **given}
     is_first = _kind(task) == "MoCo" and its.hparams["version"] == 1
-    if not is_first or heads is not None or options.get("equivariant_dim") == 0:
-        return attach_by(_TORCHGEO, task, **given)
+    has_no_head = is_first and heads is None and options.get("equivariant_dim") != 0
     # MoCo's first version has no head: its loss compares the encoder's features
     head = nn.Identity()
-    attach_by(_TORCHGEO, task, **{**given, "heads": [head]})
-    for method in ("forward", "forward_momentum"):
+    if has_no_head:
+        given["heads"] = [head]
+    try:
+        attach_by(_TORCHGEO, task, **given)
+    except Exception:
+        for hook in hooks:
+            hook.remove()
+        raise
+    for method in ("forward", "forward_momentum") if has_no_head else ():
         MethodHook(task, method, partial(_masked, head))
     return task
 

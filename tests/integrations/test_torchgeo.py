@@ -135,6 +135,20 @@ def test_a_task_can_be_copied_and_detached(name: str) -> None:
     assert_same(weights_of(fresh), weights_of(bare))
 
 
+@every_task
+def test_a_refused_task_stays_as_it_was(name: str) -> None:
+    def attributes(task: Any) -> dict[str, set[str]]:
+        return {name: set(vars(module)) for name, module in task.named_modules()}
+
+    task = task_of(name)
+    before = attributes(task)
+    with pytest.raises(ValueError, match="weight"):
+        attach(task, weight=-1)
+    assert attributes(task) == before
+    attach(task)
+    assert attributes(task) != before
+
+
 MAPS = {
     "channels last": lambda: SwinTransformer(
         96, embed_dim=16, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=2
