@@ -19,10 +19,12 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from typer.testing import CliRunner
 
 import recon_aux
 from helpers.pages import PAGES, blocks, commands
-from helpers.running import ROOT, run_python
+from helpers.running import ROOT
+from recon_aux.cli.commands import app
 
 ELSEWHERE = ("solo_learn", "stable_pretraining", "lightly_train")
 
@@ -365,8 +367,8 @@ def test_a_command_names_what_there_is(command: str) -> None:
         asked = [arguments[i + 1] for i, one in enumerate(arguments) if one == "-s"]
         assert set(asked) <= set(SESSIONS)
     elif program == "recon-aux":
-        result = run_python("-m", "recon_aux.cli", arguments[0], "--help")
-        assert result.returncode == 0, result.stderr
+        result = CliRunner().invoke(app, [arguments[0], "--help"], terminal_width=200)
+        assert result.exit_code == 0, result.output
         options = [one.split("=")[0] for one in arguments if one.startswith("--")]
         assert all(option in result.stdout for option in options)
     elif program in ("python", "python3") and arguments[0] == "-m":

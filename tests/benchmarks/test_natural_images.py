@@ -25,7 +25,7 @@ from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
 from benchmarks.rivals import RIVALS, WAY, Intermediate, part_of_the_way
 from benchmarks.sie import HyperPredictor
-from helpers.running import fail_once, rows, run_example
+from helpers.running import call_example, fail_once, rows, run_example
 from recon_aux.integrations.lightly import attach
 from recon_aux.probe import COMBINED, SETS, TRANSFORMATIONS, draw_parameters, transform
 
@@ -41,21 +41,13 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     options += ["--pairs", "16", "--image-size", "16", "--device", "cpu", "--protocols"]
     data = [f"{name}={folder}" for name, folder in folders.items()]
     ends = ["untrained", "ceiling"]
-    arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=1"]
+    arms = ["SimCLR", "SimCLR, attached", "SimCLR, attached, context='both', weight=2"]
     run_example("benchmarks/natural_images.py", "--data", *data, *options, "--arms", *arms)
     first = (out / "some-SimCLR-attached-0.json").read_text()
-    with pytest.raises(AssertionError, match="--epochs 1, not 2"):
-        run_example(
-            "benchmarks/natural_images.py",
-            "--data",
-            *data,
-            *options,
-            "--epochs",
-            "2",
-            "--seeds",
-            "1",
-        )
-    run_example("benchmarks/natural_images.py", "--data", *data, *options, "--arms", *arms, *ends)
+    more = ["--epochs", "2", "--seeds", "1"]
+    with pytest.raises(SystemExit, match="--epochs 1, not 2"):
+        call_example(natural_images.main, "--data", *data, *options, *more)
+    call_example(natural_images.main, "--data", *data, *options, "--arms", *arms, *ends)
     assert (out / "some-SimCLR-attached-0.json").read_text() == first
     runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert {run["options"]["limit"] for run in runs} == {"10000"}
@@ -68,6 +60,7 @@ def test_every_arm_is_trained_measured_and_kept(tmp_path: Path) -> None:
     attached_with = {run["arm"]: run["recon_aux"] for run in runs if "recon_aux" in run}
     assert attached_with.keys() == set(arms[1:])
     assert [attached_with[arm]["context"] for arm in arms[1:]] == ["invariant", "both"]
+    assert attached_with[arms[2]]["weight"] == 2
     table = (out / "table.md").read_text()
     assert (out / "table.png").is_file()
     drawn = {path.stem for path in out.glob("*-0.png")}

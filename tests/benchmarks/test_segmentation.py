@@ -12,13 +12,13 @@ import torch
 from scipy.ndimage import binary_dilation
 from torch import Tensor
 
-from helpers.running import render_objects, rows, run_example
+from helpers.running import call_example, render_objects, rows
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 
 from benchmarks.encoders import small_resnet18
 from benchmarks.images import as_input
-from benchmarks.views3d import render, segmentation
+from benchmarks.views3d import compare, render, segmentation
 from benchmarks.views3d.segmentation import MAP, MEANS, POOLED, mean_iou
 
 
@@ -130,10 +130,8 @@ def test_every_encoder_of_a_comparison_is_measured(folder: Path, tmp_path: Path)
     options: list[Any] = ["--seeds", "0", "--steps", "1", "--batch-size", "8", "--width", "8"]
     options += ["--size", "32", "--views", "4", "--mlp-steps", "2", "--device", "cpu"]
     arms = ["VICReg", "VICReg + recon_aux"]
-    comparison = "benchmarks/views3d/compare.py"
-    run_example(comparison, folder, *options, "--out", tmp_path, "--arms", *arms)
-    command = "benchmarks/views3d/segmentation.py"
-    printed = run_example(command, tmp_path, folder, "--device", "cpu")
+    call_example(compare.main, folder, *options, "--out", tmp_path, "--arms", *arms)
+    printed = call_example(segmentation.main, tmp_path, folder, "--device", "cpu")
     out = tmp_path / "segmentation"
     records = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     assert [record["arm"] for record in records] == arms

@@ -14,7 +14,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
 
-from helpers.running import fail_once, render_objects, rows, run_example
+from helpers.running import call_example, fail_once, render_objects, rows, run_example
 
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 from lightly.loss.vicreg_loss import covariance_loss
@@ -190,7 +190,7 @@ def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     arms = ["VICReg", "SIE, dim=16", "VICReg + recon_aux, edges=1", "supervised"]
     run_example("benchmarks/views3d/compare.py", folder, *options, "--arms", *arms[:2])
     first = (tmp_path / "SIE-dim=16-0.json").read_text()
-    run_example("benchmarks/views3d/compare.py", folder, *options, "--arms", *arms)
+    call_example(compare.main, folder, *options, "--arms", *arms)
     assert (tmp_path / "SIE-dim=16-0.json").read_text() == first
     shown = [row[0] for row in rows((tmp_path / "table.md").read_text())[1:]]
     parts = ["whole", "invariant", "equivariant"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def run_example(name: str, *arguments: Any) -> str:
     result = run_python(ROOT / "examples" / name, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def call_example(main: Callable[[], None], *arguments: Any) -> str:
+    """Run an example in this process, which spares its imports, and give what it prints."""
+    path = Path(main.__code__.co_filename)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        main()
+    return printed.getvalue()
 
 
 def run_python(
