@@ -146,9 +146,9 @@ def change_between(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
         second: the same of the second view.
 
     Returns:
-        ``(N, 11)``, about as large as standardised numbers. The first four are the rotation as an
-        orthogonal 2x2 matrix, with a reflection if one view alone is mirrored. Then come the shift,
-        the growth, and the differences of brightness, contrast, saturation and hue.
+        ``(N, 11)``. The first four are the rotation as an orthogonal 2x2 matrix, with a reflection
+        if one view alone is mirrored. Then come the shift, the growth, and the differences of
+        brightness, contrast, saturation and hue, all of a standard deviation of about 1.
     """
     start, end = (_geometry(view) for view in (first, second))
     relative = end @ torch.linalg.inv(start)
@@ -167,6 +167,22 @@ def change_between(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
         # of the difference of two draws
         numbers[name] = values / ((high - low) / 6**0.5)
     return torch.cat([rotation.flatten(1), torch.stack(list(numbers.values()), dim=1)], dim=1)
+
+
+def change_back(change: Tensor) -> Tensor:
+    """Compute what changed from the second view to the first.
+
+    Args:
+        change: from the first view to the second, ``(N, 11)``, as :func:`change_between` gives it.
+
+    Returns:
+        The same numbers of the way back.
+    """
+    rotation = change[:, :4].unflatten(1, (2, 2)).mT
+    low, high = TRANSFORMATIONS["scale"]
+    growth = (change[:, 6] * (high - low) / 6**0.5).exp()
+    shift = -(rotation @ change[:, 4:6, None])[:, :, 0] / growth[:, None]
+    return torch.cat([rotation.flatten(1), shift, -change[:, 6:]], dim=1)
 
 
 def _geometry(view: Mapping[str, Tensor]) -> Tensor:

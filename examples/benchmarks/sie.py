@@ -2,8 +2,7 @@
 
 Garrido, Najman, LeCun, "Self-Supervised Learning of Split Invariant Equivariant Representations",
 ICML 2023, arXiv 2302.10283, written from the paper (section 3). The weights are those of the
-authors' command, except the covariance's. That command gives the equivariance's as 0.45 of the
-invariance's.
+authors' command, which gives the equivariance's as 0.45 of the invariance's.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class SIE(StudyModule):
         invariance: weight of the invariant parts' distance.
         equivariance: weight of the predictions' distance.
         variance: weight of the variance terms, including that of the predictor's output.
-        covariance: weight of the covariance terms. The paper's is 1, for batches eight times as
-            large as the README's, in which covariances are less noisy.
+        covariance: weight of the covariance terms.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class SIE(StudyModule):
         invariance: float = 10.0,
         equivariance: float = 4.5,
         variance: float = 10.0,
-        covariance: float = 0.1,
+        covariance: float = 1.0,
     ) -> None:
         super().__init__(backbone, lr)
         self.split = feature_dim // 2

@@ -18,12 +18,19 @@ from torch import Tensor
 from benchmarks import field, natural_images
 from benchmarks.arms import build_model
 from benchmarks.encoders import ENCODERS, build_encoder, vit, width_of
-from benchmarks.images import CHANGE_DIM, TwoViews, change_between, load, mirror
+from benchmarks.images import (
+    CHANGE_DIM,
+    TwoViews,
+    change_back,
+    change_between,
+    load,
+    mirror,
+)
 from benchmarks.methods import IBOT, MORE_METHODS, VIT_METHODS, SimCLR
 from benchmarks.options import note_options, options_of
 from benchmarks.records import keep, kept
 from benchmarks.resuming import is_done, refuse_mixed
-from benchmarks.rivals import RIVALS, WAY, Intermediate, part_of_the_way
+from benchmarks.rivals import RIVALS, WAY, Intermediate, numbers_of, part_of_the_way
 from benchmarks.sie import HyperPredictor
 from helpers.running import call_example, fail_once, rows, run_example
 from recon_aux.integrations.lightly import attach
@@ -149,6 +156,38 @@ def test_what_changed_is_standardised_and_nothing_is_where_nothing_did() -> None
         True,
         *[False] * 3,
     ]
+
+
+def drawn_views(count: int) -> list[dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return [draw_parameters(count) | {"flipped": torch.rand(count) < 0.5} for _ in range(2)]
+
+
+def test_what_changed_can_be_turned_back() -> None:
+    first, second = drawn_views(100)
+    there, back = change_between(first, second), change_between(second, first)
+    torch.testing.assert_close(change_back(there), back, atol=1e-4, rtol=0)
+    assert (there - back).abs().max() > 1
+
+
+def test_all_kinds_of_change_are_of_one_size() -> None:
+    first, second = drawn_views(2000)
+    numbers = numbers_of(change_between(first, second))
+    mirrored = first["flipped"] != second["flipped"]
+    assert torch.equal(numbers.pop("mirrored")[:, 0] == 1, mirrored)
+    assert {kind: x.shape[1] for kind, x in numbers.items()} == {
+        "rotation": 1,
+        "place": 3,
+        "colour": 4,
+    }
+    for x in numbers.values():
+        assert (x.std(0) - 1).abs().max() < 0.2
+    turn = numbers["rotation"][:, 0] * 60 / 6**0.5
+    change = second["rotation"] - first["rotation"]
+    # the direction is a matter of taste; where views aren't mirrored, it's the difference
+    kept = ~(first["flipped"] | second["flipped"])
+    torch.testing.assert_close(turn[kept].abs(), change[kept].abs(), atol=1e-2, rtol=0)
+    assert turn.abs().max() > 45
 
 
 def test_sie_begins_as_if_nothing_changed() -> None:
