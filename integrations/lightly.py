@@ -19,7 +19,7 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# measured for each loss; the README says how
+# measured for each loss; docs/choosing.md says how
 _WEIGHTS = {
     "NTXentLoss": 1.0,
     "VICRegLoss": 0.3,

@@ -97,9 +97,9 @@ def load_encoder(path: Path, build: Build) -> nn.Module:
     checkpoint = path.with_suffix("") / "checkpoints" / "last.ckpt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
-        prefix = "backbone."
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        encoder.load_state_dict(own)
+        # lightly's masked transformers hold the encoder as "vit", beside a mask token
+        found = {k.removeprefix("backbone.").removeprefix("vit."): v for k, v in state.items()}
+        encoder.load_state_dict({k: found[k] for k in encoder.state_dict()})
     return encoder.eval().requires_grad_(False)
 
 

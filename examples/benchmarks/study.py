@@ -40,12 +40,15 @@ def run_study(
         if args.remeasure:
             if is_done(path, args) and needs_no_training(path):
                 print(f"measuring {path.stem}")
-                was = json.loads(path.read_text())["results"]
+                was = json.loads(path.read_text())
                 again = run(which, path)
                 # what isn't measured this time, as the transfer to data that isn't given, stays
                 parts = again["results"].items()
-                again["results"] = {part: was.get(part, {}) | found for part, found in parts}
-                keep(path, again)
+                was["results"] = {part: was["results"].get(part, {}) | new for part, new in parts}
+                # the rest says how it was trained
+                made = ("options", "command", "commit", "machine", "threads", "torch")
+                was["measured"] = {key: again[key] for key in made}
+                keep(path, was)
             else:
                 print(f"{path.stem} isn't done, or its checkpoint is gone: left as it is")
         elif not is_done(path, args):

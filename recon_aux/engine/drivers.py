@@ -346,5 +346,5 @@ def refuse_manual_optimization(model: nn.Module) -> None:
             f"expected automatic optimization, but {type(model).__name__} sets "
             "automatic_optimization=False, so no loss passes through what training_step returns. "
             "Put what computes the loss into a method of its own, and pass step_method= its name. "
-            "Or call recon_aux.ReconAux in the step, see the README."
+            "Or call recon_aux.ReconAux in the step, see docs/your_own_loop.md."
         )

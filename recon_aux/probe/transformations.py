@@ -105,9 +105,8 @@ SETS: dict[str, TransformationSet] = {
 - ``"standard"``: those of :data:`TRANSFORMATIONS`, alone and combined.
 - ``"paper"``: rotation, colour, blur and translation alone, with the ranges of Wang et al. (2025,
   arXiv 2503.18753). The range of the translation is ours.
-- ``"unseen"``: what views are seldom made with, and no term of recon_aux asks for. Shear,
-  perspective, the place of an occluder, noise, gamma, the gain of the red channel and upside down,
-  alone and combined.
+- ``"unseen"``: what views are seldom made with. Shear, perspective, the place of an occluder,
+  noise, gamma, the gain of the red channel and upside down, alone and combined.
 """
 
 _NEUTRAL = dict.fromkeys(["scale", "brightness", "contrast", "saturation", "gamma", "red"], 1.0)

@@ -15,7 +15,7 @@ from pytorch_lightning import seed_everything
 from test_examples import pictures
 from torch import Tensor
 
-from benchmarks import field, natural_images
+from benchmarks import field, frozen, natural_images
 from benchmarks.arms import build_model
 from benchmarks.encoders import ENCODERS, build_encoder, vit, width_of
 from benchmarks.images import (
@@ -343,6 +343,14 @@ def test_masked_methods_are_measured_by_their_class_token(
     assert not attached["recon_aux"]["spatial"]
     assert (tmp_path / "digits-DINOv2-attached-0.png").is_file()
     assert "| DINOv2, attached, equivariant" in (tmp_path / "table.md").read_text()
+    # a downstream task finds the encoder within the masked one
+    for arm in ("iBOT", "DINOv2-attached"):
+        path = tmp_path / f"digits-{arm}-0.json"
+        encoder = frozen.load_encoder(path, lambda options: build_encoder(options["backbone"]))
+        saved = torch.load(path.with_suffix("") / "checkpoints" / "last.ckpt", weights_only=False)
+        kept = saved["state_dict"]
+        state = encoder.state_dict()
+        assert all(torch.equal(v, kept[f"backbone.vit.{k}"]) for k, v in state.items())
 
 
 PAPERS = "SimCLR, attached, preset='paper'"
@@ -442,6 +450,12 @@ def test_an_arm_is_measured_again_without_training(
     for part in ("whole", "invariant", "equivariant"):
         found, was = again["results"][part], first["results"][part]
         assert {key: found[key] for key in was} == was
+    # how it was trained stays, and how it was measured is added
+    measured = again.pop("measured")
+    assert {key: again[key] for key in again if key != "results"} == {
+        key: first[key] for key in first if key != "results"
+    }
+    assert measured["command"].endswith("--remeasure")
     whole = again["results"]["whole"]
     assert list(whole["paper"]["alone"]) == ["rotation", "colour", "blur", "translation"]
     assert whole["paper"]["spread"]["alone"]["mean"] > 0

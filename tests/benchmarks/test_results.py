@@ -152,6 +152,39 @@ def test_in_both_protocols_attached_is_ahead_and_the_page_shows_it(data: str) ->
         assert column(shown, name) == column(whole_table, name), name
 
 
+def test_the_pages_gains_of_unseen_transformations_are_those_of_the_records() -> None:
+    _, text = text_of("natural_images").split("What the unseen transformations gain")
+    head, *shown = rows(text.split("\n- ")[0])
+    found = {(run["data"], run["arm"]): run["results"]["whole"]["unseen"] for run in FIELD}
+    for row in shown:
+        method, label = row[0].split(", ")
+        data = {"Tiny ImageNet": "Tiny-ImageNet-50"}.get(label, label)
+        bare, attached = (found[data, arm] for arm in (method, f"{method}, attached"))
+        gains = {k: attached["alone"][k] - r2 for k, r2 in bare["alone"].items()}
+        assert head[1:] == list(gains)
+        assert row[1:] == [f"{gain:.2f}".replace("-", "−") for gain in gains.values()]
+        # what the page says about them
+        assert gains["shear"] + gains["perspective"] > 0.6 * sum(gains.values())
+        assert gains["upside down"] < 0.03
+        assert attached["combined"]["occluder_y"] < bare["combined"]["occluder_y"]
+    assert len(shown) == 4
+
+
+def test_the_page_says_how_gains_change_with_training() -> None:
+    folders = {"natural-field": "10,000", "natural-all-images": "50,000", "natural-long": "50,000"}
+    expected = [["training", "linear", "k-NN", "mean R²"]]
+    for folder, images in folders.items():
+        found = {run["arm"]: run for run in kept(RESULTS / folder) if run["data"] == "CIFAR-10"}
+        bare, attached = (found[arm] for arm in ("SimCLR", "SimCLR, attached"))
+        was, now = (run["results"]["whole"] for run in (bare, attached))
+        row = [f"{bare['options']['epochs']} epochs of {images} images"]
+        row += [f"{now[key] - was[key]:.1f}" for key in ("linear", "knn")]
+        gain = field.MEASURES["R² all at once"](now) - field.MEASURES["R² all at once"](was)
+        expected.append([*row, f"{gain:.2f}"])
+    _, text = text_of("natural_images").split("the gain in accuracy doesn't")
+    assert rows(text.split("\n- ")[0]) == expected
+
+
 def test_the_pages_tuning_is_that_of_the_records() -> None:
     runs = {run["arm"]: run["results"]["whole"] for run in kept(RESULTS / "natural-tune")}
     shown = first_table(text_of("natural_images"), after="How the rivals were tuned")
