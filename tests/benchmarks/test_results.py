@@ -133,6 +133,8 @@ FIELD = kept(RESULTS / "natural-field")
 @pytest.mark.parametrize("data", dict.fromkeys(run["data"] for run in FIELD))
 def test_in_both_protocols_attached_is_ahead_and_the_page_shows_it(data: str) -> None:
     found = {run["arm"]: run["results"]["whole"] for run in FIELD if run["data"] == data}
+    _, named = Path(field.__file__).with_suffix(".args").read_text().split("--arms\n")
+    assert sorted(found) == sorted(named.splitlines())
     arms = {f"{method}, attached" for method in ("SimCLR", "VICReg")} & found.keys()
     others = [whole for arm, whole in found.items() if arm not in {*arms, "ceiling"}]
     for arm in arms:
