@@ -163,10 +163,14 @@ def change_between(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
     for name in ("brightness", "contrast", "saturation", "hue"):
         numbers[name] = second[name] - first[name]
     for name, values in numbers.items():
-        low, high = TRANSFORMATIONS[name]
-        # of the difference of two draws
-        numbers[name] = values / ((high - low) / 6**0.5)
+        numbers[name] = values / spread_of_change(name)
     return torch.cat([rotation.flatten(1), torch.stack(list(numbers.values()), dim=1)], dim=1)
+
+
+def spread_of_change(name: str) -> float:
+    """Give the standard deviation of the difference of two draws of a parameter."""
+    low, high = TRANSFORMATIONS[name]
+    return (high - low) / 6**0.5
 
 
 def change_back(change: Tensor) -> Tensor:
@@ -179,8 +183,7 @@ def change_back(change: Tensor) -> Tensor:
         The same numbers of the way back.
     """
     rotation = change[:, :4].unflatten(1, (2, 2)).mT
-    low, high = TRANSFORMATIONS["scale"]
-    growth = (change[:, 6] * (high - low) / 6**0.5).exp()
+    growth = (change[:, 6] * spread_of_change("scale")).exp()
     shift = -(rotation @ change[:, 4:6, None])[:, :, 0] / growth[:, None]
     return torch.cat([rotation.flatten(1), shift, -change[:, 6:]], dim=1)
 

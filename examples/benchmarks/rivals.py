@@ -15,10 +15,16 @@ import torch.nn.functional as F
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from benchmarks.images import CHANGE_DIM, change_back, denormalize, normalize
+from benchmarks.images import (
+    CHANGE_DIM,
+    change_back,
+    denormalize,
+    normalize,
+    spread_of_change,
+)
 from benchmarks.methods import Method, SimCLR, VICReg
 from benchmarks.sie import SIE
-from recon_aux.probe import SETS, TRANSFORMATIONS, transform
+from recon_aux.probe import SETS, transform
 
 MakeMethod = Callable[[nn.Module, int, float], Method]
 
@@ -35,9 +41,8 @@ def numbers_of(change: Tensor) -> dict[str, Tensor]:
     matrix = change[:, :4].unflatten(1, (2, 2))
     # of both views, if they aren't mirrored alike: a turn of the mirrored image
     turn = torch.atan2(-matrix[:, 0, 1], matrix[:, 1, 1]).rad2deg()
-    low, high = TRANSFORMATIONS["rotation"]
     return {
-        "rotation": turn[:, None] / ((high - low) / 6**0.5),
+        "rotation": turn[:, None] / spread_of_change("rotation"),
         "mirrored": (torch.linalg.det(matrix) < 0).float()[:, None],
         "place": change[:, 4:7],
         "colour": change[:, 7:],

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import curves
 from benchmarks.records import kept
 from helpers.pages import text_of
-from helpers.running import ROOT, rows, run_example
+from helpers.running import ROOT, call_example, rows, run_example
 
 OPTIONS = ["--limit", "64", "--batch-size", "16", "--image-size", "16", "--device", "cpu"]
 OPTIONS += ["--steps", "11", "--every", "11"]
@@ -38,10 +38,9 @@ def test_runs_are_trained_measured_and_drawn(tmp_path: Path) -> None:
         assert [words in text for text in runs[name]["results"]["warnings"]] == [True], name
 
 
-def test_an_unknown_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["", "--arms", "VICReg"])
+def test_an_unknown_run_is_refused() -> None:
     with pytest.raises(SystemExit, match=r"--arms expects any of .*SimCLR, bare.* got .*VICReg"):
-        curves.main()
+        call_example(curves.main, "--arms", "VICReg")
 
 
 # --- what the kept runs show, and the page says ---

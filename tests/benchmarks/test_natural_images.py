@@ -324,14 +324,11 @@ def test_masked_methods_need_a_vision_transformer(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("smaller_vit")
-def test_masked_methods_are_measured_by_their_class_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masked_methods_are_measured_by_their_class_token(tmp_path: Path) -> None:
     options = ["--data", "digits=digits", "--out", str(tmp_path), "--seeds", "0", "--epochs", "1"]
     options += ["--batch-size", "8", "--pairs", "16", "--device", "cpu", "--limit", "30"]
     options += ["--backbone", "tiny-vit", "--protocols", "--arms", "iBOT", "DINOv2, attached"]
-    monkeypatch.setattr("sys.argv", ["natural_images.py", *options])
-    natural_images.main()
+    call_example(natural_images.main, *options)
     bare, attached = (
         json.loads((tmp_path / f"digits-{arm}-0.json").read_text())
         for arm in ("iBOT", "DINOv2-attached")
@@ -417,7 +414,7 @@ def test_methods_that_are_given_what_changed_need_views_that_have_it() -> None:
 
 
 def test_an_arm_is_measured_again_without_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recon_aux.probe.mlp._STEPS", 2)
     options = ["--data", "digits=digits", "--out", str(tmp_path), "--seeds", "0", "--epochs", "1"]
@@ -425,11 +422,7 @@ def test_an_arm_is_measured_again_without_training(
     options += ["--limit", "30"]
     arms = ["untrained", "SimCLR + intermediate"]
 
-    def study(*more: str) -> None:
-        monkeypatch.setattr("sys.argv", ["natural_images.py", *options, *more])
-        natural_images.main()
-
-    study("--arms", *arms, "--protocols")
+    call_example(natural_images.main, *options, "--arms", *arms, "--protocols")
     path = tmp_path / "digits-SimCLR-intermediate-0.json"
     first = json.loads(path.read_text())
     # of another data set, which isn't given again
@@ -437,15 +430,15 @@ def test_an_arm_is_measured_again_without_training(
     path.write_text(json.dumps(first))
     assert "protocol" not in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit, match=r"found none. Run natural_images.py --remeasure on them"):
-        field_of(monkeypatch, tmp_path)
+        call_example(field.main, tmp_path)
 
     def training_step(*_: Any) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(Intermediate, "training_step", training_step)
-    capsys.readouterr()
-    study("--arms", *arms, "VICReg", "--remeasure")
-    assert "digits-VICReg-0 isn't done" in capsys.readouterr().out
+    arms_again = [*arms, "VICReg", "--remeasure"]
+    printed = call_example(natural_images.main, *options, "--arms", *arms_again)
+    assert "digits-VICReg-0 isn't done" in printed
     again = json.loads(path.read_text())
     for part in ("whole", "invariant", "equivariant"):
         found, was = again["results"][part], first["results"][part]
@@ -464,22 +457,15 @@ def test_an_arm_is_measured_again_without_training(
     table = (tmp_path / "table.md").read_text()
     assert table.count("| SimCLR + intermediate ") == 3
     # the same tables by themselves, and drawn
-    field_of(monkeypatch, tmp_path, "--figure", str(tmp_path / "field.png"))
-    printed = rows(capsys.readouterr().out)
-    names = [row[0] for row in printed]
+    shown = rows(call_example(field.main, tmp_path, "--figure", tmp_path / "field.png"))
+    names = [row[0] for row in shown]
     assert names == ["encoder", *sorted(arms), "encoder", *sorted(arms)]
-    shown = dict(zip(printed[0], printed[1], strict=True))
+    cells = dict(zip(shown[0], shown[1], strict=True))
     for name, value in whole["paper"]["alone"].items():
-        assert shown[name] == f"{value:.3f}"
+        assert cells[name] == f"{value:.3f}"
     mean = np.mean(list(whole["paper"]["alone"].values()))
-    assert shown["R² paper"] == f"{mean:.3f}"
+    assert cells["R² paper"] == f"{mean:.3f}"
     assert (tmp_path / "field.png").is_file()
-
-
-def field_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> None:
-    """Run field.py on a folder of records."""
-    monkeypatch.setattr("sys.argv", ["field.py", str(folder), *options])
-    field.main()
 
 
 def test_options_are_chosen_by_other_train_images(tmp_path: Path) -> None:
@@ -570,10 +556,9 @@ def test_options_that_are_none_are_refused(options: str) -> None:
         natural_images.parse_arm(f"SimCLR, attached, {options}")
 
 
-def test_data_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["x", "--data", "CIFAR", "--out", str(tmp_path / "out")])
+def test_data_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--data expects NAME=FOLDER, got CIFAR"):
-        natural_images.main()
+        call_example(natural_images.main, "--data", "CIFAR", "--out", tmp_path / "out")
 
 
 def test_views_of_lightly_are_in_the_encoders_units() -> None:

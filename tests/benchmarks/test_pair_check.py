@@ -9,7 +9,7 @@ from test_examples import pictures
 
 from benchmarks.pair_check import main, table
 from benchmarks.records import kept
-from helpers.running import rows, run_example
+from helpers.running import call_example, rows, run_example
 
 OPTIONS = ["--transforms", "DINO", "probed", "--image-size", "16", "--runs", "5"]
 OPTIONS += ["--wrong-runs", "5"]
@@ -45,8 +45,7 @@ def test_false_alarms_and_catches_are_measured(tmp_path: Path) -> None:
     ]
 
 
-def test_too_few_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
     pictures(tmp_path, ("train", "test"), classes=2, count=4)
-    monkeypatch.setattr("sys.argv", ["", "--data", f"some={tmp_path}", "--batch-sizes", "5"])
     with pytest.raises(SystemExit, match="found 8"):
-        main()
+        call_example(main, "--data", f"some={tmp_path}", "--batch-sizes", "5")

@@ -57,12 +57,9 @@ def test_views_are_the_same_again_and_differ_from_each_other(folder: Path, tmp_p
     assert (views[:, :, 12:20, 12:20].std((2, 3)).mean(1) > 1).float().mean() > 0.9
 
 
-def test_a_folder_of_other_objects_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["render.py", str(folder), "--objects", "2", "--size", "64"])
+def test_a_folder_of_other_objects_is_refused(folder: Path) -> None:
     with pytest.raises(SystemExit, match=r"--views 4, not 50, --size 32, not 64, --val 0.5, not"):
-        render.main()
+        call_example(render.main, folder, "--objects", "2", "--size", "64")
 
 
 def test_a_folder_without_objects_is_refused(tmp_path: Path) -> None:
