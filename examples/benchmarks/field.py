@@ -26,14 +26,14 @@ from benchmarks.records import Record, as_text, kept, results_of, with_spread
 
 MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "linear %": lambda whole: whole["linear"],
-    "R² paper": lambda whole: mean(whole["paper"]["alone"].values()),
+    "R² one at a time": lambda whole: mean(whole["paper"]["alone"].values()),
     "R² all at once": lambda whole: mean(whole["combined"].values()),
     "R² unseen": lambda whole: mean(whole["unseen"]["alone"].values()),
     "R² unseen, all at once": lambda whole: mean(whole["unseen"]["combined"].values()),
 }
 """What is measured of the whole feature, by its name in tables and figures.
 
-``R² paper`` is the mean of the paper's protocol: an MLP, one transformation at a time.
+``R² one at a time`` is the mean of the paper's protocol: an MLP, one transformation at a time.
 ``R² all at once`` is ours: ridge regression, all transformations at once.
 """
 
@@ -69,7 +69,7 @@ def tables(data: str, runs: Sequence[Record], arms: Sequence[str]) -> list[str]:
         both.add_row(arm, seeds, *cells, *alone, f"{spread:.3f}")
         each.add_row(arm, seeds, *(_mean(wholes, "unseen", name) for name in unseen))
     return [
-        f"{data}: all arms, in the paper's protocol and in ours",
+        f"{data}: all encoders, one transformation at a time and all at once",
         as_text(both),
         f"{data}: R² of each unseen transformation alone",
         as_text(each),

@@ -464,7 +464,7 @@ def test_an_arm_is_measured_again_without_training(
     for name, value in whole["paper"]["alone"].items():
         assert cells[name] == f"{value:.3f}"
     mean = np.mean(list(whole["paper"]["alone"].values()))
-    assert cells["R² paper"] == f"{mean:.3f}"
+    assert cells["R² one at a time"] == f"{mean:.3f}"
     assert (tmp_path / "field.png").is_file()
 
 
