@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the monitor where it is asked for."""
+    """Make the monitor a callback of the Lightning that is imported by then."""
     if name != "Monitor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from recon_aux.monitor import Monitor, as_callback  # noqa: PLC0415

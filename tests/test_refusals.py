@@ -41,6 +41,7 @@ from recon_aux import ReconAux
 from recon_aux.integrations import lightly
 from recon_aux.probe import compare, draw_parameters, probe
 from recon_aux.probe.inputs import with_eight_bits
+from recon_aux.task.options import Options, expand_preset
 
 
 class Case(NamedTuple):
@@ -302,8 +303,13 @@ CASES |= {
     ),
     "other features to rebuild from": Case(
         lambda: ReconAux(WIDTH).rebuild(torch.rand(4, WIDTH), torch.rand(3, WIDTH)),
-        "expected as many other features as features",
+        "expected as many other features as features.* Pass as many of each",
         lambda: ReconAux(WIDTH).rebuild(*torch.rand(2, 4, WIDTH)),
+    ),
+    "a preset of options alone": Case(
+        lambda: Options(feature_dim=WIDTH, preset="paper"),
+        r"Pass \*\*expand_preset\(\{'preset': 'paper'\}\)",
+        lambda: Options(feature_dim=WIDTH, **expand_preset({"preset": "paper"})),
     ),
     "a weight that was 0": Case(
         lambda: fit_by_weights(built=0.0, then=1.0),
@@ -2011,7 +2017,6 @@ IMPERATIVE = re.compile(
 )
 # notices that ask for nothing, and what has no way out of it
 WITHOUT_ADVICE = {
-    "other features to rebuild from",
     "another decoder",
     "other options",
     "a checkpoint of a bare model",

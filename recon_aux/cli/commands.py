@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ import recon_aux
 from recon_aux.cli.demo import NORMALIZE, SimCLR, train
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved, find_encoder, find_saved
-from recon_aux.cli.images import Images, Normalization, load_images
+from recon_aux.cli.images import Images, load_images, parse_normalization
 from recon_aux.cli.opening import open_checkpoint, tensors_in
 from recon_aux.cli.options import (
     Arch,
@@ -123,7 +124,7 @@ def probe_command(
 
       recon-aux probe last.ckpt --data photos/ --arch my_code:build_encoder --normalize 0.5,0.25
     """
-    normalization = Normalization.parse(normalize)
+    normalization = parse_normalization(normalize)
     for output in (json_file, picture):
         _check_output(output)
     if picture is not None:
@@ -135,10 +136,13 @@ def probe_command(
         name: _find(path, arch, prefix, trust) for name, path in short_names(checkpoints).items()
     }
 
-    def load(own: int | None) -> Images:
-        return load_images(data, size or own, images)
+    @cache
+    def read(side: int | None) -> Images:
+        return load_images(data, side, images)
 
-    probed = probe_all(found, load, normalization, where, console, regressor)
+    probed = probe_all(
+        found, lambda own: read(size or own), normalization, where, console, regressor
+    )
     _print_images(probed, normalize, console)
     console.print(side_by_side(probed.results))
     if json_file is not None:
@@ -146,7 +150,7 @@ def probe_command(
     if picture is not None:
         _save_picture(picture, probed, console)
     for saved in filter(None, (json_file, picture)):
-        console.print(f"Saved {saved}.", highlight=False)
+        console.print(f"Saved {saved}.")
 
 
 def _print_images(probed: Probed, normalize: str, console: Console) -> None:
@@ -157,7 +161,7 @@ def _print_images(probed: Probed, normalize: str, console: Console) -> None:
         lines.append("These images differ. Pass --size with one that all encoders take")
     lines[-1] += f". Normalised as --normalize {normalize}"
     for line in lines:
-        console.print(f"{line}.", highlight=False, markup=False)
+        console.print(f"{line}.", markup=False)
 
 
 def _save_picture(path: Path, probed: Probed, console: Console) -> None:
@@ -166,7 +170,6 @@ def _save_picture(path: Path, probed: Probed, console: Console) -> None:
         console.print(
             f"In {path}, what is {' '.join(label.split())} is mostly darker than black or brighter "
             "than white. Pass --normalize as in the training.",
-            highlight=False,
             markup=False,
         )
 
@@ -205,11 +208,10 @@ def export(
     state = encoder.build().state_dict()
     torch.save(state, output)
     console = _console()
-    console.print(f"{encoder}", highlight=False, markup=False)
+    console.print(f"{encoder}", markup=False)
     console.print(
         f"{output} has {len(state)} tensors, {in_megabytes(state)}. "
         f"Load it as: {encoder.how_to_load(output)}",
-        highlight=False,
         soft_wrap=True,
         markup=False,
     )
@@ -242,7 +244,6 @@ def strip(checkpoint: Checkpoint, output: Output, trust: Trust = False) -> None:
     _console().print(
         f"{output} has {len(left)} of {len(before)} tensors: the decoder's are left out. Start a "
         "bare model from there with a new optimizer.",
-        highlight=False,
     )
 
 
@@ -263,14 +264,14 @@ def show(
     if isinstance(opened, Mapping):
         plain = {key: x for key, x in opened.items() if isinstance(x, (int, float, str))}
         for key, value in plain.items():
-            console.print(f"{key}: {value}", highlight=False, markup=False)
+            console.print(f"{key}: {value}", markup=False)
     saved = find_saved(tensors)
     try:
         encoder = find_encoder(tensors, checkpoint, saved=saved, arch=arch, prefix=prefix)
-        console.print(f"encoder: {encoder}", highlight=False)
+        console.print(f"encoder: {encoder}", markup=False)
     except UserError as error:
         # the rest is worth showing nevertheless
-        console.print(f"encoder: {error}", highlight=False, markup=False)
+        console.print(f"encoder: {error}", markup=False)
     if saved is None:
         console.print("recon_aux: not attached")
     elif not saved.values:
@@ -327,14 +328,13 @@ def demo(
     console.print(
         f"Whole, invariant and equivariant are parts of the feature. Use the whole. The picture is "
         f"{picture}.",
-        highlight=False,
     )
 
 
 def _console() -> Console:
     """Print to the terminal; where there is none, in lines as long as they need to be."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=160, highlight=False)
 
 
 def _find(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import recon_aux
-from recon_aux.cli.images import Normalization
+from recon_aux.cli.images import parse_normalization
 from recon_aux.probe import draw_parameters, transform
 
-NORMALIZE = Normalization.parse("0.5,0.25")
+NORMALIZE = parse_normalization("0.5,0.25")
 _BATCH = 128
 
 

@@ -158,7 +158,8 @@ def find_encoder(
     }
     if not own:
         raise UserError(
-            f"expected a checkpoint with an encoder, got {path}, which holds no tensors."
+            f"expected a checkpoint with an encoder, got {path}, which holds no tensors. "
+            "Pass one that holds weights."
         )
     if prefix is not None:
         own = {key: x for key, x in own.items() if f"{key}.".startswith(prefix.rstrip(".") + ".")}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
+from torchvision.transforms import Normalize
 
 from recon_aux.cli.errors import UserError
 from recon_aux.probe.inputs import with_eight_bits
@@ -27,56 +27,33 @@ _HELD_OUT = ("test", "testing", "val", "valid", "validation", "dev", "eval")
 _FORMS = "a folder of images, of class folders, or of train/ and test/ (or val/) with class folders"
 
 
-@dataclass
-class Normalization:
-    """Map pixels from 0..1 to what an encoder sees: subtract the mean, divide by the deviation.
+def parse_normalization(text: str) -> Normalize:
+    """Read ``imagenet``, ``none``, or mean and deviation of pixels from 0 to 1.
+
+    Two numbers are of all channels, six of each: three means, then three deviations.
+
+    Raises:
+        UserError: if it is something else.
 
     Example:
-        >>> half = Normalization.parse("0.5,0.25")
-        >>> half(torch.ones(1, 3, 1, 1)).flatten()
+        >>> parse_normalization("0.5,0.25")(torch.ones(1, 3, 1, 1)).flatten()
         tensor([2., 2., 2.])
     """
-
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-
-    @classmethod
-    def parse(cls, text: str) -> Normalization:
-        """Read ``imagenet``, ``none``, or mean and deviation of pixels from 0 to 1.
-
-        Two numbers are of all channels, six of each: three means, then three deviations.
-
-        Raises:
-            UserError: if it is something else.
-        """
-        if text == "imagenet":
-            return cls((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        if text == "none":
-            return cls()
-        try:
-            numbers = tuple(map(float, text.split(",")))
-        except ValueError:
-            numbers = ()
-        mean, std = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-        is_known = len(numbers) in (2, 6) and all(0 <= x <= 1 for x in numbers)
-        if not is_known or min(std) == 0:
-            raise UserError(
-                "expected --normalize as imagenet, none or MEAN,STD of pixels from 0 to 1, got "
-                f"{text!r}. Pass one of these, as --normalize 0.5,0.25, or three means and three "
-                "deviations, as --normalize 0.49,0.48,0.45,0.25,0.24,0.26."
-            )
-        each = 3 // len(mean)
-        return cls(mean * each, std * each)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalise ``(B, 3, H, W)``."""
-        mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
-        return (images - mean) / std
-
-    def undo(self, images: Tensor) -> Tensor:
-        """Map back to 0..1."""
-        mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
-        return images * std + mean
+    text = {"imagenet": "0.485,0.456,0.406,0.229,0.224,0.225", "none": "0,1"}.get(text, text)
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    mean, std = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    is_known = len(numbers) in (2, 6) and all(0 <= x <= 1 for x in numbers)
+    if not is_known or min(std) == 0:
+        raise UserError(
+            "expected --normalize as imagenet, none or MEAN,STD of pixels from 0 to 1, got "
+            f"{text!r}. Pass one of these, as --normalize 0.5,0.25, or three means and three "
+            "deviations, as --normalize 0.49,0.48,0.45,0.25,0.24,0.26."
+        )
+    each = 3 // len(mean)
+    return Normalize(mean * each, std * each)
 
 
 @dataclass
@@ -110,8 +87,8 @@ def load_images(data: str, size: int | None, limit: int) -> Images:
         data: ``digits``, ``cifar10``, or a folder.
         size: side of the images; by default 32, and for a folder the short side of its first image,
             but 224 at most.
-        limit: how many images to train on, at most, and twice as many as to test on. They are drawn
-            at random, but always the same.
+        limit: how many images to train on, at most; half as many are tested on. They are drawn at
+            random, but always the same.
 
     Raises:
         UserError: if there are no such images.
@@ -270,10 +247,5 @@ def _read(train: list[Sample], test: list[Sample], size: int, limit: int, said: 
 
 def _tensor(source: Path | Image.Image, size: int) -> Tensor:
     """Scale an image to cover the square, and cut out its middle."""
-    image = _open(source)
-    scale = size / min(image.size)
-    width, height = (max(size, math.ceil(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    fitted = ImageOps.fit(_open(source), (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)

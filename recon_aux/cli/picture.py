@@ -11,10 +11,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
 
 from recon_aux import ReconAux
 from recon_aux.cli.errors import UserError
-from recon_aux.cli.images import Normalization
+from recon_aux.monitor.picture import inverse_of
 from recon_aux.probe import COMBINED, ProbeResult, draw_parameters, transform
 from recon_aux.task.contexts import evaluating
 
@@ -34,7 +35,7 @@ class Rebuilder:
 
     encoder: nn.Module
     aux: ReconAux
-    normalize: Normalization
+    normalize: Normalize
     images: Tensor
 
     @torch.no_grad()
@@ -47,7 +48,7 @@ class Rebuilder:
         with evaluating(self.encoder), evaluating(self.aux):
             own, other = (self.encoder(self.normalize(x.to(parameter.device))) for x in views)
             rebuilt = self.aux.to(parameter.device).rebuild(own, other)
-        return views[0], views[1], self.normalize.undo(rebuilt).cpu()
+        return views[0], views[1], inverse_of(self.normalize, rebuilt)(rebuilt).cpu()
 
 
 def check_picture(path: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torchvision.transforms import Normalize
 
 from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved
-from recon_aux.cli.images import Images, Normalization
+from recon_aux.cli.images import Images
 from recon_aux.cli.picture import Rebuilder
 from recon_aux.cli.report import as_json
 from recon_aux.probe import ProbeResult, probe
@@ -53,10 +54,10 @@ class Probed:
 def probe_all(
     found: Mapping[str, tuple[Encoder, Saved | None]],
     load: Callable[[int | None], Images],
-    normalization: Normalization,
+    normalization: Normalize,
     device: torch.device,
     console: Console,
-    regressor: str = "ridge",
+    regressor: str,
 ) -> Probed:
     """Probe encoders, and say which.
 
@@ -72,14 +73,10 @@ def probe_all(
         UserError: if an encoder doesn't take the images.
     """
     probed = Probed({}, {name: encoder for name, (encoder, _) in found.items()}, {}, {})
-    loaded: dict[int | None, Images] = {}
     for name, (encoder, saved) in found.items():
         module = encoder.build().to(device)
-        size = encoder.input_size(module)
-        if size not in loaded:
-            loaded[size] = load(size)
-        images = probed.images[name] = loaded[size]
-        console.print(f"{name}: {encoder}", highlight=False, markup=False)
+        images = probed.images[name] = load(encoder.input_size(module))
+        console.print(f"{name}: {encoder}", markup=False)
         _check(name, encoder, saved, _width(module, images, name, normalization, device))
         probed.results[name] = probe(
             module,
@@ -104,7 +101,6 @@ def probe_all(
             reason = "this version of recon_aux can't build its decoder"
         console.print(
             f"{name}: recon_aux was attached, but nothing is rebuilt: {reason}.",
-            highlight=False,
             markup=False,
         )
     return probed
@@ -128,14 +124,14 @@ def _width(
     module: nn.Module,
     images: Images,
     name: str,
-    normalization: Normalization,
+    normalization: Normalize,
     device: torch.device,
 ) -> int:
     """Give the width of an encoder's feature."""
-    blank = images.train[0][:2].float().to(device) / 255
+    some = images.train[0][:2].float().to(device) / 255
     try:
         with torch.no_grad():
-            feature = module(normalization(blank))
+            feature = module(normalization(some))
             return int(feature.shape[channel_dim(feature)])
     except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -15,7 +15,7 @@ from recon_aux.engine.api import attachment_of, is_attached
 from recon_aux.engine.compiling import run_eagerly
 from recon_aux.engine.encoder import take_feature
 from recon_aux.engine.modules import describe_children
-from recon_aux.monitor.images import take_images
+from recon_aux.monitor.images import FEWEST, take_images
 from recon_aux.monitor.loggers import log_picture
 from recon_aux.monitor.measure import (
     Measurement,
@@ -25,6 +25,7 @@ from recon_aux.monitor.measure import (
     encode_stream,
 )
 from recon_aux.monitor.picture import draw_picture, inverse_of
+from recon_aux.task.checks import check_whole
 from recon_aux.task.splitter import as_feature
 
 _FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
@@ -72,8 +73,8 @@ class Monitor(_Base):  # type: ignore[misc]
 
     Raises:
         ImportError: if kornia or scikit-learn is missing.
-        TypeError: if ``normalize`` is no function.
-        ValueError: if a number is out of range.
+        TypeError: if ``normalize`` is no function, or a number isn't whole.
+        ValueError: if a number is too small.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Conv2d(3, 8, 16), "head": nn.Flatten()})
@@ -106,15 +107,11 @@ class Monitor(_Base):  # type: ignore[misc]
         check_normalize(normalize)
         for option, value, least in (
             ("every", every, 1),
-            ("count", count, 16),
+            ("count", count, FEWEST),
             ("batch_size", batch_size, 1),
             ("rows", rows, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"expected {option}= as a whole number of {least} or more, got {value!r}. Pass "
-                    "such a number."
-                )
+            check_whole(option, value, least=least)
         self.images = images
         self.labels = labels
         self.every = every
@@ -154,11 +151,12 @@ class Monitor(_Base):  # type: ignore[misc]
             TypeError: if the encoder returns no feature.
 
         Example:
-                >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
+            >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
             >>> model = nn.ModuleDict({"backbone": encoder})
-            >>> 0 <= Monitor(torch.rand(32, 3, 8, 8)).measure(model).numbers["monitor/whole/std"] <= 1
+            >>> found = Monitor(torch.rand(32, 3, 8, 8)).measure(model)
+            >>> 0 <= found.numbers["monitor/whole/std"] <= 1
             True
-        """  # noqa: E501
+        """
         from recon_aux.probe.encoding import (  # noqa: PLC0415
             equivariant_dim_of,
             undisturbed,
@@ -182,7 +180,8 @@ class Monitor(_Base):  # type: ignore[misc]
             stream, encode = Stream.draw(images, labels, self.seed), self._encoder(model)
             try:
                 encode(as_floats(images[:2]).to(_device_of(model)))
-            except RuntimeError as error:
+            # what torch._assert and transformers raise, too
+            except (RuntimeError, ValueError, AssertionError) as error:
                 raise ValueError(
                     f"expected held-out images that the encoder takes, got {tuple(images.shape)}, "
                     f"for which it raised {type(error).__name__}: {error}. Pass images of the "
@@ -249,7 +248,7 @@ class Monitor(_Base):  # type: ignore[misc]
         own, other = map(encode, views)
         restore = inverse_of(self.normalize, clean)
         contexts = (other, other.roll(1, 0))
-        rebuilt = [restore(aux.rebuild(own, context).float()) for context in contexts]
+        rebuilt = [restore(aux.rebuild(own, context)) for context in contexts]
         return draw_picture([*views, *rebuilt])
 
     # --- for Lightning's trainer ---

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _LABELS = ("label", "labels", "target", "targets", "y")
-_FEWEST = 16
+FEWEST = 16
 
 
 def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | None]:
@@ -48,9 +48,9 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
         if len(images) >= count:
             break
     images, classes = images[:count], classes[:count]
-    if len(images) < _FEWEST:
+    if len(images) < FEWEST:
         raise ValueError(
-            f"expected {_FEWEST} held-out images or more, got {len(images)}. Pass more."
+            f"expected {FEWEST} held-out images or more, got {len(images)}. Pass more."
         )
     sizes = {tuple(image.shape) for image in images}
     if len(sizes) > 1:
@@ -69,7 +69,8 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
 
 
 def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    if isinstance(source, tuple) and len(source) == 2 and getattr(source[0], "ndim", 0) == 4:
+    is_pair = isinstance(source, (tuple, list)) and len(source) == 2
+    if is_pair and [getattr(x, "ndim", 1) == 4 for x in source] == [True, False]:
         source, labels = source
     if hasattr(source, "__array_interface__"):
         source = torch.as_tensor(source)
@@ -104,7 +105,8 @@ def _of_each(source: Any, labels: Any, rows: Tensor) -> Iterator[tuple[Tensor, T
 
 def _spread(available: int, count: int) -> Tensor:
     """Give indices over all of a dataset, whose classes may come one after another."""
-    return torch.arange(min(count, available)) * max(available, 1) // max(min(count, available), 1)
+    taken = min(count, available)
+    return torch.arange(taken) * available // max(taken, 1)
 
 
 def _pair(item: Any) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ def log_picture(loggers: Iterable[Any], name: str, picture: Any, step: int) -> N
             import numpy as np  # noqa: PLC0415
 
             experiment.add_image(name, np.array(picture), step, dataformats="HWC")
-        elif getattr(logger, "log_dir", None):
-            path = Path(logger.log_dir) / f"{name}-{step:08d}.png"
+        elif folder := getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None):
+            path = Path(folder) / f"{name}-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
+        else:
+            warnings.warn(
+                "recon_aux.Monitor: expected a logger that takes pictures or has a folder, got "
+                f"{type(logger).__name__}. Pass Monitor(..., rows=0) to draw none.",
+                stacklevel=2,
+            )

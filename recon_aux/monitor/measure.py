@@ -114,24 +114,24 @@ def describe(features: dict[str, Tensor], stream: Stream, equivariant_dim: int) 
     numbers: dict[str, float] = {}
     for part, clean in parts[""].items():
         is_finite = all(bool(found[part].isfinite().all()) for found in parts.values())
-
-        def halves(*x: Tensor) -> list[Any]:
-            joined = torch.stack(x, 1) if x[0].ndim == 1 else torch.cat(x, 1)
-            return [joined[::2].numpy(), joined[1::2].numpy()]
-
         scores: dict[str, float] = {}
         for name, parameter in stream.parameters.items():
             targets = [{name: parameter[::2]}, {name: parameter[1::2]}]
-            both = halves(clean, parts[name][part])
+            both = _halves(torch.cat([clean, parts[name][part]], 1))
             scores[f"r2_{name}"] = ridge_r2(both, targets)[name] if is_finite else math.nan
         found = {"r2": sum(scores.values()) / len(scores), **scores}
         if stream.labels is not None:
-            classes = [stream.labels[::2].numpy(), stream.labels[1::2].numpy()]
-            found["knn"] = knn_accuracy(halves(clean), classes) if is_finite else math.nan
+            classes = _halves(stream.labels)
+            found["knn"] = knn_accuracy(_halves(clean), classes) if is_finite else math.nan
         found["rank"] = effective_rank(clean) if is_finite else math.nan
         found["std"] = spread(clean)
         numbers |= {f"{part}/{name}": value for name, value in found.items()}
     return numbers
+
+
+def _halves(x: Tensor) -> list[Any]:
+    """Give every other row to fit on, and the others to test on."""
+    return [x[::2].numpy(), x[1::2].numpy()]
 
 
 def effective_rank(features: Tensor) -> float:

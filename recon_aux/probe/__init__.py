@@ -18,7 +18,6 @@ from recon_aux.probe.mlp import mlp_regression
 from recon_aux.probe.results import (
     PartResult,
     ProbeResult,
-    alone_table,
     markdown_table,
     render,
     table,
@@ -40,7 +39,6 @@ __all__ = [
     "PartResult",
     "ProbeResult",
     "TransformationSet",
-    "alone_table",
     "compare",
     "draw_parameters",
     "linear_classifier",

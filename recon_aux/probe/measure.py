@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import fmean, stdev
 from typing import Any
@@ -72,7 +71,8 @@ def probe(
 
     Args:
         encoder: images ``(B, 3, H, W)`` -> features ``(B, D)``, ``(B, D, H, W)`` or ``(B, N, D)``.
-            A module is in eval mode meanwhile, and so is each module that a function calls.
+            A module is in eval mode meanwhile, and so is each module that a function calls. Of maps
+            and tokens all positions are kept; the monitor averages over them.
         train: images ``(N, 3, H, W)``, uint8 or floats from 0 to 1, and integer labels ``(N,)`` of
             two classes or more, or None if there are none. Accuracies are then ``nan``. Arrays and
             lists will do. Images get the type of the encoder's weights.
@@ -86,7 +86,7 @@ def probe(
         transformations: which are made, a key of :data:`SETS`.
         pairs: how many train and how many test images the regression sees.
         batch_size: images in one call of the encoder.
-        device: where images are transformed and encoded.
+        device: where images are transformed and encoded, and where the MLP is trained.
         seed: of the choice of images and of the parameters. The global random state is left as it
             is.
         progress: show a progress bar.
@@ -123,17 +123,17 @@ def probe(
         for rows in torch.split(torch.arange(len(images)), batch_size):
             batch = images[rows].to(device)
             batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-            if parameters is not None:
-                batch = transform(batch, {name: p[rows] for name, p in parameters.items()})
+            batch = transform(batch, {name: p[rows] for name, p in (parameters or {}).items()})
             seen = batch if normalize is None else normalize(batch)
             feature = checked_feature(encoder(as_input(encoder, seen)))
             parts = split_parts(feature, equivariant_dim)
             features.append({name: x.flatten(1).float().cpu() for name, x in parts.items()})
-            advance(len(rows))
+            bar.advance(shown, len(rows))
         return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
 
     work = len(train[0]) + len(test[0]) + len(made.tasks) * sum(len(rows) for rows in chosen)
-    with _bar(progress, work) as advance, evaluating_encoder(encoder), torch.no_grad():
+    with Progress(disable=not progress) as bar, evaluating_encoder(encoder), torch.no_grad():
+        shown = bar.add_task("probing", total=work)
         clean = [encode(images) for images, _ in (train, test)]
         pairs_of = {}
         for task, names in made.tasks.items():
@@ -290,11 +290,3 @@ def knn_accuracy(x: Sequence[Any], labels: Sequence[Any]) -> float:
     """Return the test accuracy of a 20-nearest-neighbour vote by cosine similarity, in percent."""
     knn = KNeighborsClassifier(n_neighbors=min(20, len(x[0])), metric="cosine")
     return 100 * float(knn.fit(x[0], labels[0]).score(x[1], labels[1]))
-
-
-@contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar; give the function that advances it."""
-    with Progress(disable=not show) as bar:
-        task = bar.add_task("probing", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -45,10 +45,11 @@ def mlp_regression(
     )
     (center, scale), (mean, spread) = _scale(inputs), _scale(wanted)
     inputs, wanted, test = (inputs - center) / scale, (wanted - mean) / spread, test - center
-    devices = [inputs.device] if inputs.is_cuda else []
+    devices = range(torch.cuda.device_count()) if inputs.is_cuda else []
     # the caller may have switched gradients off
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the GPUs, too
+        (torch.default_generator if inputs.is_cpu else torch).manual_seed(seed)
         mlp = nn.Sequential(
             nn.Linear(inputs.shape[1], _HIDDEN),
             nn.BatchNorm1d(_HIDDEN),

@@ -63,34 +63,26 @@ class ProbeResult:
         return render({"": self})
 
 
-def table(results: Mapping[str, ProbeResult]) -> Table:
+def table(results: Mapping[str, ProbeResult], kind: str | None = None) -> Table:
     """Put results side by side as a Markdown table, with one row for each part of each encoder.
 
     Args:
-        results: results by the name of their encoder, all with a combined transformation.
+        results: results by the name of their encoder.
+        kind: ``"combined"`` for R² of all transformations at once, and the accuracies; ``"alone"``
+            for R² of each transformation alone. By default the first, if it was measured.
 
     Returns:
-        A table for rich's ``print``: accuracies, and R² of the combined transformation.
+        A table for rich's ``print``.
     """
     rows = _rows(results)
-    grid = markdown_table(["linear %", "k-NN %", "mean R²", *rows[0][1].combined])
+    kind = kind or ("combined" if rows[0][1].combined else "alone")
+    accuracies = {"linear %": "linear", "k-NN %": "knn"} if kind == "combined" else {}
+    grid = markdown_table([*accuracies, "mean R²", *getattr(rows[0][1], kind)])
     for name, part in rows:
-        spread = part.spread.get("combined", {})
-        numbers = [f"{part.linear:.1f}", f"{part.knn:.1f}"]
-        numbers += [_cell(part.mean_combined, spread.get("mean"), 3)]
-        numbers += [_cell(r2, spread.get(key)) for key, r2 in part.combined.items()]
-        grid.add_row(name, *numbers)
-    return grid
-
-
-def alone_table(results: Mapping[str, ProbeResult]) -> Table:
-    """Like :func:`table`, with R² of each transformation alone."""
-    rows = _rows(results)
-    grid = markdown_table(["mean R²", *rows[0][1].alone])
-    for name, part in rows:
-        spread = part.spread.get("alone", {})
-        numbers = [_cell(part.mean_alone, spread.get("mean"), 3)]
-        numbers += [_cell(r2, spread.get(key)) for key, r2 in part.alone.items()]
+        r2, spread = getattr(part, kind), part.spread.get(kind, {})
+        numbers = [f"{getattr(part, accuracy):.1f}" for accuracy in accuracies.values()]
+        numbers += [_cell(getattr(part, f"mean_{kind}"), spread.get("mean"), 3)]
+        numbers += [_cell(value, spread.get(key)) for key, value in r2.items()]
         grid.add_row(name, *numbers)
     return grid
 
@@ -139,6 +131,6 @@ def render(results: Mapping[str, ProbeResult]) -> str:
     console = Console(width=300)
     with console.capture() as capture:
         if any(part.combined for _, part in _rows(results)):
-            console.print("R² with all transformations combined", table(results))
-        console.print("R² with each transformation alone", alone_table(results))
+            console.print("R² with all transformations combined", table(results, "combined"))
+        console.print("R² with each transformation alone", table(results, "alone"))
     return capture.get()

@@ -18,7 +18,8 @@ TRANSFORMATIONS: dict[str, tuple[float, float]] = {
     "contrast": (0.6, 1.4),
     "saturation": (0.4, 1.6),
     "hue": (-0.15, 0.15),  # fractions of the colour circle
-    "blur": (0.003, 0.06),  # standard deviation, a fraction of the width
+    # standard deviation, a fraction of the width; cut off at 1.5 deviations of the strongest
+    "blur": (0.003, 0.06),
 }
 """Each parameter, and the range from which it is drawn uniformly."""
 

@@ -107,7 +107,11 @@ class Options:
     preset: InitVar[Preset | None] = None
 
     def __post_init__(self, preset: Preset | None) -> None:
-        check_choice("preset", preset, [None])
+        if preset is not None:
+            raise TypeError(
+                f"expected preset= in ReconAux or attach, got {preset!r} in Options. Pass "
+                f"**expand_preset({{'preset': {preset!r}}})."
+            )
         for option in fields(self):
             value = plain(getattr(self, option.name))
             # a type, not its text: this file doesn't postpone its annotations

@@ -154,11 +154,6 @@ class ReconAux(nn.Module):
         return self._options.image_channels
 
     @property
-    def target_size(self) -> int:
-        """Height and width of the reconstruction, in pixels."""
-        return self._options.target_size
-
-    @property
     def weight(self) -> float:
         """Factor of the whole loss. It may be set at any time, to any real number."""
         return self._weight
@@ -175,7 +170,7 @@ class ReconAux(nn.Module):
             ValueError: if it was built with ``weight=0`` and its weight has been set since.
         """
         is_frozen = self._options.weight == 0
-        if is_frozen and self.weight > 0:
+        if is_frozen and self.weight != 0:
             raise ValueError(
                 f"expected the weight to stay 0, as it was at construction, got {self.weight}: the "
                 "decoder is frozen. To ramp it up, build with a positive weight=, then set "
@@ -222,7 +217,7 @@ class ReconAux(nn.Module):
         chosen = _choose(features, options.reconstruct, self._calls, self._seed)
         # what is rebuilt comes first: one compiled graph serves either view
         order = (1, 0) if chosen == (1,) else (0, 1)
-        resized = _stacked([resize_view(views[i], self.target_size) for i in order])
+        resized = _stacked([resize_view(views[i], options.target_size) for i in order])
         dtype = self.decoder.queries.dtype
         inner = [_leaf(feature, dtype) for feature in features]
         # Run in float32: launching the weight casts costs more than half precision saves.
@@ -266,7 +261,8 @@ class ReconAux(nn.Module):
         """
         if len(feature) != len(other):
             raise ValueError(
-                f"expected as many other features as features, got {len(other)} for {len(feature)}"
+                f"expected as many other features as features, got {len(other)} for "
+                f"{len(feature)}. Pass as many of each."
             )
         options = self._options
         feature, other = (as_feature(x, spatial=options.spatial) for x in (feature, other))

@@ -212,7 +212,7 @@ def test_the_pages_corner_errors_are_those_of_the_records() -> None:
     assert errors["SimCLR, attached"] < errors["SimCLR"] - 1
     runs = kept(RESULTS / "homography-field")
     errors = {run["arm"]: run["results"][homography.ERROR] for run in runs}
-    _, *shown = first_table(text_of("comparisons"), after="The same for the encoders of [the tables](")
+    _, *shown = first_table(text_of("comparisons"), after="The same for the encoders of")
     assert sorted(shown) == sorted([arm, f"{error:.2f}"] for arm, error in errors.items())
     attached = {f"{method}, attached" for method in ("SimCLR", "VICReg")}
     others = [error for arm, error in errors.items() if arm not in attached]

@@ -24,8 +24,9 @@ from helpers.checkpoints import KINDS, lightlys, own_encoder, resnet18
 from helpers.running import run_python
 from recon_aux.cli.commands import app
 from recon_aux.cli.errors import UserError
-from recon_aux.cli.images import Normalization, digits, load_images
+from recon_aux.cli.images import digits, load_images, parse_normalization
 from recon_aux.cli.report import side_by_side
+from recon_aux.monitor.picture import inverse_of
 from recon_aux.probe import TRANSFORMATIONS, PartResult, ProbeResult
 
 COMMANDS = ["probe", "export", "strip", "show", "demo"]
@@ -302,8 +303,8 @@ def test_digits_are_those_of_the_example() -> None:
 @pytest.mark.parametrize("text", ["imagenet", "none", "0.5,0.25"])
 def test_what_was_normalised_comes_back(text: str) -> None:
     images = torch.rand(2, 3, 4, 4)
-    normalize = Normalization.parse(text)
-    assert torch.allclose(normalize.undo(normalize(images)), images, atol=1e-6)
+    normalize = parse_normalization(text)
+    assert torch.allclose(inverse_of(normalize, images)(normalize(images)), images, atol=1e-6)
 
 
 # --- export, strip, show ---

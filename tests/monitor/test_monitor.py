@@ -274,12 +274,13 @@ def as_picture(image: Tensor) -> Image.Image:
         [{"idx": 3, "image": x, "label": y} for x, y in zip(images(), LABELS, strict=True)],
         [(as_picture(x), int(y), "file") for x, y in zip(images(), LABELS, strict=True)],
         (images().numpy(), LABELS.numpy()),
+        [images(), LABELS.tolist()],
         [(x.numpy(), np.array([y])) for x, y in zip(images(), LABELS, strict=True)],
         DataLoader(TensorDataset(images(), LABELS[:, None]), batch_size=5),
     ],
     ids=[
         "tensors", "dataset", "loader", "stream", "stream-loader", "dicts", "pillow", "arrays",
-        "label-arrays", "label-columns",
+        "list", "label-arrays", "label-columns",
     ],
 )  # fmt: skip
 def test_images_may_come_in_any_form(source: Any) -> None:
@@ -377,8 +378,10 @@ def test_images_that_the_encoder_does_not_take_stop_the_run_at_its_start() -> No
 
 @pytest.mark.parametrize("option", ["every", "count", "batch_size", "rows"])
 def test_numbers_out_of_range_are_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=f"expected {option}= as a whole number"):
+    with pytest.raises(ValueError, match=f"expected {option}= of "):
         monitor(**{option: -1})
+    with pytest.raises(TypeError, match=f"expected {option}= as a whole number"):
+        monitor(**{option: 1.5})
 
 
 def test_means_and_deviations_are_no_function() -> None:
@@ -615,6 +618,34 @@ def test_wandb_offline_gets_numbers_and_an_image(
     logger.experiment.finish()
     assert "monitor/whole/rank" in summary
     assert list(tmp_path.rglob("media/images/monitor/*.png"))
+
+
+class OwnLogger(pytorch_lightning.loggers.Logger):
+    """Takes numbers alone, as the logger of MLflow. Its files may be on another machine."""
+
+    name = version = "own"
+
+    def __init__(self, save_dir: Path | None) -> None:
+        super().__init__()
+        self.folder = save_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        return None if self.folder is None else str(self.folder)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_a_logger_with_a_folder_gets_a_file_there(tmp_path: Path) -> None:
+    fit(attach(Siamese()), callbacks=[monitor()], logger=OwnLogger(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["picture-00000003.png"]
+
+
+def test_a_logger_that_can_not_have_the_picture_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"or has a folder, got OwnLogger.* Pass .*rows=0"):
+        fit(attach(Siamese()), callbacks=[monitor()], logger=OwnLogger(None))
 
 
 def test_without_a_logger_only_the_progress_bar_has_it(tmp_path: Path) -> None:

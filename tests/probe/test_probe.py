@@ -158,6 +158,15 @@ def test_an_mlp_reads_what_is_there_and_no_more() -> None:
     assert -0.5 < r2_score(numbers[1000:], guessed) < 0.05
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_mlp_leaves_the_gpus_random_state_alone(device: str) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 4))
+    before = torch.cuda.get_rng_state_all()
+    mlp_regression(x, x, x, device=device)
+    assert all(map(torch.equal, before, torch.cuda.get_rng_state_all()))
+
+
 @pytest.fixture
 def quick_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recon_aux.probe.mlp._STEPS", 60)
