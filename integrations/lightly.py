@@ -13,7 +13,7 @@ try:
     from lightly.models.modules.heads import ProjectionHead
 except ImportError as error:
     raise ImportError(
-        "recon_aux.integrations.lightly needs lightly; "
+        f"recon_aux.integrations.lightly needs lightly ({error}); "
         "install it with, in a clone: pip install '.[lightly]'"
     ) from error
 

@@ -20,7 +20,7 @@ try:
     _tasks: Any = import_module(f"{torchgeo.__name__}.{_room}")
 except ImportError as error:
     raise ImportError(
-        "recon_aux.integrations.torchgeo needs torchgeo; "
+        f"recon_aux.integrations.torchgeo needs torchgeo ({error}); "
         "install it with, in a clone: pip install '.[torchgeo]'"
     ) from error
 

@@ -15,7 +15,7 @@ from recon_aux.engine.attachment import Attachment
 from recon_aux.engine.auto_weight import AttachedReconAux
 from recon_aux.engine.drivers import driver_for, has_training_step, refuse_manual_optimization
 from recon_aux.engine.encoder import EncoderShape, Features, encoder_shape
-from recon_aux.engine.hooks import EncoderRecorder, HeadMask
+from recon_aux.engine.hooks import EncoderRecorder
 from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import find_module, first_linear, members, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
@@ -141,11 +141,9 @@ def attach(
     attached = Attachment(
         model, encoders, backbone_method, recorder, views, interleaved, own, step_method, Logs(log)
     )
-    if aux.splitter.equivariant_dim:
-        attached.mask = HeadMask(shape, aux.splitter.equivariant_dim, attached.driver)
-        attached.mask_heads(found)
-        attached.mask_momentum_heads()
-    if attached.driver.encodes_others:
+    attached.mask_heads(found)
+    attached.mask_momentum_heads()
+    if attached.driver.is_loop:
         attached.start()
     setattr(model, _ATTACHMENT, attached)
     return model
@@ -187,10 +185,10 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
             "that backward() is called on."
         )
     attached = attachment_of(model)
-    if not attached.driver.encodes_others:
+    if not attached.driver.is_loop:
         raise TypeError(
-            f"expected a model without training_step, got {type(model).__name__}, whose "
-            "training_step returns the sum of both losses already. Leave add_loss out."
+            f"expected a model without {attached.step_method}, got {type(model).__name__}, whose "
+            f"{attached.step_method} returns the sum of both losses already. Leave add_loss out."
         )
     try:
         total: Tensor = attached.add_loss(loss, batch) if torch.is_grad_enabled() else loss

@@ -75,7 +75,6 @@ class Attachment:
         self.recorder = recorder
         self.encoders: list[nn.Module] = []
         self.heads: list[nn.Module] = []
-        self.mask: HeadMask | None = None
         self.hooks: list[MethodHook] = []
         for encoder in encoders:
             self.record(encoder)
@@ -83,7 +82,7 @@ class Attachment:
         self.auto_weight = AutoWeight()
         self.updates = DecoderUpdates()
         self.warned_of_frozen = False
-        if not self.driver.encodes_others:
+        if not self.driver.is_loop:
             self.hooks += [
                 MethodHook(model, step_method, self.run_step),
                 MethodHook(model, "configure_optimizers", self.configure_optimizers),
@@ -131,10 +130,12 @@ class Attachment:
 
     def mask_heads(self, heads: Sequence[nn.Module]) -> None:
         """Hide the equivariant channels from heads."""
+        equivariant_dim = self.aux.splitter.equivariant_dim
         for head in heads:
-            if self.mask and not any(head is known for known in self.heads):
+            if equivariant_dim and not any(head is known for known in self.heads):
                 self.heads.append(head)
-                self.hooks.append(MethodHook(head, "forward", self.mask.of_a_head(self.name(head))))
+                mask = HeadMask(self.recorder.shape, equivariant_dim, self.driver, self.name(head))
+                self.hooks.append(MethodHook(head, "forward", mask))
 
     def mask_momentum_heads(self) -> None:
         """Hide the equivariant channels from heads' momentum heads, too, unless one was named."""
@@ -180,7 +181,7 @@ class Attachment:
             if not isinstance(vars(module).get(method), MethodHook):
                 MethodHook(module, method, callback)
         vars(self).update(state)
-        if self.driver.encodes_others:
+        if self.driver.is_loop:
             self.driver.start(self.encoders)
 
     @not_compiled
@@ -189,10 +190,10 @@ class Attachment:
         # momentum encoders may have been made since
         if self.plan is None or self.plan.other_is_momentum:
             self.record_copies()
-        is_first = self.plan is None and self.mask is not None
-        if is_first:
+        watches = self.plan is None and self.aux.splitter.equivariant_dim
+        if watches:
             self.mask_momentum_heads()
-        self.driver.start(self.encoders, self.aux.image_channels if is_first else None)
+        self.driver.start(self.encoders, self.aux.image_channels if watches else None)
 
     @not_compiled
     def stop(self) -> None:
@@ -202,20 +203,20 @@ class Attachment:
 
     # what the method does in its step may be compiled, what is done around it not
     @around_compiled
-    def run_step(self, model: nn.Module, training_step: Callable[..., Any], *given: Any) -> Any:
+    def run_step(self, model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
-        args, kwargs = given
+        batch = args, kwargs
         # validation by the training step, or another method used for inference
         if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
-            return training_step(*args, **kwargs)
+            return call(*args, **kwargs)
         self.start()
-        self.driver.after_call = partial(run_early, self, given)
+        self.driver.after_call = partial(run_early, self, batch)
         try:
             # the first step's graph is read, and that of the step which sets the weight
             if self.plan is None or self.aux.weight_is_due:
-                result = run_eagerly(training_step, *args, **kwargs)
+                result = run_eagerly(call, *args, **kwargs)
             else:
-                result = training_step(*args, **kwargs)
+                result = call(*args, **kwargs)
             if self.step_method == _STEP:
                 refuse_manual_optimization(self.model)
             if result is None:
@@ -227,7 +228,7 @@ class Attachment:
                     f"expected {self.step_method} to return the loss, a dict with 'loss', or None, "
                     f"got {got}. Return the loss as a tensor."
                 )
-            return _with_loss(result, self.add_loss(loss, given))
+            return _with_loss(result, self.add_loss(loss, batch))
         finally:
             self.stop()
 
@@ -266,10 +267,9 @@ class Attachment:
         return total
 
     def configure_optimizers(
-        self, model: nn.Module, configure: Callable[..., Any], *given: Any
+        self, model: nn.Module, configure: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Let the optimizers that the model configures train the decoder, too."""
-        args, kwargs = given
         configured = configure(*args, **kwargs)
         add_decoder_params(configured, self.aux, self.encoders, self.decoder_group)
         return configured

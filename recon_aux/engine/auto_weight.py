@@ -47,7 +47,7 @@ class AttachedReconAux(ReconAux):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options it was built with, defaults included, but the seed: plain, to be logged."""
+        """The options it was built with, defaults included: plain, to be logged."""
         options = super().options
         return {**options, "weight": "auto"} if self.has_auto_weight else options
 
@@ -158,7 +158,7 @@ class GradientNorms:
 
         hooks: list[tuple[Tensor, Callable[[Tensor], None]]] = []
         for output in outputs:
-            its = [i for i in live if reached(features[i], [output])[0]]
+            its = [i for i in live if reached(features[i], [output])]
             found = ((i, _part_of(output, features[i])) for i in its)
             parts = {i: part for i, part in found if part is not None}
             if its and len(parts) == len(its):
@@ -229,7 +229,7 @@ class AutoWeight(GradientNorms):
         if not aux.weight_is_due:
             return list(features)
         weight = self.weight(device)
-        if weight is None and not any(reached(loss, outputs, strictly=True)):
+        if weight is None and not reached(loss, outputs, strictly=True):
             weight = aux.weight
             _warn_of_compiled()
         if weight is not None:

@@ -24,8 +24,8 @@ def reached(
     *,
     avoiding: Collection[Node] = (),
     strictly: bool = False,
-) -> list[bool]:
-    """Find out which tensors a loss depends on, by a walk over the graph.
+) -> list[Tensor]:
+    """Find the tensors that a loss depends on, by a walk over the graph.
 
     Args:
         loss: with gradient.
@@ -34,14 +34,14 @@ def reached(
         strictly: a tensor doesn't count only because it was compiled together with one that does.
 
     Returns:
-        One truth value for each tensor.
+        Those of the tensors, in their order.
 
     Example:
         >>> import torch
         >>> x = torch.ones(3, requires_grad=True) + 0
         >>> half = x * 0.5
-        >>> reached(half.sum(), [x]), reached(half.sum(), [x], avoiding=[half.grad_fn])
-        ([True], [False])
+        >>> len(reached(half.sum(), [x])), len(reached(half.sum(), [x], avoiding=[half.grad_fn]))
+        (1, 0)
     """
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors]
     found = set()
@@ -58,28 +58,18 @@ def reached(
         if edge[0].name() == _COMPILED and not strictly:
             found.update(other for other in edges if other[0] is edge[0])
         ahead.extend(edge[0].next_functions)
-    return [edge in found for edge in edges]
+    return [tensor for tensor, edge in zip(tensors, edges, strict=True) if edge in found]
 
 
 def sources_of(feature: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Find the tensors that a feature was made of: it may be one itself."""
-    if any(x is feature for x in tensors):
-        return [feature]
-    is_its = reached(feature, tensors)
-    return [x for x, is_it in zip(tensors, is_its, strict=True) if is_it]
-
-
-def past(loss: Tensor, outputs: Sequence[Tensor], masked: Sequence[Tensor]) -> list[Tensor]:
-    """Find the encoder's outputs that a loss depends on without a masked head in between."""
-    nodes: list[Node] = [x.grad_fn for x in masked if x.grad_fn is not None]
-    past = reached(loss, outputs, avoiding=nodes)
-    return [output for output, is_past in zip(outputs, past, strict=True) if is_past]
+    return [feature] if any(x is feature for x in tensors) else reached(feature, tensors)
 
 
 def feed_each_other(masked: Sequence[Tensor]) -> bool:
     """Whether some head received what another head had made of its input."""
     # outputs of one compiled function can't be told apart
-    return any(any(reached(x, [y for y in masked if y.grad_fn is not x.grad_fn])) for x in masked)
+    return any(reached(x, [y for y in masked if y.grad_fn is not x.grad_fn]) for x in masked)
 
 
 def gradients_of(results: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -17,13 +17,13 @@ from recon_aux.engine.leaks import (
     check_heads,
     describe_replaced,
     describe_unknown,
-    refuse_past_heads,
+    refuse_bypassed_heads,
     unknown_encoders,
     warn_of_unmasked_targets,
 )
 from recon_aux.engine.modules import describe_children, share_weights
 from recon_aux.engine.plan import Plan
-from recon_aux.engine.step import EncoderCall, Pair, Step, Views, depends_on
+from recon_aux.engine.step import EncoderCall, Pair, Step, Views, calls_behind
 from recon_aux.engine.views import (
     batch_sizes,
     candidates,
@@ -65,11 +65,11 @@ def discover(
     plan = Plan(attached.encoder, interleaved=attached.interleaved)
     calls = _calls_of_method(attached, plan, step, loss, batch)
     online = [call for call in calls if call.output.requires_grad]
-    if is_paused(attached) and loss.requires_grad and not any(depends_on(loss, online)):
+    if step.misses_encoder and is_paused(attached):
         return plan, None
     if online and loss.requires_grad:
         plan.encoder = _trained_encoder(attached, loss, online)
-        if attached.mask:
+        if attached.aux.splitter.equivariant_dim:
             check_heads(attached, step, _online(plan, calls))
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
@@ -85,7 +85,7 @@ def discover(
         plan.shape = tuple(views.images[0].shape)
         plan.joined = not any(call.image is views.images[0] for call in step.calls)
         plan.pixels = tuple(float(x) for x in views.images[0].detach().aminmax())
-        if attached.mask and loss.requires_grad:
+        if attached.aux.splitter.equivariant_dim and loss.requires_grad:
             warn_of_unmasked_targets(attached, plan, step, loss, views, batch)
     return plan, views
 
@@ -93,15 +93,19 @@ def discover(
 def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any) -> Views | None:
     """Follow the plan, and bring it up to date.
 
-    Every step checks that the loss sees no equivariant channels, since heads may be replaced.
+    Every step checks that the loss sees no equivariant channels, since heads may be replaced. A
+    loss that also sees a feature without a head is checked less often.
 
     Returns:
-        The step's views; None if the encoder is frozen.
+        The step's views; None if the encoder is frozen, or the step trains heads alone.
 
     Raises:
         RuntimeError: if something about the step is not as it has to be.
     """
     calls = _calls_of_method(attached, plan, step, loss, batch)
+    if step.misses_encoder and is_paused(attached):
+        # even a gradient of zeros would let momentum and weight decay change the encoder
+        return None
     online = _online(plan, calls)
     if not online:
         encoders = attached.encoders if attached.plan is None else [plan.encoder]
@@ -109,12 +113,12 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         if trains and not is_paused(attached):
             raise RuntimeError(_no_call(attached, plan, step))
         return None
-    if attached.mask and loss.requires_grad:
-        refuse_past_heads(attached, plan, step, loss, online)
+    if attached.aux.splitter.equivariant_dim and loss.requires_grad:
+        refuse_bypassed_heads(attached, plan, step, loss, online)
     # what ran early took all calls for the method's
     if plan.calls is None:
         step.early = None
-    if step.is_past and attached.plan is not None and not is_paused(attached):
+    if step.misses_encoder and attached.plan is not None:
         _warn_of_loss_past_encoder(attached, plan)
     views = step.early.views if step.early else find_views(attached, plan, calls, batch)
     if views is None and is_paused(attached):
@@ -185,8 +189,8 @@ def _calls_of_method(
     if not loss.requires_grad:
         return step.calls
     kept = attached.driver.calls_of_method(step, loss, batch)
-    encodes_others = attached.driver.encodes_others or len(kept) < len(step.calls)
-    plan.calls = None if encodes_others or plan.calls is None else len(step.calls)
+    has_others = attached.driver.is_loop or len(kept) < len(step.calls)
+    plan.calls = None if has_others or plan.calls is None else len(step.calls)
     return kept
 
 
@@ -194,8 +198,7 @@ def _trained_encoder(
     attached: Attachment, loss: Tensor, online: Sequence[EncoderCall]
 ) -> nn.Module:
     """Give the encoder that the loss trains. Names are a guess: backbone may be a teacher."""
-    trains = depends_on(loss, online)
-    trained = {id(c.encoder): c.encoder for c, is_its in zip(online, trains, strict=True) if is_its}
+    trained = {id(call.encoder): call.encoder for call in calls_behind(loss, online)}
     first = next(iter(trained.values()), None)
     if first is not None and all(share_weights(first, other) for other in trained.values()):
         return first
@@ -241,7 +244,7 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
     shapes = [tuple(view.shape) for view in images]
     if images[0].shape == images[1].shape and torch.equal(*images):
         return f"expected two views, saw the same images {shapes[0]} twice. {_IN_ORDER}"
-    known = [x for x in images_in(batch) if x.shape[1:] == images[0].shape[1:]]
+    known = [x for x in images_in(batch, images[0].device) if x.shape[1:] == images[0].shape[1:]]
     size = len(images[0])
     joined = [x for x in known if count and len(x) == count * size]
     # there, too, views may take turns
@@ -263,12 +266,13 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
 
 
 def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
-    in_a_loop = attached.driver.encodes_others
+    in_a_loop = attached.driver.is_loop
+    where = "each step, before add_loss," if in_a_loop else attached.step_method
     warms_up = any(share_weights(call.encoder, plan.encoder) for call in step.calls)
     return (
-        f"expected {attached.driver.where} to call {attached.backbone_method} of the encoder "
-        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls without and "
-        f"none with. Pass backbone=: one of {describe_children(attached.model)}. Pass "
+        f"expected {where} to call {attached.backbone_method} of the encoder "
+        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls, of which the "
+        f"loss depends on none. Pass backbone=: one of {describe_children(attached.model)}. Pass "
         "backbone_method= if another of its methods is called."
         + describe_replaced(attached)
         + " To train the heads alone in some steps, make model.recon_aux.weight 0 in them, or call "
@@ -316,7 +320,7 @@ def _no_second_view(
     advice.append(
         "For a step without two views, as a supervised one, make model.recon_aux.weight 0 in it."
     )
-    if attached.driver.encodes_others:
+    if attached.driver.is_loop:
         advice.append("Encode both views, then call add_loss(model, loss, batch) with their batch.")
     return (
         "expected two views of one size, one in each call of the encoder, or both concatenated in "

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiling import is_recomputing
 from recon_aux.engine.modules import are_alike, largest_child, share_values
-from recon_aux.engine.step import EncoderCall, OtherCall, Step, depends_on, tensors_in
+from recon_aux.engine.step import EncoderCall, OtherCall, Step, calls_behind, tensors_in
 from recon_aux.engine.views import is_of, largest_views
 from recon_aux.task.turns import version_of
 
@@ -37,12 +37,10 @@ class Driver:
     Attributes:
         step: if one is running.
         after_call: what to do with the step of a ``training_step`` after each call of an encoder.
-        where: where the encoder has to be called, for an error.
-        encodes_others: whether a step may encode more than its views, as in an evaluation.
+        is_loop: whether a step may encode more than its views, as in an evaluation.
     """
 
-    where: str
-    encodes_others: bool
+    is_loop: bool
 
     def __init__(self) -> None:
         self.step: Step | None = None
@@ -91,36 +89,36 @@ class Driver:
             is_first: whether that is the first.
         """
         # a head may be run by a hook, before the encoder returns
-        unknown = self.step is None or self.is_encoding or is_recomputing()
-        if unknown or self.step is None or torch.compiler.is_compiling():
+        step = self.step
+        if step is None or self.is_encoding or is_recomputing() or torch.compiler.is_compiling():
             return None
-        calls = self.step.calls
+        calls = step.calls
         # between a loop's steps nothing is recorded
-        if self.encodes_others and not (calls and torch.is_grad_enabled()):
+        if self.is_loop and not (calls and torch.is_grad_enabled()):
             return None
         with_gradient = [x for call in calls for x in call.returned]
         if received.requires_grad:
-            fed = any(reached(received, with_gradient))
+            fed = bool(reached(received, with_gradient))
         elif _share_memory(received, with_gradient):
             if is_first:
-                self.step.detached.append(head)
+                step.detached.append(head)
             return True
         elif _share_memory(received, [call.output for call in calls]):
             fed = True
         else:
             # what was done to it isn't in the graph; only the first step asks
             if is_first and self.watching is not None:
-                self.step.unsure.append(head)
+                step.unsure.append(head)
             return None
         if is_first:
-            (self.step.fed if fed else self.step.not_fed).append(head)
+            (step.fed if fed else step.not_fed).append(head)
         return fed
 
     def may_feed(self, is_first: bool) -> bool:
         """Whether a tensor that a head receives is taken for a feature, if nothing shows it."""
         if is_first or torch.compiler.is_compiling():
             return True
-        if self.step is None or (self.encodes_others and not torch.is_grad_enabled()):
+        if self.step is None or (self.is_loop and not torch.is_grad_enabled()):
             return False
         return any(not call.output.requires_grad for call in self.step.calls)
 
@@ -139,8 +137,7 @@ class Driver:
 class TrainingStepDriver(Driver):
     """A step is one call of the model's ``training_step``."""
 
-    where = "training_step"
-    encodes_others = False
+    is_loop = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,9 +163,8 @@ class TrainingStepDriver(Driver):
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
         """Drop the trained encoder's calls on which the loss doesn't depend."""
-        belongs = depends_on(loss, step.calls)
-        its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
-        step.is_past = not its
+        its = calls_behind(loss, step.calls)
+        step.misses_encoder = not its
         # one view may be encoded without gradient, or detached: then all calls count
         if len(largest_views(its)) < 2:
             return step.calls
@@ -181,16 +177,15 @@ class LoopDriver(Driver):
     """A step lasts from one ``add_loss`` to the next, whatever the loop encodes in between.
 
     Args:
-        is_trained: whether calls without gradient are kept. False for a copied model: it may be
-            only a teacher, and would keep images for nothing. True once it trains.
+        keeps_all_calls: those without gradient, too. False for a copied model: it may be only a
+            teacher, and would keep images for nothing. True once it trains.
     """
 
-    where = "each step, before add_loss,"
-    encodes_others = True
+    is_loop = True
 
-    def __init__(self, is_trained: bool = False) -> None:
+    def __init__(self, keeps_all_calls: bool = False) -> None:
         super().__init__()
-        self.is_trained = is_trained
+        self.keeps_all_calls = keeps_all_calls
         # whether the last loss was made in eval mode, as with frozen batch norm; None at first
         self.trains_in_eval: bool | None = None
         # of each encoder's parameters, at its first call of the step
@@ -208,11 +203,11 @@ class LoopDriver(Driver):
             if with_gradient or call.in_training:
                 step.calls.append(call)
             return
-        self.is_trained |= with_gradient
+        self.keeps_all_calls |= with_gradient
         # a momentum encoder may be in eval mode throughout
         modes = [call.in_training, *(known.training for known in self.encoders)]
         is_training = any(modes) or self.trains_in_eval is not False
-        if not with_gradient and not (is_training and self.is_trained):
+        if not with_gradient and not (is_training and self.keeps_all_calls):
             return
         _refuse_search_for_unused_parameters()
         if self._trains(call):
@@ -236,13 +231,13 @@ class LoopDriver(Driver):
         if len(spare) >= (_MANY_CALLS if with_gradient else _SPARE_CALLS):
             step.calls = [call for call in step.calls if call is not spare[0]]
             if with_gradient:
-                step.masked = [x for x in step.masked if not any(reached(x, spare[0].returned))]
+                step.masked = [x for x in step.masked if not reached(x, spare[0].returned)]
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
         """Give the calls of the loss, then those without gradient: the batch's, then the latest."""
-        belongs = depends_on(loss, step.calls)
-        its = [call for call, is_its in zip(step.calls, belongs, strict=True) if is_its]
-        self.trains_in_eval = not all(call.in_training for call in its)
+        its = calls_behind(loss, step.calls)
+        if its:
+            self.trains_in_eval = not all(call.in_training for call in its)
         others = [call for call in step.calls if not call.output.requires_grad]
         shown = [call for call in others if is_of(batch, call.image)]
         return its + shown + [call for call in reversed(others) if not is_of(batch, call.image)]
@@ -277,7 +272,7 @@ def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, resu
 def driver_for(model: nn.Module, step_method: str) -> Driver:
     """Give the driver that suits a model."""
     has_step = has_training_step(model, step_method)
-    return TrainingStepDriver() if has_step else LoopDriver(is_trained=True)
+    return TrainingStepDriver() if has_step else LoopDriver(keeps_all_calls=True)
 
 
 def has_training_step(model: nn.Module, step_method: str) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from recon_aux.engine.autograd import sources_of
 from recon_aux.engine.step import tensors_in
-from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature, channel_dim
 
 Features = Callable[[Any], Tensor]
@@ -36,7 +35,7 @@ class EncoderShape(NamedTuple):
     image_channels: int
     feature_dim: int
     feature_rank: int
-    channels: int
+    channel_dim: int
 
 
 def image_of(args: tuple[Any, ...], kwargs: dict[str, Any], channels: int) -> Tensor:
@@ -68,15 +67,13 @@ def image_of(args: tuple[Any, ...], kwargs: dict[str, Any], channels: int) -> Te
     return image
 
 
-def take_feature(
-    output: Any, features: Features | None = None, channels: int | None = None
-) -> Tensor:
+def take_feature(output: Any, features: Features | None = None, dim: int | None = None) -> Tensor:
     """Take the feature out of what an encoder returned.
 
     Args:
         output: a tensor, or anything that ``features`` takes one from.
         features: takes the feature from the output.
-        channels: the dimension of its channels; by default where they usually are.
+        dim: of its channels; by default where they usually are.
 
     Raises:
         TypeError: if there is no tensor.
@@ -96,7 +93,7 @@ def take_feature(
             "from it."
         )
     usual = channel_dim(feature)
-    return feature if channels in (None, usual) else feature.movedim(channels, usual)
+    return feature if dim in (None, usual) else feature.movedim(dim, usual)
 
 
 def source_of(feature: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -118,9 +115,9 @@ def encoder_shape(
     example_input: Any = None,
     widths: Sequence[int] = (),
 ) -> EncoderShape:
-    """Encode one blank image, in eval mode and without gradient, to see the feature's shape.
+    """Encode one blank image, without gradient, to see the feature's shape.
 
-    Batch-norm statistics and the random state stay as they are.
+    The random state stays as it is. In eval mode, which the caller sets, so do all statistics.
 
     Args:
         encoder: images -> features.
@@ -143,7 +140,7 @@ def encoder_shape(
     Example:
         >>> encoder = nn.Sequential(nn.Conv2d(1, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> encoder_shape(encoder)
-        EncoderShape(image_channels=1, feature_dim=16, feature_rank=2, channels=1)
+        EncoderShape(image_channels=1, feature_dim=16, feature_rank=2, channel_dim=1)
     """
     call = getattr(encoder, method, None)
     if not callable(call):
@@ -160,7 +157,7 @@ def encoder_shape(
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         drawn = torch.random.fork_rng(devices=[image.device] if image.is_cuda else [])
-        with evaluating(encoder), drawn, torch.no_grad():
+        with drawn, torch.no_grad():
             return call(*args, **kwargs)
 
     try:
@@ -181,8 +178,8 @@ def encoder_shape(
     feature = take_feature(output, features)
     clues = _places_of_channels(encoder, image, feature, widths, larger)
     usual = None if feature.ndim > 2 and features is None else channel_dim(feature)
-    channels = next((places[0] for places in clues if len(places) == 1), usual)
-    if channels is None:
+    dim = next((places[0] for places in clues if len(places) == 1), usual)
+    if dim is None:
         is_map = feature.ndim == 4
         as_it_is, other = ("first", "last") if is_map else ("last", "first")
         raise ValueError(
@@ -191,9 +188,9 @@ def encoder_shape(
             f"features=lambda output: output. If they come {other}, pass "
             f"features=lambda output: output.movedim({'-1, 1' if is_map else '1, -1'})."
         )
-    feature = as_feature(take_feature(feature, channels=channels))
+    feature = as_feature(take_feature(feature, dim=dim))
     width = feature.shape[channel_dim(feature)]
-    return EncoderShape(image_channels or image.shape[1], width, feature.ndim, channels)
+    return EncoderShape(image_channels or image.shape[1], width, feature.ndim, dim)
 
 
 def _call_of(call: Any, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

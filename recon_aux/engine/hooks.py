@@ -180,7 +180,7 @@ class EncoderRecorder:
         if step is not None and not is_recomputing():
             image = image_of(args, kwargs, self.shape.image_channels)
             taken = take_feature(result, self.features)
-            feature = take_feature(taken, channels=self.shape.channels)
+            feature = take_feature(taken, dim=self.shape.channel_dim)
             returned = [x for x in tensors_in(result) if x.requires_grad]
             output = source_of(taken, returned)
             if output.requires_grad and not any(x is output for x in returned):
@@ -215,7 +215,7 @@ class HeadMask:
     """
 
     def __init__(
-        self, shape: EncoderShape, equivariant_dim: int, driver: Driver, name: str = ""
+        self, shape: EncoderShape, equivariant_dim: int, driver: Driver, name: str
     ) -> None:
         self.shape = shape
         self.equivariant_dim = equivariant_dim
@@ -223,10 +223,6 @@ class HeadMask:
         self.name = name
         # by the arguments' places: whether a head was seen to receive a feature there
         self.takes: dict[int, bool] = {}
-
-    def of_a_head(self, name: str) -> HeadMask:
-        """Make one for a head, which remembers what that receives."""
-        return HeadMask(self.shape, self.equivariant_dim, self.driver, name)
 
     def __call__(
         self,
@@ -237,7 +233,7 @@ class HeadMask:
     ) -> Any:
         """Call the head with its features masked: its first tensor, and others of that shape."""
         values = [*args, *kwargs.values()]
-        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
         if not tensors:
             raise ValueError(
                 f"expected the head {self.name} to be called with features, got no "
@@ -277,9 +273,10 @@ class HeadMask:
         width, rank = self.shape.feature_dim, self.shape.feature_rank
         # where both dimensions may be the channels, they are where the encoder has them, and last
         # in stacked features
-        is_first = self.shape.channels == 1 and (feature.ndim != 3 or rank == 3)
-        places = [1, feature.ndim - 1] if is_first else [feature.ndim - 1, 1]
-        dim = [*(d for d in places if feature.shape[d] == width), feature.ndim - 1][0]
+        comes_second = self.shape.channel_dim == 1 and (feature.ndim != 3 or rank == 3)
+        last = feature.ndim - 1
+        places = [1, last] if comes_second else [last, 1]
+        dim = [*(d for d in places if d <= last and feature.shape[d] == width), last][0]
         # a compiled head may have sizes that divmod doesn't take
         positions, rest = feature.shape[dim] // width, feature.shape[dim] % width
         flattened = positions > 1 and feature.ndim == 2 and rank != 2
@@ -293,7 +290,7 @@ class HeadMask:
                 "Pass heads=[...]: the modules that take the encoder's features. If they take "
                 "another tensor than the encoder returns, pass features=lambda output: that tensor."
             )
-        if flattened and self.shape.channels != 1:
+        if flattened and self.shape.channel_dim != 1:
             tokens = rearrange(feature, "b (n d) -> b n d", n=positions)
             return self.mask(tokens).flatten(1)
         # a flattened map is channel-major, so its equivariant channels are last, too

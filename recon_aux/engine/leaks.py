@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from recon_aux.engine.autograd import feed_each_other, gradients_of, past, reached
+from recon_aux.engine.autograd import feed_each_other, gradients_of, reached
 from recon_aux.engine.hooks import HeadMask, find_hooks
 from recon_aux.engine.modules import describe_children, share_values, share_weights
 from recon_aux.engine.plan import Plan
-from recon_aux.engine.step import EncoderCall, Step, Views, depends_on
+from recon_aux.engine.step import EncoderCall, Step, Views, calls_behind
 from recon_aux.engine.views import is_of
 from recon_aux.task.splitter import as_feature
 
@@ -50,18 +50,17 @@ def _refuse_mixing_heads(attached: Attachment, step: Step, calls: Sequence[Encod
         raise RuntimeError(_leak(attached, "mixed into"))
 
 
-def refuse_past_heads(
+def refuse_bypassed_heads(
     attached: Attachment, plan: Plan, step: Step, loss: Tensor, calls: Sequence[EncoderCall]
 ) -> None:
     """Refuse a loss that sees equivariant channels without a masked head in between."""
     plan.steps += 1
     # such a loss may weigh nothing at first: look in step 1, 2, 4, ..., 64, 128, 192, ...
     is_due = plan.steps.bit_count() == 1 or plan.steps % 64 == 0
-    if plan.uses_past_heads and not is_due:
+    if plan.bypasses_heads and not is_due:
         return
-    seen = past(loss, [x for call in calls for x in call.sources], step.masked)
-    plan.uses_past_heads |= bool(seen)
-    its = [call for call in calls if any(x is y for x in call.sources for y in seen)]
+    its = calls_behind(loss, calls, avoiding=step.masked)
+    plan.bypasses_heads |= bool(its)
     if any(_sees_equivariant(attached, call, [loss]) for call in its):
         raise RuntimeError(_leak(attached, "past"))
 
@@ -97,13 +96,13 @@ def warn_of_unmasked_targets(
     They are a momentum encoder's, in the model or outside, or the encoder's own. What happens to
     them isn't in the graph, so this is as much as can be seen.
     """
-    is_its = depends_on(loss, step.calls)
-    trained = {id(c.image) for c, is_trained in zip(step.calls, is_its, strict=True) if is_trained}
+    its = calls_behind(loss, step.calls)
+    trained = {id(call.image) for call in its}
     viewed, shape = {id(image) for image in views.images}, views.images[1].shape
     targets = [
         call
-        for call, is_trained in zip(step.calls, is_its, strict=True)
-        if not is_trained
+        for call in step.calls
+        if not any(call is one for one in its)
         and call.image.shape == shape
         and (
             not share_weights(call.encoder, plan.encoder)
@@ -112,15 +111,13 @@ def warn_of_unmasked_targets(
         )
         # between a loop's steps an encoder may be evaluated
         and (
-            not attached.driver.encodes_others
+            not attached.driver.is_loop
             or id(call.image) in trained | viewed
             or is_of(batch, call.image)
         )
     ]
     outputs = [call.output for call in targets if call.output.requires_grad]
-    passes_a_mask = step.masked_without_gradient or any(
-        any(reached(x, outputs)) for x in step.masked if outputs
-    )
+    passes_a_mask = step.masked_without_gradient or any(reached(x, outputs) for x in step.masked)
     # a head that was copied brought a mask along
     has_other_mask = any(
         isinstance(hook.callback, HeadMask) and hook not in attached.hooks
@@ -128,7 +125,7 @@ def warn_of_unmasked_targets(
     )
     inside = set(attached.model.modules())
     names_outside = any(head not in inside for head in attached.heads)
-    in_loop = attached.driver.encodes_others
+    in_loop = attached.driver.is_loop
     unknown = unknown_encoders(step, plan.encoder, trained | viewed if in_loop else None, batch)
     if not unknown and all(call.output.requires_grad for call in step.calls):
         _warn_of_unsure_heads(attached, step)
@@ -171,17 +168,18 @@ def unknown_encoders(
     features = {call.output.shape for call in step.calls}
     hooked = [call.module for call in step.others if find_hooks(call.module)]
     copies = {part for module in hooked for part in module.modules()}
+
+    def counts(image: Tensor | None) -> bool:
+        if image is None:
+            return known is None
+        is_near = image.shape in images if known is None else id(image) in known
+        return is_near or is_of(batch, image)
+
     return [
         call.module
         for call in step.others
         if (call.is_alike or (call.shapes & features and share_values(call.module, trained)))
-        and (
-            (known is None and (call.image is None or call.image.shape in images))
-            or (
-                call.image is not None
-                and (id(call.image) in (known or ()) or is_of(batch, call.image))
-            )
-        )
+        and counts(call.image)
         and call.module not in copies
     ]
 
@@ -232,6 +230,9 @@ def describe_unknown(attached: Attachment, unknown: Sequence[nn.Module]) -> str:
 
 def describe_replaced(attached: Attachment) -> str:
     """Say so, for an error, if the encoder or a head was replaced since attach."""
+    its = (hook for hook in attached.hooks if hook.module in attached.encoders)
+    if any(hook.callback is not attached.recorder for hook in its):
+        return " Since attach, another model got this encoder: detach both, then attach one."
     masks = ((hook.callback, hook.module) for hook in attached.hooks)
     known = {mask.name: head for mask, head in masks if isinstance(mask, HeadMask)}
     known[attached.aux.encoder_name] = attached.encoder

@@ -19,7 +19,7 @@ class Plan:
             step also encoded other images: then each step is looked through.
         other_is_momentum: whether the other view is encoded without gradient.
         interleaved: whether the views of one call take turns there, image by image.
-        uses_past_heads: whether the loss depends on features that didn't pass a masked head.
+        bypasses_heads: whether the loss depends on features that didn't pass a masked head.
         steps: how many steps were checked.
         pairs: whether the views show the same images, row by row.
         pixels: lowest and highest value of the first view.
@@ -32,7 +32,7 @@ class Plan:
     calls: int | None = 0
     other_is_momentum: bool = False
     interleaved: bool = False
-    uses_past_heads: bool = False
+    bypasses_heads: bool = False
     steps: int = 0
     pairs: PairCheck = field(default_factory=PairCheck)
     pixels: tuple[float, ...] = ()

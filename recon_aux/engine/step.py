@@ -56,12 +56,21 @@ class EncoderCall(NamedTuple):
         )
 
 
-def depends_on(loss: Tensor, calls: Sequence[EncoderCall]) -> list[bool]:
-    """Say of each call whether a loss depends on its feature, or on what that was made of."""
+def calls_behind(
+    loss: Tensor, calls: Sequence[EncoderCall], avoiding: Sequence[Tensor] = ()
+) -> list[EncoderCall]:
+    """Give the calls on whose features, or on what those were made of, a loss depends.
+
+    Args:
+        loss: with gradient.
+        calls: to look through.
+        avoiding: tensors. What a loss depends on through one of them alone doesn't count.
+    """
     sources = [call.sources for call in calls]
-    tensors = [x for its in sources for x in its]
-    found = {id(x) for x, is_its in zip(tensors, reached(loss, tensors), strict=True) if is_its}
-    return [any(id(x) in found for x in its) for its in sources]
+    nodes = [x.grad_fn for x in avoiding if x.grad_fn is not None]
+    found = {id(x) for x in reached(loss, [x for its in sources for x in its], avoiding=nodes)}
+    pairs = zip(calls, sources, strict=True)
+    return [call for call, its in pairs if any(id(x) in found for x in its)]
 
 
 def version_in_place(tensor: Tensor) -> int | None:
@@ -116,7 +125,7 @@ class Step:
         detached: heads that received such a feature without its gradient.
         not_fed: heads that received something else, with gradient.
         unsure: heads that received something without gradient, from where can't be seen.
-        is_past: whether the method's loss depends on none of the calls with gradient.
+        misses_encoder: whether the loss of a ``training_step`` depends on none of the calls.
         others: what other modules gave without gradient, as unknown momentum encoders do.
         early: what the task made of the views, while the method's loss wasn't computed yet.
     """
@@ -129,7 +138,7 @@ class Step:
         self.detached: list[nn.Module] = []
         self.not_fed: list[nn.Module] = []
         self.unsure: list[nn.Module] = []
-        self.is_past = False
+        self.misses_encoder = False
         self.others: list[OtherCall] = []
         self.early: EarlyTask | None = None
 

@@ -109,7 +109,8 @@ def _shown_size(
     if not smaller or not (unsure or len(fitting) > 1) or is_of(batch, image):
         return None
     first = {size: parts_of(image, size, interleaved)[0] for size in smaller}
-    shown = {len(x) for x in images_in(batch) if len(x) in first and _same(x, first[len(x)])}
+    known_images = images_in(batch, image.device)
+    shown = {len(x) for x in known_images if len(x) in first and _same(x, first[len(x)])}
     return shown.pop() if len(shown) == 1 else None
 
 
@@ -139,7 +140,7 @@ def in_batch_order(call: EncoderCall, batch: Any, count: int | None) -> Pair | N
     # comparing values waits for the device, so identity first
     if count == 1 or is_of(batch, call.image):
         return call.image, call.feature
-    for view in (x for x in images_in(batch) if x.shape == call.image.shape):
+    for view in (x for x in images_in(batch, call.image.device) if x.shape == call.image.shape):
         order = rows_in(view, call.image)
         if order is not None:
             return view, call.feature[order]
@@ -157,9 +158,12 @@ def rows_in(images: Tensor, among: Tensor) -> Tensor | None:
     return order if torch.equal(among[order], images) else None
 
 
-def images_in(batch: Any) -> list[Tensor]:
-    """Find a batch's images, those of stacked views, (B, V, C, H, W) or (V, B, ...), too."""
-    tensors = list(tensors_in(batch))
+def images_in(batch: Any, device: torch.device) -> list[Tensor]:
+    """Find a batch's images, those of stacked views, (B, V, C, H, W) or (V, B, ...), too.
+
+    A step may move its batch itself. So they are moved to the device of what was encoded.
+    """
+    tensors = [x.to(device) for x in tensors_in(batch) if x.ndim in (4, 5)]
     stacked = [part for x in tensors if x.ndim == 5 for dim in (0, 1) for part in x.unbind(dim)]
     return [x for x in tensors if x.ndim == 4] + stacked
 

@@ -39,19 +39,19 @@ def find_call(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
         A function of images that returns the feature that the task gets: ``attach``'s options
         count. None if there is no encoder of these names.
     """
-    features, channels, spatial = None, None, False
+    features, dim, spatial = None, None, False
     if is_attached(model):
         attached = attachment_of(model)
         encoder, method = attached.trained_encoder, attached.backbone_method
         call = encoder if method == "forward" else getattr(encoder, method)
-        features, channels = attached.recorder.features, attached.recorder.shape.channels
+        features, dim = attached.recorder.features, attached.recorder.shape.channel_dim
         spatial = bool(attached.aux.options["spatial"])
     else:
         call = _bare_encoder(model)
     if call is None:
         return None
     return lambda images: as_feature(
-        take_feature(call(as_input(model, images)), features, channels), spatial=spatial
+        take_feature(call(as_input(model, images)), features, dim), spatial=spatial
     )
 
 

@@ -272,7 +272,7 @@ def test_an_encoder_that_is_never_called() -> None:
     )
     attach(model)
     with pytest.raises(
-        RuntimeError, match=r"forward of the encoder backbone .*0 calls without.*backbone="
+        RuntimeError, match=r"forward of the encoder backbone .*0 calls, .*backbone="
     ):
         model.training_step(batch(), 0)
 
@@ -284,7 +284,7 @@ def test_an_encoder_that_is_only_called_without_gradient() -> None:
         return self.projection_head(y).mean()
 
     model = attach(plain_method(training_step=step))
-    with pytest.raises(RuntimeError, match="saw 1 calls without and none with"):
+    with pytest.raises(RuntimeError, match="saw 1 calls, of which the loss depends on none"):
         model.training_step(batch(), 0)
 
 

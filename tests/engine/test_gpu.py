@@ -141,3 +141,16 @@ def test_a_gpu_is_not_waited_for() -> None:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         aux(views, features)
+
+
+def test_a_step_may_move_its_batch_to_the_gpu_itself() -> None:
+    class Moving(Siamese):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (x0, x1), labels = batch
+            loss: Tensor = super().training_step(((x0.cuda(), x1.cuda()), labels), batch_idx)
+            return loss
+
+    model = attach(Moving(tiny_encoder())).cuda()
+    for _ in range(2):
+        model.training_step(batch(), 0).backward()
+    assert all(p.grad is not None for p in model.recon_aux.parameters())

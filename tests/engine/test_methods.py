@@ -784,7 +784,7 @@ def test_a_graph_of_many_ways_is_walked_once() -> None:
     x = y = torch.ones(1, requires_grad=True) + 0
     for _ in range(100):
         y = y + y
-    assert reached(y, [x]) == [True]
+    assert reached(y, [x])
 
 
 def joined_and_others(self: Any, views: list[Tensor], others: Tensor, *, first: bool) -> Tensor:

@@ -985,3 +985,89 @@ def test_images_have_two_dimensions(stem: nn.Module) -> None:
     model = SimCLR(nn.Sequential(stem, nn.Flatten()), 8, lambda y: y)
     with pytest.raises(ValueError, match="Only 2-D images can be rebuilt, no volumes"):
         recon_aux.attach(model, backbone="encoder", heads=["head"])
+
+
+# --- steps that train the heads alone ---
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_in_a_step_that_trains_the_heads_alone_the_encoder_stays(
+    make_optimizer: Callable[[Any], torch.optim.Optimizer], in_a_loop: bool
+) -> None:
+    class Method(SimCLR):
+        alone = False
+
+        def loss(self, batch: Any) -> Tensor:
+            y0, y1 = (self.encoder(x) for x in batch)
+            if self.alone:
+                y0, y1 = y0.detach(), y1.detach()
+            loss: Tensor = self.criterion(self.head(y0), self.head(y1))
+            return loss
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            return make_optimizer(self.parameters())
+
+    model: Any = Method(encoder(), WIDTH, lambda y: y)
+    if in_a_loop:
+        model.configure_optimizers = None
+    recon_aux.attach(model, backbone="encoder", heads=["head"], weight=1.0)
+    optimizer = make_optimizer(model.parameters())
+    for alone in (False, True, True, False, True):
+        model.alone, model.recon_aux.weight = alone, 0.0 if alone else 1.0
+        before = [p.clone() for p in model.encoder.parameters()]
+        batch = views()
+        optimizer.zero_grad()
+        loss = model.loss(batch) if in_a_loop else model.training_step(batch, 0)
+        (recon_aux.add_loss(model, loss) if in_a_loop else loss).backward()
+        optimizer.step()
+        stays = all(map(torch.equal, before, model.encoder.parameters()))
+        assert stays == alone
+
+
+# --- heads that are called otherwise ---
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8), torch.tensor(0.5)])
+def test_a_head_may_take_a_number_first_and_is_refused_if_it_takes_labels(labels: Tensor) -> None:
+    class Head(nn.Linear):
+        def forward(self, scale: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            z: Tensor = super().forward(y)
+            return z * (scale if scale.ndim == 0 else scale[:, None] + 1)
+
+    class Method(SimCLR):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = self.criterion(*(self.head(labels, self.encoder(x)) for x in batch))
+            return loss
+
+    model = Method(encoder(), WIDTH, lambda y: y)
+    model.head = Head(WIDTH, 16)
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
+    if labels.ndim:
+        with pytest.raises(ValueError, match=r"receive the encoder's .* channels, got \(8,\)"):
+            model.training_step(views(), 0)
+    else:
+        trains(model, views(), views())
+
+
+def test_of_two_models_with_one_encoder_the_first_says_so() -> None:
+    shared = encoder()
+    first, second = (SimCLR(shared, WIDTH, lambda y: y) for _ in range(2))
+    for model in (first, second):
+        recon_aux.attach(model, backbone="encoder", heads=["head"])
+    trains(second, views())
+    with pytest.raises(RuntimeError, match="another model got this encoder: detach both"):
+        first.training_step(views(), 0)
+    recon_aux.detach(second)
+    recon_aux.detach(first)
+    trains(recon_aux.attach(first, backbone="encoder", heads=["head"]), views(), views())
