@@ -34,14 +34,14 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
         return
     # the last view may be encoded without gradient, but not so the task; errors are for the late
     # run: the step may yet be skipped
-    with suppress(Exception), torch.enable_grad(), on_trial(aux) as settle:
+    with suppress(Exception), torch.enable_grad(), on_trial(aux) as keep:
         views = find_views(attached, plan, step.calls, batch)
         # something else may have been encoded in between
         if views is None or plan.in_batch != all(is_of(batch, image) for image in views.images):
             return
         versions = _versions(step)
         output = run_task(attached, views, views.outputs)
-        step.early = EarlyTask(views, aux.weight, versions, output, settle)
+        step.early = EarlyTask(views, aux.weight, versions, output, keep)
 
 
 def _saves_otherwise() -> bool:
@@ -85,7 +85,7 @@ def output_of(
     if early is None:
         refuse_changed(step, views)
         return run_task(attached, views, features)
-    early.settle()
+    early.keep()
     return early.output
 
 

@@ -104,14 +104,14 @@ class EarlyTask(NamedTuple):
         weight: the task's.
         versions: of what the encoders returned, and whether it has a gradient.
         output: what the task made.
-        settle: to be called if the output is used.
+        keep: to be called if the output is used.
     """
 
     views: Views
     weight: float
     versions: list[tuple[int | None, bool]]
     output: ReconAuxOutput
-    settle: Callable[[], None]
+    keep: Callable[[], None]
 
 
 class Step:

@@ -322,21 +322,21 @@ def on_trial(aux: ReconAux) -> Iterator[Callable[[], None]]:
 
     Example:
         >>> aux = ReconAux(feature_dim=512)
-        >>> with on_trial(aux) as settle:
+        >>> with on_trial(aux) as keep:
         ...     output = aux(torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 512))
-        >>> settle()
+        >>> keep()
     """
     calls, turn, check = aux._calls, turn_of(aux), aux.finite_check
     noted: list[tuple[Any, ...]] = []
     check.noted = noted
 
-    def settle() -> None:
+    def keep() -> None:
         aux._calls += takes_turn(aux)
         for given in noted:
             check(*given)
 
     try:
-        yield settle
+        yield keep
     finally:
         aux._calls, check.noted = calls, None
         set_turn(aux, turn)
