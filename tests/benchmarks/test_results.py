@@ -338,7 +338,7 @@ def test_the_weights_to_choose_from_are_those_of_the_records() -> None:
         for folder in ("natural-ablations", "natural-more")
         for run in kept(RESULTS / folder)
     }
-    names = {"0 (bare)": "SimCLR", "1": "SimCLR, attached"}
+    names = {"bare, not attached": "SimCLR", "1": "SimCLR, attached"}
     _, *shown = rows(text_of("choosing").split("seed 0 ([setting]")[1].split("\n## ")[0])
     assert len(shown) == 6
     for name, *told in shown:
