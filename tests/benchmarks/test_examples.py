@@ -6,12 +6,14 @@ import ast
 import importlib.metadata
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
-from functools import cache
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torchvision
@@ -19,7 +21,7 @@ import torchvision
 from benchmarks import natural_images
 from benchmarks.images import load
 from helpers.running import call_example, rows, run_python
-from recon_aux.probe import COMBINED
+from recon_aux.probe import COMBINED, compare
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TEMPLATES = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -34,20 +36,18 @@ def solo_learn_is_githubs() -> bool:
         return False
 
 
-@cache
-def printed(template: str) -> str:
+def printed_alone(template: str, folder: Path) -> str:
     """What a template prints that runs for an epoch, copied into an empty folder."""
-    with TemporaryDirectory() as folder:
-        shutil.copy(EXAMPLES / template, folder)
-        result = subprocess.run(
-            [sys.executable, template, "--epochs", "1"],
-            cwd=folder,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    shutil.copy(EXAMPLES / template, folder)
+    result = subprocess.run(
+        [sys.executable, template, "--epochs", "1"],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -76,13 +76,21 @@ def test_a_template_is_short_and_imports_nothing_from_beside_it(template: str) -
 
 # what the first one prints is compared with the study's numbers, see below
 @pytest.mark.parametrize("template", [x for x in TEMPLATES if x != "lightly_simclr.py"])
-def test_a_template_compares_bare_and_attached(template: str) -> None:
+def test_a_template_compares_bare_and_attached(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if template.startswith("solo") and not solo_learn_is_githubs():
         pytest.skip("solo-learn 1.0.6, from GitHub, is not installed")
     for prefix, package in {"lightly_train": "lightly_train", "spt": "stable_pretraining"}.items():
         if template.startswith(prefix):
             pytest.importorskip(package)
-    head, *body = rows(printed(template))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [template, "--epochs", "1"])
+    # fewer images are probed, since that takes longer than the training
+    monkeypatch.setattr("recon_aux.probe.compare", partial(compare, pairs=(300, 100)))
+    with redirect_stdout(StringIO()) as printed:
+        runpy.run_path(str(EXAMPLES / template), run_name="__main__")
+    head, *body = rows(printed.getvalue())
     combined, alone = body[:4], body[5:]
     assert [row[0] for row in combined] == [row[0] for row in alone] == PARTS
     assert head[4:] == [name.replace("translation_", "t") for name in COMBINED]
@@ -95,7 +103,8 @@ def test_a_template_compares_bare_and_attached(template: str) -> None:
 
 
 def test_the_study_makes_the_numbers_of_the_first_template_and_keeps_them(tmp_path: Path) -> None:
-    arms = ["SimCLR", "SimCLR, attached"]
+    arms, alone = ["SimCLR", "SimCLR, attached"], tmp_path / "alone"
+    alone.mkdir()
     options = ["--views", "unflipped", "--image-size", "16", "--epochs", "1", "--device", "cpu"]
     options += ["--seeds", "0", "--out", str(tmp_path), "--protocols"]
     call_example(natural_images.main, "--data", "digits=digits", *options, "--arms", *arms)
@@ -103,7 +112,7 @@ def test_the_study_makes_the_numbers_of_the_first_template_and_keeps_them(tmp_pa
         run["arm"]: run for run in map(json.loads, (p.read_text() for p in tmp_path.glob("*.json")))
     }
     assert set(runs) == set(arms)
-    table = {row[0]: row[1:] for row in rows(printed("lightly_simclr.py"))[:5]}
+    table = {row[0]: row[1:] for row in rows(printed_alone("lightly_simclr.py", alone))[:5]}
     for name, arm in (("bare", arms[0]), ("attached", arms[1])):
         for part, found in runs[arm]["results"].items():
             r2 = found["combined"].values()

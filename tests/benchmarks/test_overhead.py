@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers.running import run_example
 
-SMALL = ["--models", "ResNet-18, 32", "--device", "cpu", "--batch-size", "2"]
+SMALL = ["--models", "tiny ResNet-18, 32", "--device", "cpu", "--batch-size", "2"]
 SMALL += ["--rounds", "1", "--steps", "1"]
 
 
@@ -17,7 +17,7 @@ def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
     runs: list[dict[str, Any]] = json.loads((tmp_path / "overhead.json").read_text())
     (found,) = (run["results"] for run in runs)
     # what is added is there, and small
-    assert 1 < found["FLOPs"] < 1.03
+    assert 1 < found["FLOPs"] < 1.06
     assert found["same operations"]
     pairs = zip(found["bare operations"], found["attached operations"], strict=True)
     forward, backward = (attached - bare for bare, attached in pairs)
@@ -30,7 +30,7 @@ def test_time_memory_and_flops_are_measured(tmp_path: Path) -> None:
     assert len(operations) == 9
     assert operations["all"] > max(300, sum(operations.values()) / 2)
     text = (tmp_path / "table.md").read_text()
-    assert "| ResNet-18, 32, BYOL |" in text
+    assert "| tiny ResNet-18, 32, BYOL |" in text
     assert "ResNet-18, 32, BYOL adds operations (ms) a step: all " in text
 
 

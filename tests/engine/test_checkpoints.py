@@ -34,20 +34,18 @@ from recon_aux.integrations.lightly import attach
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reconstruct", ["alternate", "random"])
-def test_killed_and_resumed_is_bit_identical_to_never_stopped(
-    reconstruct: str, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_is_bit_identical_to_never_stopped(tmp_path: Path) -> None:
     not_the_oldest("before 2.5 Lightning doesn't resume a bare model bit for bit")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    assert run_script("killed.py", whole, reconstruct, 0).returncode == 0
-    assert run_script("killed.py", killed, reconstruct, 5).returncode == -signal.SIGKILL
+    # a random choice needs all that an alternating one needs, and the seed
+    assert run_script("killed.py", whole, "random", 0).returncode == 0
+    assert run_script("killed.py", killed, "random", 5).returncode == -signal.SIGKILL
     # from the end of the first epoch, after three steps
     assert torch.load(killed / "last.ckpt")["global_step"] == 3
     assert not (killed / "final.pt").exists()
-    assert run_script("killed.py", killed, reconstruct, 0).returncode == 0
+    assert run_script("killed.py", killed, "random", 0).returncode == 0
     expected, resumed = (torch.load(folder / "final.pt") for folder in (whole, killed))
     assert_same(resumed, expected)
 

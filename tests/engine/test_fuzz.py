@@ -236,7 +236,7 @@ def trains_or_refuses(model: Any, step: Any) -> None:
     return None
 
 
-@many
+@settings(many, max_examples=250)
 @given(
     kind=kinds,
     steps=st.lists(calls, min_size=1, max_size=3),
