@@ -187,7 +187,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     attached = attachment_of(model)
     if not attached.driver.is_loop:
         raise TypeError(
-            f"expected a model without {attached.step_method}, got {type(model).__name__}, whose "
+            f"expected a model that a loop of your own trains, got {type(model).__name__}, whose "
             f"{attached.step_method} returns the sum of both losses already. Leave add_loss out."
         )
     try:

@@ -271,8 +271,8 @@ def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
     warms_up = any(share_weights(call.encoder, plan.encoder) for call in step.calls)
     return (
         f"expected {where} to call {attached.backbone_method} of the encoder "
-        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls, of which the "
-        f"loss depends on none. Pass backbone=: one of {describe_children(attached.model)}. Pass "
+        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls, none of "
+        f"which trains it. Pass backbone=: one of {describe_children(attached.model)}. Pass "
         "backbone_method= if another of its methods is called."
         + describe_replaced(attached)
         + " To train the heads alone in some steps, make model.recon_aux.weight 0 in them, or call "

@@ -232,7 +232,7 @@ def describe_replaced(attached: Attachment) -> str:
     """Say so, for an error, if the encoder or a head was replaced since attach."""
     its = (hook for hook in attached.hooks if hook.module in attached.encoders)
     if any(hook.callback is not attached.recorder for hook in its):
-        return " Since attach, another model got this encoder: detach both, then attach one."
+        return " Since attach, another model got this encoder: detach each that still is attached."
     masks = ((hook.callback, hook.module) for hook in attached.hooks)
     known = {mask.name: head for mask, head in masks if isinstance(mask, HeadMask)}
     known[attached.aux.encoder_name] = attached.encoder

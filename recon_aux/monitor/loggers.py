@@ -11,6 +11,8 @@ from typing import Any
 def log_picture(loggers: Iterable[Any], name: str, picture: Any, step: int) -> None:
     """Log a picture to each logger: W&B's image, TensorBoard's image, or else a PNG file.
 
+    A logger without a folder gets none, and a warning says so.
+
     Args:
         loggers: a trainer's.
         name: of the picture, with a slash.
@@ -25,8 +27,8 @@ def log_picture(loggers: Iterable[Any], name: str, picture: Any, step: int) -> N
             import numpy as np  # noqa: PLC0415
 
             experiment.add_image(name, np.array(picture), step, dataformats="HWC")
-        elif folder := getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None):
-            path = Path(folder) / f"{name}-{step:08d}.png"
+        elif folder := _folder_of(logger):
+            path = folder / f"{name}-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
         else:
@@ -35,3 +37,11 @@ def log_picture(loggers: Iterable[Any], name: str, picture: Any, step: int) -> N
                 f"{type(logger).__name__}. Pass Monitor(..., rows=0) to draw none.",
                 stacklevel=2,
             )
+
+
+def _folder_of(logger: Any) -> Path | None:
+    """Give the folder of a logger's run; where it has one for all runs, a folder in that."""
+    if getattr(logger, "log_dir", None):
+        return Path(logger.log_dir)
+    everything = getattr(logger, "save_dir", None)
+    return everything and Path(everything, str(logger.name), str(logger.version))

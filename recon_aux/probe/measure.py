@@ -123,15 +123,15 @@ def probe(
         for rows in torch.split(torch.arange(len(images)), batch_size):
             batch = images[rows].to(device)
             batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-            batch = transform(batch, {name: p[rows] for name, p in (parameters or {}).items()})
+            if parameters is not None:
+                batch = transform(batch, {name: x[rows] for name, x in parameters.items()})
             seen = batch if normalize is None else normalize(batch)
-            feature = checked_feature(encoder(as_input(encoder, seen)))
-            parts = split_parts(feature, equivariant_dim)
+            parts = split_parts(checked_feature(encoder(as_input(encoder, seen))), equivariant_dim)
             features.append({name: x.flatten(1).float().cpu() for name, x in parts.items()})
             bar.advance(shown, len(rows))
         return {name: torch.cat([x[name] for x in features]).numpy() for name in features[0]}
 
-    work = len(train[0]) + len(test[0]) + len(made.tasks) * sum(len(rows) for rows in chosen)
+    work = len(train[0]) + len(test[0]) + len(made.tasks) * sum(map(len, chosen))
     with Progress(disable=not progress) as bar, evaluating_encoder(encoder), torch.no_grad():
         shown = bar.add_task("probing", total=work)
         clean = [encode(images) for images, _ in (train, test)]
@@ -148,8 +148,8 @@ def probe(
         x = [features[part] for features in clean]
         scores = {}
         for task, (drawn, changed) in pairs_of.items():
-            after = [features[part] for features in changed]
-            scores[task] = [r2(_side_by_side(x, chosen, after), drawn) for r2 in regressions]
+            both = _side_by_side(x, chosen, [features[part] for features in changed])
+            scores[task] = [r2(both, drawn) for r2 in regressions]
         parts[part] = _part_result(_accuracies(x, [y for _, y in (train, test)]), scores)
     return ProbeResult(parts)
 

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recon_aux.task.checks import check_choice
+
 
 @dataclass
 class PartResult:
@@ -73,9 +75,14 @@ def table(results: Mapping[str, ProbeResult], kind: str | None = None) -> Table:
 
     Returns:
         A table for rich's ``print``.
+
+    Raises:
+        ValueError: if there is no such kind, or it wasn't measured.
     """
     rows = _rows(results)
-    kind = kind or ("combined" if rows[0][1].combined else "alone")
+    measured = [name for name in ("combined", "alone") if getattr(rows[0][1], name)]
+    kind = kind or measured[0]
+    check_choice("kind", kind, measured)
     accuracies = {"linear %": "linear", "k-NN %": "knn"} if kind == "combined" else {}
     grid = markdown_table([*accuracies, "mean R²", *getattr(rows[0][1], kind)])
     for name, part in rows:

@@ -623,11 +623,11 @@ def test_wandb_offline_gets_numbers_and_an_image(
 class OwnLogger(pytorch_lightning.loggers.Logger):
     """Takes numbers alone, as the logger of MLflow. Its files may be on another machine."""
 
-    name = version = "own"
+    name, version = "own", "0"
 
-    def __init__(self, save_dir: Path | None) -> None:
+    def __init__(self, save_dir: Path | None, version: str = "0") -> None:
         super().__init__()
-        self.folder = save_dir
+        self.folder, self.version = save_dir, version
 
     @property
     def save_dir(self) -> str | None:
@@ -639,8 +639,10 @@ class OwnLogger(pytorch_lightning.loggers.Logger):
 
 
 def test_a_logger_with_a_folder_gets_a_file_there(tmp_path: Path) -> None:
-    fit(attach(Siamese()), callbacks=[monitor()], logger=OwnLogger(tmp_path))
-    assert [path.name for path in tmp_path.rglob("*.png")] == ["picture-00000003.png"]
+    for version in "ab":
+        fit(attach(Siamese()), callbacks=[monitor()], logger=OwnLogger(tmp_path, version))
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert found == [f"own/{version}/monitor/picture-00000003.png" for version in "ab"]
 
 
 def test_a_logger_that_can_not_have_the_picture_is_named() -> None:
