@@ -24,7 +24,7 @@ _WEIGHTS = {
     "NTXentLoss": 1.0,
     "VICRegLoss": 0.3,
     "NegativeCosineSimilarity": 0.2,
-    # not measured: at first features are near each other, where its gradient makes "auto" hundreds
+    # not measured: its gradient is large at first, when features are near: "auto" gives hundreds
     "KoLeoLoss": 1.0,
 }
 

@@ -82,7 +82,7 @@ def pretrain(*, recon_aux: Mapping[str, Any] | None = None, **arguments: Any) ->
 def _attaching(options: Mapping[str, Any]) -> Iterator[None]:
     """Attach to the method that LightlyTrain builds in the meantime."""
     build = getattr(train_helpers, "get_method", None)
-    # to train without the task would be noticed too late
+    # stop here: else the training would run without the task, unnoticed
     if build is None or "get_method" not in train.train_from_config.__code__.co_names:
         raise ImportError(f"expected LightlyTrain 0.18, {_GOT_ANOTHER}")
 

@@ -102,7 +102,7 @@ _SOLO_LEARN = Conventions(
 def _with_the_decoders_group(
     model: nn.Module, configure: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    """Name the decoder in ``learnable_params``, a property of the class, while it is read."""
+    """Add the decoder to ``learnable_params``, a class's property, while ``configure`` reads it."""
     declared = BaseMethod.learnable_params
 
     def learnable_params(self: nn.Module) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def run() -> None:
     script = os.environ[_SCRIPT] = str(Path(script).resolve())
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
-    # a run is resumed only if these are as they were
+    # let solo-learn resume only a run with the same recon_aux options
     importlib.import_module("solo.utils.auto_resumer").AutoResumer.SHOULD_MATCH.append("recon_aux")
     METHODS.update({name: _Attached(method) for name, method in METHODS.items()})
     main = ModuleType("__main__")

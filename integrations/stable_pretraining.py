@@ -84,7 +84,7 @@ def _names(model: nn.Module) -> set[str]:
 def _is_head(name: str, module: nn.Module) -> bool:
     name = name.removesuffix(".student").removesuffix(".teacher")
     named = "." not in name and ("proj" in name or name.endswith("head"))
-    # it is entered by its student and teacher
+    # the student and the teacher in it are found themselves
     return named and not isinstance(module, TeacherStudentWrapper)
 
 
@@ -140,7 +140,7 @@ def _without_decoder(
 
 
 def _record(model: nn.Module, encode: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
-    """Encode layer by layer, as a call of the ViT that is recorded."""
+    """Encode layer by layer, and record it as one call of the ViT."""
     vit, *given = args
     hook = getattr(vit, "forward_features", None)
     if not isinstance(hook, MethodHook) or hook.callback is None:

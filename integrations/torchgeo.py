@@ -16,8 +16,8 @@ try:
     import torchgeo
 
     # before TorchGeo 0.10 they are trainers, and their names end in "Task"
-    _room = "tasks" if find_spec("torchgeo.tasks") else "trainers"
-    _tasks: Any = import_module(f"{torchgeo.__name__}.{_room}")
+    _module = "tasks" if find_spec("torchgeo.tasks") else "trainers"
+    _tasks: Any = import_module(f"{torchgeo.__name__}.{_module}")
 except ImportError as error:
     raise ImportError(
         f"recon_aux.integrations.torchgeo needs torchgeo ({error}); "
@@ -93,7 +93,7 @@ def attach(
 
 
 def _kind(task: Any) -> str:
-    """Say which of the tasks this is, or a subclass of; nothing if it is none of them."""
+    """Give the task's name, or its base class's: SimCLR, MoCo or BYOL; ``""`` for any other."""
     names = (base.__name__.removesuffix("Task") for base in type(task).__mro__)
     return next((name for name in names if name in _WEIGHTS), "")
 
@@ -118,7 +118,7 @@ class _Taken:
         return self.output
 
     def feature(self, output: Any) -> Any:
-        """Give it as the encoder's feature, whatever the encoder returns."""
+        """Give the layer's output as the feature, whatever the encoder returns."""
         return self.output
 
 

@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Make the monitor a callback of the Lightning that is imported by then."""
+    """Make ``Monitor`` on first use: a callback of each Lightning package imported so far."""
     if name != "Monitor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from recon_aux.monitor import Monitor, as_callback  # noqa: PLC0415

@@ -179,7 +179,7 @@ NO_RESULTS = [
     r"Python 3\.10( or later)?",
     r"torch 2\.6",
     r"2 CPU cores",
-    r"1 is perfect\. 0 is as good",
+    r"1 is perfect\. 0 is no better",
     r"\(2024\)",
     # of a picture, and test_docs compares the options with the code
     r"view [12]",

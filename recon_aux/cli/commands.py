@@ -332,7 +332,7 @@ def demo(
 
 
 def _console() -> Console:
-    """Print to the terminal; where there is none, in lines as long as they need to be."""
+    """Give a console as wide as the terminal; where there is none, 160 characters wide."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=160, highlight=False)
 
@@ -346,7 +346,7 @@ def _find(
 
 
 def _check_output(path: Path | None, source: Path | None = None) -> None:
-    """Refuse a place where nothing can be written before anything is computed."""
+    """Refuse an output path that can't be written, before anything is computed."""
     if path is None:
         return
     if not path.parent.is_dir() or path.is_dir():

@@ -175,7 +175,7 @@ def find_encoder(
         if names and (found := _matches(below, names)):
             chosen = _choose(found, own, name, path)
             others = [other for other in found if other != chosen]
-            state = {key: own[stands] for key, stands in found[chosen].items()}
+            state = {name: own[key] for name, key in found[chosen].items()}
             return Encoder(candidate, options, chosen, state, others)
     raise UserError(_unknown(own, path, arch, name))
 
@@ -191,7 +191,7 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
 def _names(arch: str, options: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = on_meta(arch, options)
     if names is None and not options:
-        # what was asked for by name says why it can't be built
+        # the user named this architecture: let its own error say why it can't be built
         names = build(arch).state_dict()
     return {key: x for key, x in (names or {}).items() if not _is_counter(key)}
 

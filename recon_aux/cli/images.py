@@ -146,7 +146,7 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
     train, held_out = _splits(root)
     if train is not None and held_out:
         known = _classes(train)
-        # of test/ and val/ one may have no classes
+        # test/ or val/ may have no class folders: prefer the one that has
         test = next((x for x in held_out if known and _samples(x, known)), held_out[0])
         splits = [_samples(train, known), _samples(test, known)]
         said = f"{root}; {test.name}/ is held out"
@@ -184,7 +184,7 @@ def _splits(root: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _refuse_splits(root: Path, classes: list[str]) -> None:
-    """Refuse folders of the same folders: they are splits, and no classes."""
+    """Refuse class folders that contain the same subfolders: they are splits, not classes."""
     within = [set(_classes(root / name)) for name in classes]
     if shared := set[str]().union(*within).intersection(*within):
         raise UserError(
@@ -207,7 +207,7 @@ def _samples(folder: Path, classes: list[str]) -> list[Sample]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Find the images in a folder; what is hidden, as .ipynb_checkpoints, holds copies."""
+    """Find the images in a folder, but none in hidden folders, as .ipynb_checkpoints."""
     return sorted(
         path
         for path in folder.rglob("*")

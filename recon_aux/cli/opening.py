@@ -36,7 +36,7 @@ def open_checkpoint(path: Path, *, trust: bool = False) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
-        # timm's and torchvision's scripts save their options as one, which runs no code
+        # timm's and torchvision's scripts save options as a Namespace, which runs no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=not trust)
     except UnpicklingError as error:

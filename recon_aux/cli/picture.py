@@ -78,7 +78,7 @@ def save_picture(
         rebuilders: of those whose views can be rebuilt.
 
     Returns:
-        Labels of rows whose rebuilt values mostly can't be shown.
+        Labels of rows in which more than a third of the values can't be shown.
     """
     rows = _rebuilt_rows(rebuilders)
     figure = Figure(figsize=(11, 4 + len(rows)), layout="constrained")
@@ -120,6 +120,6 @@ def _rebuilt_rows(rebuilders: Mapping[str, Rebuilder]) -> dict[str, Tensor]:
     rows: dict[str, Tensor] = {}
     for name, rebuild in rebuilders.items():
         view, other, rebuilt = rebuild()
-        # of encoders of other sizes the same views, with more or fewer pixels
+        # encoders of other sizes see the same views in another resolution: show the first's
         rows = {"view": view, "other view": other, **rows, f"rebuilt by\n{name}": rebuilt}
     return rows

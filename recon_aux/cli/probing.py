@@ -59,7 +59,7 @@ def probe_all(
     console: Console,
     regressor: str,
 ) -> Probed:
-    """Probe encoders, and say which.
+    """Probe encoders, and print which one each checkpoint holds.
 
     Args:
         found: what is in each checkpoint, one or more, by its name.
@@ -142,7 +142,7 @@ def _width(
 
 
 def _check(name: str, encoder: Encoder, saved: Saved | None, width: int) -> None:
-    """Refuse another feature than the one that recon_aux split."""
+    """Refuse a feature that is wider or narrower than the one that recon_aux split."""
     trained = width if saved is None else saved.values.get("options", {}).get("feature_dim", width)
     if trained != width:
         raise UserError(

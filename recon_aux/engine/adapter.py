@@ -1,4 +1,4 @@
-"""What an integration is written with: a framework's conventions, and one call to attach by them.
+"""What integrations are made of: a framework's conventions, and a call that attaches by them.
 
 ``docs/adapters.md`` shows how.
 """
@@ -31,11 +31,11 @@ class Conventions:
     """How a framework names the parts of its methods.
 
     Args:
-        backbones: names of the encoder, the likeliest first; dotted within another submodule.
+        backbones: names that the encoder may have, the likeliest first; dots name nested modules.
         is_head: whether a submodule, given with its dotted name, takes the encoder's features.
-        defaults: options for a method, its ``weight`` first; ``"auto"`` where nothing was measured.
-        refused: names of classes or functions that are methods without two views, each with what
-            the method does instead.
+        defaults: gives a model's options, above all ``weight``: ``"auto"`` if nothing was measured.
+        refused: methods without two views: the name of each one's class or function, with what the
+            method does instead.
 
     Example:
         >>> its = Conventions(("trunk",), lambda name, module: name == "neck", lambda m: {}, {})
@@ -54,7 +54,7 @@ class Conventions:
         Raises:
             TypeError: that names the method and the reason.
         """
-        # of functools.partial the function
+        # a functools.partial has its function in func
         method = getattr(method, "func", method)
         for name in (getattr(x, "__name__", "") for x in getattr(method, "__mro__", [method])):
             if name in self.refused:
@@ -71,7 +71,7 @@ class Conventions:
         """
         children = dict(model.named_children())
         similar = [child for child in children if any(name in child for name in self.backbones)]
-        # a submodule of two names has the first one here
+        # named_modules lists a submodule that has two names under the first one only
         modules = {**dict(model.named_modules()), **children}
         for name in [*self.backbones, *similar]:
             child: nn.Module | None = modules.get(name)
@@ -117,7 +117,7 @@ def attach_by(
     weight: float | Literal["auto"] | None = None,
     **options: Any,
 ) -> Model:
-    """Attach, and find by a framework's conventions what isn't given.
+    """Attach to a model, and let the conventions find what isn't given.
 
     Args:
         conventions: the framework's.

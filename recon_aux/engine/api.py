@@ -58,9 +58,9 @@ def attach(
     Args:
         model: a LightningModule, or any module.
         backbone: the encoder that the training step calls with gradient, or its name.
-        heads: every module that takes the encoder's features, as its first tensor, or their
-            names. If none of them is a momentum encoder's, their frozen copies next to a momentum
-            encoder are heads, too.
+        heads: all modules that take the encoder's features as their first tensor, or their
+            names. A head's frozen copy next to a momentum encoder is found, unless such a copy is
+            listed.
         backbone_method: the encoder's method that the training step calls, if it isn't called
             itself: ``"encode"`` of lightly's masked transformers, ``"forward_features"`` of timm's.
         step_method: the model's method that returns the method's loss, if that isn't
@@ -73,22 +73,21 @@ def attach(
             out.last_hidden_state[:, 0]``.
         example_input: is encoded in place of the blank image, for an encoder that is called with
             more than images: a tuple of its arguments, or a dict of its keyword arguments.
-        views: how many views one call of the encoder gets concatenated; by default the batch of
-            the training step shows it. 1 says that a momentum encoder's view, made within the
-            step, is in the order of the encoder's.
-        interleaved: whether views of one call take turns, image by image, ``x.repeat_interleave(2,
-            0)``; by default the batch shows it, or else they come one view after the other.
-        momentum_encoders: momentum encoders, or their names, that aren't copies of the encoder
-            within the model. Their heads have to be among ``heads``.
+        views: how many concatenated views one call of the encoder gets; by default the batch
+            shows it. With 1, a momentum encoder's images are taken to be in the encoder's order,
+            which is needed where the step makes them and the batch doesn't hold them.
+        interleaved: whether the views of one call alternate, image by image, as by
+            ``x.repeat_interleave(2, 0)``. By default the batch shows it; else they don't alternate.
+        momentum_encoders: momentum encoders, or their names, that ``attach`` can't find: they stand
+            outside the model, or aren't built like the encoder. List their heads in ``heads``.
         decoder_lr: the decoder's base learning rate, on the encoder's schedule; by default the
             encoder's.
         decoder_weight_decay: its weight decay; by default the encoder's.
         log: whether a step's losses are collected, and logged by a trainer's model.
-        options: those of :class:`ReconAux`, with ``weight="auto"`` by default: 1, or more where
-            the gradient of the method's loss on the views' features is more than half as large as
-            the task's; then the task's becomes twice as large. The first batch sets it. Until then
-            the task trains the decoder alone. ``model.recon_aux.weight`` holds it, and
-            ``recon_aux/weight`` in the log.
+        options: those of :class:`ReconAux`, with ``weight="auto"`` by default. The first batch
+            sets that weight: to 1, or to the larger value that makes the task's gradient on the
+            views' features twice as large as the method's. Until then the task trains the decoder
+            alone. ``model.recon_aux.weight`` holds it, and ``recon_aux/weight`` in the log.
 
     Returns:
         The same model.
@@ -122,7 +121,7 @@ def attach(
     found = _find_modules(model, heads, "heads")
     _refuse_heads_within(encoder, found)
     momentum = _find_modules(model, momentum_encoders, "momentum_encoders")
-    # the encoder may run a head of the model's
+    # the whole model: the encoder may run a head that stands outside it
     with evaluating(model):
         shape = encoder_shape(
             unwrap(encoder),
@@ -159,8 +158,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
     Args:
         model: one that ``attach`` returned.
         loss: the method's own loss of this step, with gradient.
-        batch: shows how many images a view has, where one call encodes several concatenated, and
-            which of a momentum encoder's calls is a view's; else it is the last.
+        batch: the step's batch. It shows how many images a view has, if one call encodes several
+            views, and which call of a momentum encoder encodes a view; else that is the last.
 
     Returns:
         The method's loss plus ``weight`` times the reconstruction loss. Under ``torch.no_grad()``,
@@ -233,8 +232,8 @@ def detach(model: Model) -> Model:
 
     Raises:
         ValueError: if nothing is attached.
-        FloatingPointError: if a GPU has not reported until now that a loss was not finite. The
-            task is taken off nevertheless.
+        FloatingPointError: if a loss was not finite, and a GPU reports it only now. The task is
+            taken off nevertheless.
     """
     attached = attachment_of(model)
     attached.remove()
@@ -251,7 +250,7 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """Give a model's hooks.
+    """Give what :func:`attach` keeps of a model: its hooks and its plan.
 
     Raises:
         ValueError: if it has none.

@@ -41,9 +41,9 @@ class Attachment:
 
     Args:
         model: with a ``recon_aux``.
-        encoders: the one that is trained, as far as its name shows, then named momentum encoders.
-        backbone_method: their method that a step calls.
-        recorder: of their calls.
+        encoders: the one given as ``backbone``, then the given momentum encoders.
+        backbone_method: the encoders' method that a step calls.
+        recorder: records the encoders' calls.
         views: how many views are concatenated in one call.
         interleaved: whether they take turns there, image by image.
         decoder_group: the decoder's own learning rate and weight decay.
@@ -138,7 +138,7 @@ class Attachment:
                 self.hooks.append(MethodHook(head, "forward", mask))
 
     def mask_momentum_heads(self) -> None:
-        """Hide the equivariant channels from heads' momentum heads, too, unless one was named."""
+        """Mask the heads' momentum copies, too, unless the user has listed such a copy."""
         untrained = find_untrained(self.model)
         momentum = untrained.intersection(self.heads)
         trained = [head for head in self.heads if head not in untrained]
@@ -146,7 +146,7 @@ class Attachment:
         self.mask_heads(self._momentum_heads(unnamed))
 
     def unmask_momentum_heads(self, heads: Sequence[nn.Module]) -> None:
-        """Leave the momentum heads alone of heads that take another encoder's features."""
+        """Unmask the momentum copies of these heads, which take another encoder's features."""
         others = self._momentum_heads(heads)
         self.heads = [head for head in self.heads if head not in others]
         for hook in self.hooks:
@@ -169,7 +169,7 @@ class Attachment:
             hooks = find_hooks(self.model, *self.heads)
 
     def __getstate__(self) -> dict[str, Any]:
-        """List the hooks of encoders and heads, which are pickled without them."""
+        """Save the hooks of encoders and heads here: those modules are pickled without hooks."""
         found = [h for h in find_hooks(self.model, *self.heads) if h.module is not self.model]
         others = [(hook.module, hook.method, hook.callback) for hook in found]
         own = [hook for hook in self.hooks if hook.module is self.model]
@@ -201,18 +201,18 @@ class Attachment:
         self.driver.step = self.driver.after_call = None
         self.driver.unwatch()
 
-    # what the method does in its step may be compiled, what is done around it not
+    # the method's own step may be compiled, the code around it may not
     @around_compiled
     def run_step(self, model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the method's training step and add the reconstruction loss to what it returns."""
         batch = args, kwargs
-        # validation by the training step, or another method used for inference
+        # no training: the step method runs for validation or inference
         if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
             return call(*args, **kwargs)
         self.start()
         self.driver.after_call = partial(run_early, self, batch)
         try:
-            # the first step's graph is read, and that of the step which sets the weight
+            # these steps read the graph, which compiled code hides
             if self.plan is None or self.aux.weight_is_due:
                 result = run_eagerly(call, *args, **kwargs)
             else:
@@ -235,7 +235,7 @@ class Attachment:
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """Add the reconstruction loss to the method's."""
-        # there is none left where a training_step calls itself
+        # a training_step that calls itself has dropped its step by now
         step, aux = self.driver.step or Step(), self.aux
         if self.plan is None:
             plan, views = discover(self, step, loss, batch)
@@ -258,7 +258,7 @@ class Attachment:
             outputs = [call.output for call in views.online]
             if aux.has_auto_weight:
                 features = self.auto_weight(aux, loss, features, outputs)
-            # until then the task's gradient is kept from the encoder
+            # before the weight is set, the task's gradient doesn't reach the encoder
             if not aux.weight_is_due:
                 features = self.logs.measure(loss, features, outputs)
         output = output_of(self, step, views, features)

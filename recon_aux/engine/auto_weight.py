@@ -18,7 +18,7 @@ from recon_aux.task.distributed import agree, are_many, mean_over_processes
 
 Part = Callable[[Tensor], Tensor]
 
-# how much larger than the method's gradient on the features the task's is to be, at least
+# the task's gradient on the features becomes at least so many times the method's
 _SHARE = 2.0
 # a smaller weight measured worse next to losses with a small gradient
 _LEAST = 1.0
@@ -120,7 +120,7 @@ class GradientNorms:
         self.squares: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave a running step out of copies, whose hooks are others."""
+        """Leave a running step out of copies: its hooks fill the original's lists."""
         return {**vars(self), "squares": ([], [])}
 
     def measure(
@@ -132,7 +132,7 @@ class GradientNorms:
             features: of the views; those with gradient are measured.
             outputs: what the encoder returned, of which these are parts.
             stop: keep the task's gradient from the encoder. Otherwise nothing is measured where a
-                feature isn't a view of an output.
+                feature doesn't share the memory of an output.
 
         Returns:
             What the task is to take instead of the features.
@@ -164,7 +164,7 @@ class GradientNorms:
             if its and len(parts) == len(its):
                 hooks.append((output, partial(note_rest, parts)))
             elif its and stop:
-                # some channels or positions alone, through whatever made the feature
+                # count only the channels and positions that the features were made of
                 (part,) = gradients_of([features[i] for i in its], [output])
                 hooks.append((output, partial(note, part)))
             elif its:
@@ -266,7 +266,7 @@ def _square(gradient: Tensor) -> Tensor:
 
 
 def _part_of(output: Tensor, feature: Tensor) -> Part | None:
-    """Give the function that takes a feature's part of an output's gradient; None if it's no view.
+    """Give the function that cuts a feature's part out of an output's gradient; None for a copy.
 
     Example:
         >>> output = torch.arange(6.0).view(3, 2)

@@ -73,9 +73,9 @@ def feed_each_other(masked: Sequence[Tensor]) -> bool:
 
 
 def gradients_of(results: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Put random gradients on some results, and give what reaches the encoder's outputs, if any.
+    """Put random gradients on some results, and give what reaches each output, or None.
 
-    Gives None for each of code that torch has compiled for one backward pass only.
+    All are None if torch has compiled the code for one backward pass only.
 
     Raises:
         RuntimeError: if the graph can't be read.

@@ -74,9 +74,9 @@ def export_backbone(
     Args:
         model: one that ``attach`` returned, or an average of its weights.
         path: where to save it, too, with ``torch.save``.
-        like: a model of the architecture that is to load it strictly, torchvision's or timm's, say.
-            An encoder that was cut from one, as ``Sequential(*resnet.children())[:-1]``, or stands
-            in another module, gets its names back; what it lacks, a classifier, is ``like``'s own.
+        like: a model that is to load the weights strictly, such as torchvision's or timm's. They
+            get its names, also if the encoder holds such a model, or was cut from one, as
+            ``Sequential(*resnet.children())[:-1]``. Others, a classifier's, are ``like``'s own.
 
     Returns:
         The ``state_dict``, on the CPU. Where the encoder is sharded over processes, by FSDP2, each
@@ -121,7 +121,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name one model's tensors as another's, which is in it, or from which it was cut."""
+    """Give an encoder's tensors the names of a model that it was cut from, or that it holds."""
     found = pair_names(state, names)
     if found is None:
         raise ValueError(
@@ -140,7 +140,7 @@ def _renamed(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Te
 
 
 def pair_names(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Find one model's tensors among another's: the keys there, by the names here."""
+    """Map keys of ``names`` to keys of the same tensors in ``state``; None if they don't fit."""
     first = next(iter(names), "")
     # either all names have one prefix more, or they differ and the order is the same
     prefixes = [key[: -len(first)] for key in state if f".{key}".endswith(f".{first}")]

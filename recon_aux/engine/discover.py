@@ -115,7 +115,7 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         return None
     if attached.aux.splitter.equivariant_dim and loss.requires_grad:
         refuse_bypassed_heads(attached, plan, step, loss, online)
-    # what ran early took all calls for the method's
+    # the early run counted all calls as the method's
     if plan.calls is None:
         step.early = None
     if step.misses_encoder and attached.plan is not None:
@@ -185,7 +185,7 @@ def _online(plan: Plan, calls: Sequence[EncoderCall]) -> list[EncoderCall]:
 def _calls_of_method(
     attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: Any
 ) -> list[EncoderCall]:
-    """Give the calls that the loss was made of, without those of a probe, say."""
+    """Give the method's calls, without a probe's, for example, and note how many a step makes."""
     if not loss.requires_grad:
         return step.calls
     kept = attached.driver.calls_of_method(step, loss, batch)
@@ -240,7 +240,7 @@ def warn_of_unlike(plan: Plan, images: Pair) -> None:
 
 
 def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
-    """Say so if the batch shows that these aren't two views of the same images."""
+    """Give the error's text if the batch shows that these aren't views of the same images."""
     shapes = [tuple(view.shape) for view in images]
     if images[0].shape == images[1].shape and torch.equal(*images):
         return f"expected two views, saw the same images {shapes[0]} twice. {_IN_ORDER}"
@@ -251,7 +251,7 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
     parts = known + [p for x in joined for turns in (False, True) for p in parts_of(x, size, turns)]
     places = [[(x, rows) for x in parts if (rows := rows_in(v, x)) is not None] for v in images]
     if all(places):
-        # a part of the batch has the same rows of both views
+        # views are in order if each has the same rows of its part of the batch
         pairs = [(b, rows) for a, rows in places[0] for b, _ in places[1] if len(a) == len(b)]
         mixed = not any(torch.equal(b[rows], images[1]) for b, rows in pairs)
     else:

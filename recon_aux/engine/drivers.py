@@ -36,8 +36,8 @@ class Driver:
 
     Attributes:
         step: if one is running.
-        after_call: what to do with the step of a ``training_step`` after each call of an encoder.
-        is_loop: whether a step may encode more than its views, as in an evaluation.
+        after_call: called with the step after each call of an encoder; None in a loop.
+        is_loop: whether the user's own loop trains. It may encode other images, too.
     """
 
     is_loop: bool
@@ -46,7 +46,7 @@ class Driver:
         self.step: Step | None = None
         self.after_call: Callable[[Step], None] | None = None
         self.encoders: Sequence[nn.Module] = ()
-        # of images that unknown momentum encoders take; None if there is no need to watch for them
+        # the images' channels, to notice unknown momentum encoders; None: don't watch for them
         self.channels: int | None = None
         self.watching: RemovableHandle | None = None
         self.is_encoding = False
@@ -75,18 +75,18 @@ class Driver:
             finalize(self, self.watching.remove)
 
     def unwatch(self) -> None:
-        """Note them no longer."""
+        """Stop watching for momentum encoders."""
         if self.watching is not None:
             self.watching.remove()
         self.watching = None
 
     def feeds(self, head: nn.Module, received: Tensor, is_first: bool) -> bool | None:
-        """Whether a head receives an encoder's feature; None if it can't be seen.
+        """Note and return whether a head receives an encoder's feature; None if that is unknown.
 
         Args:
-            head: that receives it.
-            received: one of its tensors.
-            is_first: whether that is the first.
+            head: that is called.
+            received: one of the tensors that it is called with.
+            is_first: whether that is the first of them.
         """
         # a head may be run by a hook, before the encoder returns
         step = self.step
@@ -106,7 +106,7 @@ class Driver:
         elif _share_memory(received, [call.output for call in calls]):
             fed = True
         else:
-            # what was done to it isn't in the graph; only the first step asks
+            # without gradient the graph doesn't show its origin; only the first step needs it
             if is_first and self.watching is not None:
                 step.unsure.append(head)
             return None
@@ -115,7 +115,7 @@ class Driver:
         return fed
 
     def may_feed(self, is_first: bool) -> bool:
-        """Whether a tensor that a head receives is taken for a feature, if nothing shows it."""
+        """Whether a tensor that a head receives counts as a feature, where ``feeds`` gives None."""
         if is_first or torch.compiler.is_compiling():
             return True
         if self.step is None or (self.is_loop and not torch.is_grad_enabled()):
@@ -130,7 +130,7 @@ class Driver:
             self.step.masked.append(masked)
 
     def calls_of_method(self, step: Step, loss: Tensor, batch: Any) -> list[EncoderCall]:
-        """Give the calls that the loss was made of, without those of a probe, say."""
+        """Give the calls that belong to the method: without those of a probe, for example."""
         raise NotImplementedError
 
 
@@ -141,11 +141,11 @@ class TrainingStepDriver(Driver):
 
     def __init__(self) -> None:
         super().__init__()
-        # versions of heads that a backward pass went through outside a step, since the last one
+        # versions of heads that a backward pass went through since the last step, outside a step
         self.trained_outside: dict[int, int] = {}
 
     def __deepcopy__(self, memo: Any) -> Driver:
-        """Copy, but let a momentum encoder that is copied within a step be recorded in it."""
+        """Copy, but not within a step: a momentum encoder that is copied there is recorded."""
         return self if self.step is not None else type(self)()
 
     def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
@@ -227,7 +227,7 @@ class LoopDriver(Driver):
     def _make_room(self, step: Step, with_gradient: bool) -> None:
         alike = (call for call in step.calls if call.output.requires_grad == with_gradient)
         spare = [call for call in alike if not self._trains(call)]
-        # those with gradient may train after all
+        # keep more of those with gradient: the loss may still turn out to use them
         if len(spare) >= (_MANY_CALLS if with_gradient else _SPARE_CALLS):
             step.calls = [call for call in step.calls if call is not spare[0]]
             if with_gradient:
@@ -261,7 +261,7 @@ def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, resu
         return
     images = (x for x in tensors_in(args) if x.ndim == 4 and x.shape[1] == channels)
     image, first = next(images, None), its.encoders[0]
-    # a call of another method than forward is seen in what it calls
+    # only forward is watched: a call of another method shows by the submodules that it runs
     part = largest_child(first)
     is_part = are_alike(module, part) and share_values(module, part)
     is_alike = is_part or are_alike(module, first)
@@ -285,10 +285,10 @@ def has_training_step(model: nn.Module, step_method: str) -> bool:
 
 
 def _refuse_training_outside(head: nn.Module, masked: Tensor, versions: dict[int, int]) -> None:
-    """Refuse to train a masked head past the training_step that adds the loss.
+    """Refuse to train a masked head outside the training_step that adds the loss.
 
-    A loss that is only looked at is no training. It is training if a backward pass went through
-    the head outside a step, and its weights have changed since.
+    Computing a loss is not training yet. A head is trained if a backward pass went through it
+    outside a step, and the head's weights have changed since.
     """
     if is_recomputing():
         return
@@ -304,11 +304,11 @@ def _refuse_training_outside(head: nn.Module, masked: Tensor, versions: dict[int
 
 
 def _refuse_forgotten_loss(calls: int, has_changed: bool) -> None:
-    """Refuse a loop that trains the encoder on, or changes it, without add_loss.
+    """Refuse a loop that goes on training the encoder without add_loss.
 
     Args:
-        calls: of the encoder that train, since the last step.
-        has_changed: whether the encoder has, since then.
+        calls: how many calls of the encoder, since the last add_loss, look like training.
+        has_changed: whether the encoder's weights have changed between these calls.
     """
     if has_changed or calls >= _MANY_CALLS:
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """Run the task before the method's loss, in steps that go by the plan.
 
-A GPU still works on the encoder then. The method's loss often makes the CPU wait for the GPU. What
-begins after that keeps the GPU waiting.
+At that time a GPU still works on the encoder. The method's loss often makes the CPU wait for the
+GPU. If the task began after that, the GPU would have to wait for the CPU.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
     # gradients that are measured have to be hooked first
     if aux.weight_is_due or attached.logs.is_due or _saves_otherwise():
         return
-    # the last view may be encoded without gradient, but not so the task; errors are for the late
-    # run: the step may yet be skipped
+    # the last view may be encoded without gradient, but the task needs it. Errors are left to the
+    # run after the loss: the method may still skip the step
     with suppress(Exception), torch.enable_grad(), on_trial(aux) as keep:
         views = find_views(attached, plan, step.calls, batch)
         # something else may have been encoded in between
@@ -56,13 +56,13 @@ def _saves_otherwise() -> bool:
 
 
 def _versions(step: Step) -> list[tuple[int | None, bool]]:
-    """Say what shows changes in place of what the encoders returned."""
+    """Give the version of each encoder output, and whether it has a gradient."""
     outputs = [call.output for call in step.calls]
     return [(version_in_place(x), x.requires_grad) for x in outputs]
 
 
 def drop_if_outdated(attached: Attachment, step: Step) -> None:
-    """Drop what the task made early, if the step went on otherwise than it was known then."""
+    """Drop the task's early output, if something that it depends on has changed since."""
     early, plan = step.early, attached.plan
     if early is None or plan is None:
         return
@@ -70,7 +70,7 @@ def drop_if_outdated(attached: Attachment, step: Step) -> None:
     if has_changed or len(step.calls) != plan.calls or early.weight != attached.aux.weight:
         step.early = None
     if has_changed:
-        # it will change in each step
+        # each step will change its features: never run early again
         plan.calls = None
         warn_of_changed_features(step, early.views)
 

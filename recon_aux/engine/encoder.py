@@ -97,7 +97,7 @@ def take_feature(output: Any, features: Features | None = None, dim: int | None 
 
 
 def source_of(feature: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Give the tensor of those with gradient that a feature was made of: it may be itself."""
+    """Give the one of these tensors that a feature was made of, or else the feature itself."""
     if not feature.requires_grad or any(x is feature for x in tensors):
         return feature
     if torch.compiler.is_compiling():

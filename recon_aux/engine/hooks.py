@@ -56,9 +56,9 @@ class MethodHook:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """A method's: inspect, and so torch.jit.script, reads the source of nothing else.
+        """Pose as a method, since inspect and torch.jit.script read the source of nothing else.
 
-        But while torch compiles: torch 2.6 would put the module's own method in its place.
+        But not while torch compiles: torch 2.6 would replace the hook by the module's own method.
         """
         return MethodType if TracingContext.try_get() is None else MethodHook
 
@@ -126,7 +126,7 @@ class MethodHook:
 
 
 class _State(dict[str, Any]):
-    """A module's attributes without its hooks, which only a deep copy gets."""
+    """A module's attributes without its hooks. A deep copy gets the hooks, a pickle doesn't."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.hooks = {k: x for k, x in state.items() if isinstance(x, MethodHook) and x.method == k}
@@ -171,7 +171,7 @@ class EncoderRecorder:
     ) -> Any:
         """Call the encoder and record the call."""
         was, self.driver.is_encoding = self.driver.is_encoding, True
-        # torch 2.6 compiles no context manager of one's own
+        # try, and no context manager: torch 2.6 can't compile a user's
         try:
             result = call(*args, **kwargs)
         finally:
@@ -221,7 +221,7 @@ class HeadMask:
         self.equivariant_dim = equivariant_dim
         self.driver = driver
         self.name = name
-        # by the arguments' places: whether a head was seen to receive a feature there
+        # for each argument, by its position: whether it was seen to be a feature
         self.takes: dict[int, bool] = {}
 
     def __call__(
@@ -252,7 +252,7 @@ class HeadMask:
         known, seen = self.takes.get(place), self.driver.feeds(head, value, is_first)
         if seen is None:
             return self.driver.may_feed(is_first) if known is None else known
-        # a head that takes a feature once may do so where it can't be seen
+        # once a feature, always a feature: later calls may not show what it is
         if seen or known is None:
             self.takes[place] = seen
         return seen
@@ -271,8 +271,8 @@ class HeadMask:
             ValueError: if the feature isn't the encoder's.
         """
         width, rank = self.shape.feature_dim, self.shape.feature_rank
-        # where both dimensions may be the channels, they are where the encoder has them, and last
-        # in stacked features
+        # if two dimensions have the channels' size, the encoder's own place counts; in stacked
+        # features the last
         comes_second = self.shape.channel_dim == 1 and (feature.ndim != 3 or rank == 3)
         last = feature.ndim - 1
         places = [1, last] if comes_second else [last, 1]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_heads(attached: Attachment, step: Step, online: Sequence[EncoderCall]) -> None:
-    """Mask the heads of the trained encoder alone, and refuse those that mix channels.
+    """Keep masks on the trained encoder's heads only, and refuse heads that see mixed channels.
 
     Args:
         attached: whose heads they are.
@@ -39,7 +39,7 @@ def check_heads(attached: Attachment, step: Step, online: Sequence[EncoderCall])
 
 
 def _refuse_mixing_heads(attached: Attachment, step: Step, calls: Sequence[EncoderCall]) -> None:
-    """Refuse heads that take what another gives, or what mixes channels before them."""
+    """Refuse heads that take another head's output, or features whose channels were mixed."""
     if feed_each_other(step.masked):
         raise RuntimeError(
             "expected heads that take the encoder's features, but of "
@@ -55,7 +55,7 @@ def refuse_bypassed_heads(
 ) -> None:
     """Refuse a loss that sees equivariant channels without a masked head in between."""
     plan.steps += 1
-    # such a loss may weigh nothing at first: look in step 1, 2, 4, ..., 64, 128, 192, ...
+    # such a loss may have weight 0 at first: look in step 1, 2, 4, ..., 64, 128, 192, ...
     is_due = plan.steps.bit_count() == 1 or plan.steps % 64 == 0
     if plan.bypasses_heads and not is_due:
         return
@@ -222,7 +222,7 @@ def _warn_without_gradient(
 
 
 def describe_unknown(attached: Attachment, unknown: Sequence[nn.Module]) -> str:
-    """Name the last of some modules, which is called after what is in it."""
+    """Name the last module: it may contain the others, since their calls end before its own."""
     its = unknown[-1]
     name, kind = attached.name(its), type(its).__name__
     return f"{name} ({kind})" if name != kind else f"a {kind} that isn't in the model"
@@ -237,7 +237,7 @@ def describe_replaced(attached: Attachment) -> str:
     known = {mask.name: head for mask, head in masks if isinstance(mask, HeadMask)}
     known[attached.aux.encoder_name] = attached.encoder
     now = dict(attached.model.named_modules())
-    # one that is compiled since is still in the model
+    # torch.compile replaces a module, but its wrapper keeps it in the model
     gone = [name for name in known if name and name in now and known[name] not in now.values()]
     if not gone:
         return ""

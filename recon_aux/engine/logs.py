@@ -57,7 +57,7 @@ class Logs:
     def measure(
         self, loss: Tensor, features: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Measure the gradients of every so-manyth step.
+        """Measure the gradients, but only once in ``_MEASURE_EVERY`` steps.
 
         Args:
             loss: the method's.
@@ -99,9 +99,9 @@ class Logs:
         if aux.has_auto_weight:
             self.losses["weight"] = torch.tensor(aux.weight)
         self.sum = output.loss.detach(), loss.detach()
-        # of a step before
+        # an earlier step's: this step's backward pass is still to come
         ratio = self.norms.ratio()
-        # Lightning's loggers take what comes in each tenth or fiftieth step
+        # log in full where Lightning's loggers write: often in each tenth or fiftieth step
         is_full = ratio is not None or self.logged == 0 or (self.logged + 1) % _LOG_EVERY == 0
         self.ratio, self.logged = self.ratio if ratio is None else ratio, self.logged + 1
         try:

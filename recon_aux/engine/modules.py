@@ -133,7 +133,7 @@ def find_momentum_heads(
 
 
 def _analogous(name: str, copy: str, other: str) -> list[str]:
-    """Apply to another name the change that turns a name into its copy's.
+    """Change ``other`` in the way that turns ``name`` into ``copy``; give all possible results.
 
     Example:
         >>> _analogous("online.encoder", "target.encoder", "online.projector")
@@ -160,7 +160,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def averaged(module: nn.Module) -> nn.Module:
-    """Look into an average of weights, torch's or timm's: it may be called, or its module."""
+    """Give the model inside an average of weights, torch's or timm's; else the module itself."""
     is_average = isinstance(module, AveragedModel) or type(module).__name__.startswith("ModelEma")
     inner = getattr(module, "module", None)
     return inner if is_average and isinstance(inner, nn.Module) else module

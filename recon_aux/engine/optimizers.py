@@ -18,7 +18,7 @@ Group = dict[str, Any]
 class DecoderGroup(NamedTuple):
     """The decoder's learning rate and weight decay, where they aren't the encoder's.
 
-    The decoder has the rate ``lr`` when the encoder has its own base rate.
+    The decoder has the rate ``lr`` while the encoder has its base rate; a schedule scales both.
     """
 
     lr: float | None = None
@@ -41,7 +41,7 @@ class DecoderGroup(NamedTuple):
 def add_decoder_params(
     configured: Any, decoder: nn.Module, encoders: Sequence[nn.Module], own: DecoderGroup
 ) -> None:
-    """Put the decoder's parameters where the encoder's are, unless they have a place.
+    """Put the decoder's parameters into the encoder's groups, unless they are in a group already.
 
     Weights join a group of the encoder's weights. Biases and norms join a group of its biases and
     norms. So they follow the same schedule and the same exceptions from weight decay. With
@@ -49,8 +49,8 @@ def add_decoder_params(
 
     Args:
         configured: what ``configure_optimizers`` returned, in any form that Lightning takes.
-        decoder: whose parameters may have no place.
-        encoders: whose parameters show it.
+        decoder: its parameters are put into groups.
+        encoders: their parameters show into which groups.
         own: the decoder's own settings.
 
     Raises:
@@ -92,7 +92,7 @@ def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: boo
 
     def alike(group: Group) -> tuple[int, int, float]:
         known = [sizes[id(p)] for p in group["params"] if id(p) in sizes]
-        # of layers that are alike, with rates of their own, the one nearest to the heads
+        # of equal groups the one with the highest rate: often the layers nearest to the heads
         return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known), _base(group)
 
     return max([group for group in groups if _base(group) > 0] or groups, key=alike)
@@ -218,7 +218,7 @@ def _in_proportion(
     for own, group in enumerate(groups):
         if others and group["params"] and all(id(p) in ours for p in group["params"]):
             like = _home(others, encoders, vector=all(p.ndim < 2 for p in group["params"]))
-            # now, before a checkpoint brings rates that a schedule has come far with
+            # read the base now: a checkpoint may bring rates that a schedule has changed
             pairs.append((own, index[id(like)], _base(like)))
 
     def set_rates(optimizer: Any, args: Any, kwargs: Any) -> None:

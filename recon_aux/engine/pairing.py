@@ -10,7 +10,7 @@ from torch import Tensor
 _SIDE, _MOVE = 8, 2
 # standard deviation of the cells of a blank image, at most; pixels are 0..1, or normalised
 _BLANK = 0.01
-# standard deviation of an image's similarities to all others, at most, if it tells nothing
+# an image tells nothing if its similarities to all others have a smaller standard deviation
 _TIED = 0.02
 # rows that a first look needs, and rows after which it is decided
 _FEW, _MANY = 32, 256

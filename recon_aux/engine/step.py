@@ -43,7 +43,7 @@ class EncoderCall(NamedTuple):
 
     @property
     def sources(self) -> list[Tensor]:
-        """Those of the returned tensors that the feature was made of. It may be one itself."""
+        """The returned tensors that the feature was made of, or itself, if it was returned."""
         return sources_of(self.feature, self.returned) or [self.output]
 
     @property
@@ -59,7 +59,7 @@ class EncoderCall(NamedTuple):
 def calls_behind(
     loss: Tensor, calls: Sequence[EncoderCall], avoiding: Sequence[Tensor] = ()
 ) -> list[EncoderCall]:
-    """Give the calls on whose features, or on what those were made of, a loss depends.
+    """Give the calls that a loss depends on, through the feature or what it was made of.
 
     Args:
         loss: with gradient.
@@ -80,7 +80,7 @@ def version_in_place(tensor: Tensor) -> int | None:
 
 
 class OtherCall(NamedTuple):
-    """A call of another module: images that it took, shapes that it returned, if it's a copy."""
+    """A call of another module: its images, its outputs' shapes, whether it is like the encoder."""
 
     module: nn.Module
     image: Tensor | None
@@ -97,13 +97,13 @@ class Views(NamedTuple):
 
 
 class EarlyTask(NamedTuple):
-    """What the task made of two views, and what it depends on that may change until it is used.
+    """The task's output for two views, run early, and what must not change until it is used.
 
     Attributes:
-        views: the two.
-        weight: the task's.
-        versions: of what the encoders returned, and whether it has a gradient.
-        output: what the task made.
+        views: the two views.
+        weight: the task's weight.
+        versions: for each output of an encoder its version, and whether it has a gradient.
+        output: the task's output.
         keep: to be called if the output is used.
     """
 
@@ -124,10 +124,10 @@ class Step:
         fed: heads that received an encoder's feature, with gradient.
         detached: heads that received such a feature without its gradient.
         not_fed: heads that received something else, with gradient.
-        unsure: heads that received something without gradient, from where can't be seen.
+        unsure: heads that received a tensor without gradient whose origin can't be seen.
         misses_encoder: whether the loss of a ``training_step`` depends on none of the calls.
         others: what other modules gave without gradient, as unknown momentum encoders do.
-        early: what the task made of the views, while the method's loss wasn't computed yet.
+        early: the task's output, if the task ran before the method's loss.
     """
 
     def __init__(self) -> None:

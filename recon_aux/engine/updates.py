@@ -25,7 +25,7 @@ class DecoderUpdates:
         self._versions: tuple[int, int] | None = None
         self._has_looked = False
         self._is_sure = False
-        # of the decoder, since the first miss: some updates change no version
+        # the decoder's values at the first miss: some updates change no version
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def verify(self, encoder: nn.Module, aux: nn.Module) -> None:

@@ -19,7 +19,7 @@ def two_views(
     count: int | None,
     interleaved: bool,
 ) -> tuple[Pair, Pair] | None:
-    """Find two views of one size, the largest of which there are two, one of them with gradient.
+    """Find the two largest views of equal size, at least one of them with gradient.
 
     Args:
         calls: all that went through the encoder and its momentum encoders in one step.
@@ -50,17 +50,17 @@ def two_views(
         ordered = in_batch_order(call, batch, count)
         if ordered is not None:
             image, feature = ordered
-            # two tensors of the batch differ, without a look at their values
+            # two tensors of the batch count as different: comparing values waits for the device
             both_in_batch = is_of(batch, image) and is_of(batch, first.image)
             if image is not first.image and (both_in_batch or not torch.equal(image, first.image)):
                 return (first.image, image), (first.feature, feature.detach())
-    # a larger image is none of the views
+    # no second image is as large as the largest: look among the smaller ones
     smaller = [call for call in online if call.pixels < first.pixels]
     return two_views(calls, smaller, batch, count, interleaved) if smaller and not others else None
 
 
 def parts_of(joined: Tensor, size: int, interleaved: bool) -> Sequence[Tensor]:
-    """Take concatenated views apart, each of some size."""
+    """Split concatenated views into views of ``size`` images each."""
     parts = len(joined) // size
     return [joined[i::parts] for i in range(parts)] if interleaved else torch.split(joined, size)
 
@@ -90,7 +90,7 @@ def _shown_size(
 ) -> int | None:
     """Say how many images a view has, where the batch shows that one call got several views.
 
-    It has views of this size, or the very images.
+    The batch shows it by a tensor of a view's length, or by holding the first view itself.
 
     Args:
         image: what the call got.
@@ -136,7 +136,7 @@ def batch_sizes(batch: Any) -> set[int]:
 
 
 def in_batch_order(call: EncoderCall, batch: Any, count: int | None) -> Pair | None:
-    """Undo a shuffle of the images that a momentum encoder took, as MoCo's, if they are known."""
+    """Undo the shuffle of a momentum encoder's images, as MoCo's; None if the batch lacks them."""
     # comparing values waits for the device, so identity first
     if count == 1 or is_of(batch, call.image):
         return call.image, call.feature
@@ -148,7 +148,7 @@ def in_batch_order(call: EncoderCall, batch: Any, count: int | None) -> Pair | N
 
 
 def rows_in(images: Tensor, among: Tensor) -> Tensor | None:
-    """Say where each of some images is among others; None if any is not."""
+    """Give each image's row among other images; None if one of them isn't there."""
     if images.shape == among.shape and torch.equal(images, among):
         # rows may be equal, as blank ones
         return torch.arange(len(images), device=images.device)

@@ -125,12 +125,12 @@ class Monitor(_Base):  # type: ignore[misc]
         self._stream: Stream | None = None
 
     def __reduce__(self) -> Any:
-        """Pickle without the class that was made of it and Lightning's."""
+        """Pickle as the class itself, not as the one that ``as_callback`` made of it."""
         return _restore, (_own_class(type(self)), vars(self))
 
     @property
     def state_key(self) -> str:
-        """What Lightning saves it under: nothing is saved, but no two may be the same."""
+        """The key in Lightning's checkpoints. Nothing is saved, but no two keys may be equal."""
         return f"Monitor[{self.name}]"
 
     # --- for a loop ---

@@ -43,5 +43,5 @@ def _folder_of(logger: Any) -> Path | None:
     """Give the folder of a logger's run; where it has one for all runs, a folder in that."""
     if getattr(logger, "log_dir", None):
         return Path(logger.log_dir)
-    everything = getattr(logger, "save_dir", None)
-    return everything and Path(everything, str(logger.name), str(logger.version))
+    all_runs = getattr(logger, "save_dir", None)
+    return all_runs and Path(all_runs, str(logger.name), str(logger.version))

@@ -1,4 +1,4 @@
-"""A labelled picture: two views, what is rebuilt of the first, and that in another's context."""
+"""A labelled picture: two views, the first rebuilt, and rebuilt in another image's context."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _as_pixels(images: Tensor) -> Tensor:
     """Give the first three channels as bytes, ``(B, H, W, 3)``, all of one size."""
     images = images.detach().float().cpu().nan_to_num().clamp(0, 1)
     images = images.repeat(1, 3, 1, 1) if images.shape[1] < 3 else images
-    larger = min(images.shape[-2:]) < _SIDE
-    how: dict[str, Any] = {"mode": "nearest"} if larger else {"mode": "bilinear", "antialias": True}
+    grows = min(images.shape[-2:]) < _SIDE
+    how: dict[str, Any] = {"mode": "nearest"} if grows else {"mode": "bilinear", "antialias": True}
     resized = F.interpolate(images[:, :3], (_SIDE, _SIDE), **how)
     return (resized * 255).round().to(torch.uint8).movedim(1, -1).contiguous()

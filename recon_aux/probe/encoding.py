@@ -1,4 +1,4 @@
-"""Find what encodes images as in the training, and leave a model as it was meanwhile."""
+"""Find the function that encodes images as in training, and use it without side effects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recon_aux.task.splitter import as_feature
 ENCODERS = ("backbone", "encoder", "online_backbone", "student_backbone")
 """Where a bare model has its encoder."""
 
-# a model that has one of these returns what no encoder does
+# a model with one of these submodules returns a head's output, not a feature
 _HEADS = ("projector", "projection_head", "predictor", "prediction_head")
 
 
@@ -101,7 +101,7 @@ def _fewest_channels(module: nn.Module) -> int | None:
 
 @contextmanager
 def evaluating_encoder(encoder: Any) -> Iterator[None]:
-    """Put an encoder into eval mode; of a function each module that it calls."""
+    """Put an encoder into eval mode, or each module that an encoding function calls."""
     if isinstance(encoder, nn.Module):
         with evaluating(encoder):
             yield
@@ -127,11 +127,11 @@ def undisturbed(model: Any) -> Iterator[None]:
     driver = attachment_of(model).driver if is_attached(model) else None
     step = None if driver is None else driver.step
     device = next(model.parameters(), torch.empty(0)).device
-    still = torch.autocast(device.type, enabled=False)
+    no_autocast = torch.autocast(device.type, enabled=False)
     try:
         if driver is not None:
             driver.step = None
-        with evaluating(model), _random_state_kept(device), still, torch.no_grad():
+        with evaluating(model), _random_state_kept(device), no_autocast, torch.no_grad():
             yield
     finally:
         if driver is not None:

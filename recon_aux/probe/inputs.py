@@ -61,7 +61,7 @@ def checked_labels(whose: str, labels: Tensor, count: int) -> Tensor:
     """Check that there is one class for each image; ``(N, 1)`` will do.
 
     Args:
-        whose: labels these are, for the message.
+        whose: the labels' owner, for the message.
         labels: ``(N,)`` or of another shape with as many numbers.
         count: how many images there are.
 
@@ -81,7 +81,7 @@ def checked_labels(whose: str, labels: Tensor, count: int) -> Tensor:
 
 
 def check_pairs(pairs: tuple[int, int]) -> None:
-    """Refuse numbers of images that no R² can be computed of.
+    """Refuse numbers of images that are too small to compute an R².
 
     Raises:
         ValueError: if one is less than 2.
@@ -139,7 +139,7 @@ def with_eight_bits(image: Any) -> Any:
     """
     if image.mode[0] not in "IF":
         return image
-    # whoever has an image of Pillow has Pillow
+    # only a caller who passes an image of Pillow needs Pillow
     from PIL import Image  # noqa: PLC0415
 
     pixels = np.array(image)
@@ -165,7 +165,7 @@ def check_images(images: Tensor) -> None:
     """
     if not images.numel():
         return
-    # torch finds no extremes of these
+    # torch's aminmax doesn't take these types
     others = (torch.bool, torch.uint16, torch.uint32, torch.uint64)
     values = images.long() if images.dtype in others else images
     low, high = (float(x) for x in values.aminmax())

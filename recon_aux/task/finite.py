@@ -32,7 +32,7 @@ class FiniteCheck:
     def __init__(self) -> None:
         self.overflows = 0
         self.far = 0
-        # what isn't judged yet, while losses are only noted
+        # calls to judge later, while the task runs on trial; None otherwise
         self.noted: list[tuple[Any, ...]] | None = None
         # step, whether a loss scaler may skip it, normal loss, inputs, loss, event of its arrival
         self.under_way: deque[tuple[int, bool, float, Sequence[Tensor], Tensor, Any]] = deque()

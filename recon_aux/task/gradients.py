@@ -33,14 +33,14 @@ def with_gradients(
     """Return ``weight * loss``, whose gradients are computed here and now.
 
     On a GPU the CPU has time for that: the GPU still works on the encoder. The backward pass of the
-    whole model then begins next to nothing of the task. Activations are freed here. A loss scale
-    multiplies gradients in float32.
+    whole model then has almost nothing to launch for the task. The task's activations are freed
+    here. A loss scale multiplies gradients in float32.
 
     Args:
         loss: a scalar.
         weight: factor of the loss.
-        inputs: the tensors that get gradients, each with what stood for it in the computation of
-            the loss.
+        inputs: the tensors that get gradients, each with the tensor that the loss was computed
+            from in its place.
         paces: factors of some of their gradients.
 
     Returns:

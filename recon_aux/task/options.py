@@ -62,13 +62,13 @@ class Options:
             CVPR 2022, section 3).
         reconstruct: which view an optimizer step rebuilds, in all its calls, such as micro-batches:
             ``"alternate"`` (first, second, ...), ``"random"`` (drawn from ``seed``) or ``"both"``.
-            Steps of the encoder alone don't count. Calls do, if torch never updates the decoder.
+            Steps of the encoder alone don't count. If torch never updates the decoder, calls count.
         spatial: features keep positions, ``(B, D, H, W)`` or ``(B, N, D)``, instead of ``(B, D)``.
             The decoder sees the positions; the other terms see the average over them.
         seed: of the decoder's weights and of ``"random"``; by default the seed that torch was last
             given. The global random state is left as it is.
         compile: compile the losses by :func:`torch.compile`, which takes a minute once. A GPU then
-            gets few operations to begin. The first batch runs as it is.
+            has fewer operations to start. The first batch runs uncompiled.
         preset: ``"paper"`` for reconstruction alone with a weight of 4, as Wang, Krajsek & Scharr
             do; ``"geometry"`` for ``edges=64``, for poses. Options that are given beside it win.
 
@@ -249,7 +249,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[s
 
     Returns:
         The options that differ, with both values, in words. And whether the saved decoder is
-        another one, which can't be trained on with the current options.
+        so different that its training can't go on with the current options.
 
     Example:
         >>> differences({"weight": 1.0, "edges": 16.0}, {"weight": 2.0, "edges": 16.0})

@@ -138,7 +138,7 @@ class ReconAux(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that matter to what is learned, defaults included; plain, to be logged.
+        """The options that affect what is learned, defaults included, as plain values to log.
 
         Example:
             >>> options = ReconAux(feature_dim=512, edges=0).options
@@ -241,7 +241,7 @@ class ReconAux(nn.Module):
 
     @torch.no_grad()
     def rebuild(self, feature: Tensor, other: Tensor) -> Tensor:
-        """Rebuild views from their features, each next to another view, or to another image.
+        """Rebuild views from their own features and those of other views, or of other images.
 
         Args:
             feature: of the views to rebuild, as in :meth:`forward`; its equivariant part is used.
@@ -249,7 +249,7 @@ class ReconAux(nn.Module):
 
         Returns:
             ``(B, C, target_size, target_size)`` in the views' own units. With
-            ``normalize_patches=True`` the decoder predicts normalised patches, and so this is.
+            ``normalize_patches=True`` the patches are normalised, as the decoder predicts them.
 
         Raises:
             ValueError: if a shape isn't as above.
@@ -315,7 +315,7 @@ class ReconAux(nn.Module):
 
 @contextmanager
 def on_trial(aux: ReconAux) -> Iterator[Callable[[], None]]:
-    """Call the task within this so that nothing is kept of the call: its turn, its loss's check.
+    """Let calls of the task in this context leave no trace: they take no turn, and judge no loss.
 
     Yields:
         What to call if the output is used after all.
@@ -345,7 +345,7 @@ def on_trial(aux: ReconAux) -> Iterator[Callable[[], None]]:
 def _losses(
     aux: ReconAux, features: Sequence[Tensor], resized: Tensor, count: int
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Compute the loss, each term's, and patches of the first views rebuilt, of tensors alone.
+    """Compute the loss, each term's loss, and the rebuilt patches of the first ``count`` views.
 
     Only the loss has a gradient.
 
@@ -375,7 +375,7 @@ def _losses(
 
 
 def _leaf(feature: Tensor, dtype: torch.dtype) -> Tensor:
-    """Begin a graph of the task's own."""
+    """Make a leaf of a feature, so that the task has a graph of its own."""
     # a tensor that was made in inference mode can't be saved for a backward pass
     leaf = feature.clone() if feature.is_inference() else feature.detach()
     return leaf.to(dtype).requires_grad_(feature.requires_grad)
@@ -399,7 +399,7 @@ def _draw(aux: ReconAux, patches: Tensor) -> Tensor:
 
 
 def _stacked(views: Sequence[Tensor]) -> Tensor:
-    """Put views below each other. Not as channels_last, which slows down all that follows."""
+    """Concatenate views along the batch, never as channels_last: all that follows would be slow."""
     return torch.cat([view.flatten(2) for view in views]).view(-1, *views[0].shape[1:])
 
 

@@ -20,10 +20,10 @@ from torch.optim.optimizer import (
 
 @dataclass
 class _Turn:
-    """Where a module stands.
+    """What is known of a module's calls and of its optimizer's steps.
 
     Attributes:
-        state: new, begun, taken, due, or each call.
+        state: new, begun (called once), taken (until the next step), due (after it), or each call.
         version: of its weights, at its last call.
         changes: how often they changed between calls since an optimizer's last step.
     """
@@ -44,8 +44,8 @@ _after_steps = cache(register_optimizer_step_post_hook)
 def takes_turn(module: nn.Module) -> bool:
     """Return whether a module's call is its first since an optimizer of torch's last updated it.
 
-    SAM, LBFGS and accumulated gradients call a module several times for one step. Frozen, or
-    without such an optimizer, every call takes a turn.
+    SAM, LBFGS and accumulated gradients call a module several times for one step. If a module
+    is frozen, or no such optimizer updates it, every call takes a turn.
     """
     _before_steps(_note_start)
     _after_steps(_note_step)
@@ -55,10 +55,10 @@ def takes_turn(module: nn.Module) -> bool:
     turn.changes += version != turn.version and not within_step
     turn.version = version
     if turn.state == "begun":
-        # no step was seen: this may be SAM's first, or there is no such optimizer
+        # no step was seen: the first one isn't finished, as in SAM, or no optimizer makes any
         turn.state = "taken" if has_optimizer(module) else "each call"
     if turn.changes > 1:
-        # SAM would have stepped: something that has no hooks updates the weights
+        # after two changes SAM would have stepped: an optimizer without hooks makes them
         turn.state = "each call"
     took, turn.state = turn.state, {"new": "begun", "due": "taken"}.get(turn.state, turn.state)
     return took != "taken" or not any(p.requires_grad for p in module.parameters())

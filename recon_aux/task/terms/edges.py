@@ -15,7 +15,7 @@ from recon_aux.task.terms.shrinking import shrink
 _CELLS, _DIRECTIONS = 8, 8
 # side to which larger images are reduced, in pixels
 _SIDE = 32
-# of steepness; below it edges are noise
+# added to the steepness before the logarithm: edges below it are noise
 _FLOOR = 0.01
 
 
@@ -23,7 +23,7 @@ class Edges(PredictionTarget):
     """How steep an image is in each of 8 x 8 cells and each of 8 directions, as a logarithm.
 
     A linear map reads poses from these numbers, even without an encoder. From pixels it reads
-    colours far sooner than poses. A reconstruction with a small squared error is smooth, so it has
+    colours far better than poses. A reconstruction with a small squared error is smooth, so it has
     few edges.
 
     Not in Wang, Krajsek & Scharr. Histograms of oriented gradients are by Dalal & Triggs (CVPR

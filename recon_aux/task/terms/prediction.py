@@ -43,8 +43,8 @@ class LinearReadout(nn.Module):
     def paces(self) -> dict[Tensor, float]:
         """Give the factors of its parameters' gradients.
 
-        A normalised feature has the length sqrt(E), and the longer it is, the smaller the steps
-        must be under which a linear map stays stable. With scaled gradients the map is stable at
+        A normalised feature has the length sqrt(E). The longer it is, the smaller the steps must be
+        to keep a linear map stable. With scaled gradients the map is stable at
         the encoder's learning rate under SGD, and under LARS, which trains biases and norms by SGD.
         Steps of AdamW, and of Adam without weight decay, stay the same: they don't depend on the
         gradient's scale.

@@ -102,7 +102,7 @@ def motions(poses: Tensor) -> Tensor:
 class _Difference(torch.autograd.Function):
     """The mean squared difference, of which the forward pass computes the gradient.
 
-    Autograd would begin twice as many operations, and beginning them is what costs time on a GPU.
+    Autograd would launch twice as many operations, and on a GPU launching is what costs time.
     ``grid_sample`` has no deterministic gradient there.
     """
 
@@ -210,7 +210,7 @@ def _places(maps: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
 
 
 def _centered(pixels: Tensor, constants: _Constants) -> Tensor:
-    """Take from ``(..., P)`` the mean over the pixels of each side."""
+    """Subtract from pixels ``(..., P)`` the mean of their image, at each of ``_SIDES``."""
     lines = pixels.flatten(0, -2)
     means = _product(lines, constants.mean)
     return _product(means, constants.spread, lines, alpha=-1).view(pixels.shape)
@@ -219,7 +219,7 @@ def _centered(pixels: Tensor, constants: _Constants) -> Tensor:
 def _product(left: Tensor, right: Tensor, offset: Tensor | None = None, alpha: int = 1) -> Tensor:
     """Give ``alpha * left @ right + offset``, of matrices or of batches of them."""
     if torch.compiler.is_compiling():
-        # by elements: compiled, it is a part of what is around it
+        # elementwise, so that the compiler fuses it with what is around it
         product = alpha * (left[..., None] * right[..., None, :, :]).sum(dim=-2)
         return product if offset is None else product + offset
     if offset is None:
@@ -237,8 +237,8 @@ class _Constants(NamedTuple):
         views: the numbers of the two views that are tried, ``(2,)``.
         grid: places x, y, 1 in the picture, times half the side, ``(3, P)``.
         center: of the picture, in pixels, ``(P,)``.
-        least: line of pixels where a place outside is read, ``()``.
-        most: and at the other end, ``(P,)``.
+        least: the first row or column that is read, in the margin, ``()``.
+        most: the last one, in the margin, too, ``(P,)``.
         width: of an image with its margin, ``(P,)``.
         step: to the next column, of the image and of the mirrored one, ``(2, 1)``.
         corners: numbers of the four pixels that are read at the place 0, 0, ``(2, 4, P)``.
@@ -264,7 +264,7 @@ class _Constants(NamedTuple):
     share: Tensor
 
 
-# compiled code keeps them, and doesn't look into a cached function without a warning
+# compiled code takes them as constants: tracing into the cached function would warn
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constants(device: torch.device) -> _Constants:
     return _made_constants(device)

@@ -12,7 +12,7 @@ from recon_aux.task.terms.prediction import PredictionTarget
 from recon_aux.task.terms.shrinking import shrink
 
 _OCTAVES = 3
-# of energies; below it they are noise
+# added to energies: those below it are noise
 _FLOOR = 1e-4
 
 
@@ -72,7 +72,7 @@ class Statistics(PredictionTarget):
         return torch.cat([means, correlations, (energies + _FLOOR).log().flatten(1)], dim=1)
 
 
-# compiled code keeps them, and doesn't look into a cached function without a warning
+# compiled code takes them as constants: tracing into the cached function would warn
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _pairs(channels: int, device: torch.device) -> Tensor:
     return _made_pairs(channels, device)
