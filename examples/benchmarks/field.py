@@ -87,8 +87,17 @@ def _mean(wholes: Sequence[dict[str, Any]], kind: str, name: str) -> str:
 
 
 def draw(groups: dict[str, list[Record]], path: Path) -> None:
-    """Save a picture: a row for each data set, a column for each measure, a bar for each arm."""
-    arms = list(dict.fromkeys(run["arm"] for runs in groups.values() for run in runs))
+    """Save a picture: a row for each data set, a column for each measure, a bar for each arm.
+
+    The arm with the largest R² of one transformation at a time is on top.
+    """
+    everything = [run for runs in groups.values() for run in runs]
+    of_one = MEASURES["R² one at a time"]
+    means = {
+        arm: mean(of_one(found["whole"]) for found in results_of(everything, arm))
+        for arm in dict.fromkeys(run["arm"] for run in everything)
+    }
+    arms = sorted(means, key=means.__getitem__, reverse=True)
     shape = len(groups), len(MEASURES)
     size = 2.2 * shape[1] + 2, (0.28 * len(arms) + 0.9) * shape[0]
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey=True)
