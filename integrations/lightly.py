@@ -24,7 +24,7 @@ _WEIGHTS = {
     "NTXentLoss": 1.0,
     "VICRegLoss": 0.3,
     "NegativeCosineSimilarity": 0.2,
-    # not measured: its gradient is large at first, when features are near: "auto" gives hundreds
+    # not measured: its gradient is large at first, when features are alike: "auto" gives hundreds
     "KoLeoLoss": 1.0,
 }
 

@@ -84,7 +84,7 @@ def _names(model: nn.Module) -> set[str]:
 def _is_head(name: str, module: nn.Module) -> bool:
     name = name.removesuffix(".student").removesuffix(".teacher")
     named = "." not in name and ("proj" in name or name.endswith("head"))
-    # the student and the teacher in it are found themselves
+    # the student and the teacher in it are heads themselves
     return named and not isinstance(module, TeacherStudentWrapper)
 
 

@@ -184,7 +184,7 @@ def _splits(root: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _refuse_splits(root: Path, classes: list[str]) -> None:
-    """Refuse class folders that contain the same subfolders: they are splits, not classes."""
+    """Refuse class folders that share a subfolder's name: they are splits, not classes."""
     within = [set(_classes(root / name)) for name in classes]
     if shared := set[str]().union(*within).intersection(*within):
         raise UserError(
@@ -207,7 +207,7 @@ def _samples(folder: Path, classes: list[str]) -> list[Sample]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Find the images in a folder, but none in hidden folders, as .ipynb_checkpoints."""
+    """Find the images in a folder, but none that is hidden or in a hidden folder."""
     return sorted(
         path
         for path in folder.rglob("*")

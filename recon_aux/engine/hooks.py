@@ -252,7 +252,7 @@ class HeadMask:
         known, seen = self.takes.get(place), self.driver.feeds(head, value, is_first)
         if seen is None:
             return self.driver.may_feed(is_first) if known is None else known
-        # once a feature, always a feature: later calls may not show what it is
+        # once seen to be a feature, it counts as one where a later call can't show what it is
         if seen or known is None:
             self.takes[place] = seen
         return seen

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_heads(attached: Attachment, step: Step, online: Sequence[EncoderCall]) -> None:
-    """Keep masks on the trained encoder's heads only, and refuse heads that see mixed channels.
+    """Unmask other encoders' momentum heads, and refuse heads that see mixed channels.
 
     Args:
         attached: whose heads they are.

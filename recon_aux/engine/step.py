@@ -43,7 +43,7 @@ class EncoderCall(NamedTuple):
 
     @property
     def sources(self) -> list[Tensor]:
-        """The returned tensors that the feature was made of, or itself, if it was returned."""
+        """The returned tensors that the feature was made of, or the feature, if returned."""
         return sources_of(self.feature, self.returned) or [self.output]
 
     @property

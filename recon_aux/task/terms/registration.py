@@ -237,8 +237,8 @@ class _Constants(NamedTuple):
         views: the numbers of the two views that are tried, ``(2,)``.
         grid: places x, y, 1 in the picture, times half the side, ``(3, P)``.
         center: of the picture, in pixels, ``(P,)``.
-        least: the first row or column that is read, in the margin, ``()``.
-        most: the last one, in the margin, too, ``(P,)``.
+        least: first row or column of an upper left pixel, in the margin, ``()``.
+        most: the last one, ``(P,)``.
         width: of an image with its margin, ``(P,)``.
         step: to the next column, of the image and of the mirrored one, ``(2, 1)``.
         corners: numbers of the four pixels that are read at the place 0, 0, ``(2, 4, P)``.
