@@ -54,12 +54,15 @@ MUTATED = {
     "compiling": ["training"],
     "discover": ["methods", "attach", "own_code", "teachers"],
     "drivers": ["loops", "methods", "memory", "teachers", "own_code"],
+    "early": ["early", "methods"],
     "encoder": ["inputs", "own_code", "attach"],
     "hooks": ["attach", "own_code", "plain", "methods"],
     "leaks": ["methods", "attach", "own_code", "teachers"],
+    "logs": ["logs"],
     "modules": ["momentum", "teachers", "own_code", "attach"],
     "optimizers": ["optimizers", "loops"],
     "pairing": ["pairing"],
+    "plan": ["methods", "attach"],
     "step": ["inputs", "methods"],
     "turns": ["closures"],
     "updates": ["loops", "optimizers"],
@@ -182,7 +185,7 @@ def mutation(session: nox.Session) -> None:
     # the checkout stays as it is, and may be edited meanwhile
     copy = Path(session.create_tmp()).resolve() / "copy"
     shutil.rmtree(copy, ignore_errors=True)
-    for name in ("recon_aux", "integrations", "tests", "examples"):
+    for name in ("recon_aux", "integrations", "tests", "examples", "docs"):
         shutil.copytree(name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(name, copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -76,7 +77,16 @@ def attach(
         >>> model.recon_aux.splitter
         FeatureSplitter(invariant_dim=256, equivariant_dim=256)
     """
-    return attach_by(_LIGHTLY, model, backbone=backbone, heads=heads, weight=weight, **options)
+    attach_by(_LIGHTLY, model, backbone=backbone, heads=heads, weight=weight, **options)
+    heads_of_positions = [m for m in model.modules() if type(m).__name__ == "DenseCLProjectionHead"]
+    if heads_of_positions and options.get("equivariant_dim") != 0:
+        warnings.warn(
+            "recon_aux: expected a loss that sees the invariant part alone, got a model with a "
+            "DenseCLProjectionHead. DenseCL matches positions by the encoder's whole features. "
+            "Match model.recon_aux.invariant(features) instead, or pass equivariant_dim=0.",
+            stacklevel=2,
+        )
+    return model
 
 
 def _is_head(name: str, module: nn.Module) -> bool:

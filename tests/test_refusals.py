@@ -36,6 +36,7 @@ from torchvision import transforms
 import recon_aux
 from helpers.running import ROOT
 from helpers.training import take_steps
+from helpers.versions import newer
 from helpers.weights import assert_both_trained, weights_of
 from recon_aux import ReconAux
 from recon_aux.integrations import lightly
@@ -563,6 +564,11 @@ CASES |= {
         "If it has none, pass equivariant_dim=0",
         lambda: trains(lightly.attach(Method(head=nn.Identity()), equivariant_dim=0)),
     ),
+    "positions that are matched by whole features": Case(
+        lambda: lightly.attach(dense()),
+        "or pass equivariant_dim=0",
+        lambda: trains(lightly.attach(dense(), equivariant_dim=0)),
+    ),
     "an encoder that isn't there": Case(
         lambda: fit(backbone="trunk"),
         "there are: backbone .*Pass one of these",
@@ -604,6 +610,12 @@ def trains_with_own_group(model: Any) -> None:
 
 def projection() -> dict[str, Any]:
     return {"head": None, "projection_head": nn.Linear(WIDTH, 4)}
+
+
+def dense() -> Method:
+    head = newer("lightly.models.modules", "DenseCLProjectionHead")(WIDTH, WIDTH, 4)
+    step = lambda model, batch: apart(*(head(model.backbone(x)) for x in batch))  # noqa: E731
+    return Method(step=step, head=None, projection_head=head)
 
 
 def trunks(model: Any, batch: Any) -> Tensor:

@@ -14,7 +14,12 @@ from lightly.models.modules import (
     DINOProjectionHead,
     SimCLRProjectionHead,
 )
-from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad
+from lightly.models.utils import (
+    batch_shuffle,
+    batch_unshuffle,
+    deactivate_requires_grad,
+    select_most_similar,
+)
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
@@ -126,7 +131,10 @@ class WithoutGradient(Method):
 
 
 class Dense(Momentum):
-    """DenseCL: a feature map, pooled for one head, every position of it for another."""
+    """DenseCL: a feature map, pooled for one head, every position of it for another.
+
+    Positions are matched by the invariant part, as the adapter's warning advises.
+    """
 
     def __init__(self) -> None:
         super().__init__(map_encoder())
@@ -141,8 +149,12 @@ class Dense(Momentum):
         feature, other = self.backbone(x0), self.backbone_momentum(x1)
         z0 = self.projection_head(self.pooled(feature))
         z1 = self.projection_head_momentum(self.pooled(other))
-        local = self.projection_head_local(feature.flatten(2).permute(0, 2, 1))
-        return self.criterion(z0, z1) + local.var()
+        positions, others = (y.flatten(2).permute(0, 2, 1) for y in (feature, other))
+        local, keys = map(self.projection_head_local, (positions, others))
+        if hasattr(self, "recon_aux"):
+            positions, others = (self.recon_aux.invariant(y) for y in (positions, others))
+        matched = select_most_similar(positions, others, keys.detach())
+        return self.criterion(z0, z1) + (local - matched).square().mean()
 
 
 class ChannelsLast(Method):

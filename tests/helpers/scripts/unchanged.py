@@ -13,6 +13,7 @@ import numpy
 import torch
 import torch._dynamo
 from torch.nn.modules import module as nn_module
+from torch.optim import optimizer as optimizers
 
 from helpers.data import batch
 from helpers.models import Siamese, tiny_encoder
@@ -66,6 +67,17 @@ def shared(classes: Classes) -> dict[str, Any]:
     }
 
 
+def optimizer_hooks() -> list[int]:
+    """How many hooks all optimizers have, before a step and after it."""
+    return [
+        len(hooks)
+        for hooks in (
+            optimizers._global_optimizer_pre_hooks,
+            optimizers._global_optimizer_post_hooks,
+        )
+    ]
+
+
 def compare(before: dict[str, Any], classes: Classes, when: str) -> None:
     after = shared(classes)
     for key, value in before.items():
@@ -84,6 +96,7 @@ def main() -> None:
     model = Siamese(tiny_encoder())
     classes = known_classes()
     before = shared(classes)
+    hooks = optimizer_hooks()
 
     import recon_aux  # noqa: PLC0415
     from recon_aux.integrations.lightly import attach  # noqa: PLC0415
@@ -98,6 +111,9 @@ def main() -> None:
     compare(before, classes, "a step")
     recon_aux.detach(model)
     compare(before, classes, "detach")
+    added = [new - old for old, new in zip(hooks, optimizer_hooks(), strict=True)]
+    if added != [1, 1]:
+        raise SystemExit(f"expected one hook before an optimizer's step and one after, got {added}")
     print("nothing changed in", len(classes), "classes")
 
 
