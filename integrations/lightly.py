@@ -48,7 +48,7 @@ def attach(
         backbone: the encoder, or its name; by default found by its usual names.
         heads: the modules that take the encoder's features, or their names; by default lightly's
             projection heads and modules named projection or projector, momentum ones too.
-        weight: weight of the reconstruction loss; by default what was measured for the method's
+        weight: weight of the task's loss; by default what was measured for the method's
             loss, else ``"auto"``, see :func:`recon_aux.attach`.
         options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 

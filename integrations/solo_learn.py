@@ -60,7 +60,7 @@ def attach(
         backbone: the encoder, or its name; by default ``backbone`` (``encoder`` in 1.0.2).
         heads: the modules that take the encoder's features, or their names; by default the
             projector or head, and the momentum one.
-        weight: weight of the reconstruction loss; by default what was measured for the method,
+        weight: weight of the task's loss; by default what was measured for the method,
             else ``"auto"``, see :func:`recon_aux.attach`.
         options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 

@@ -40,7 +40,7 @@ def attach(
 ) -> Model:
     """Attach to a module; the one line.
 
-    Its ``forward`` returns the method's loss plus the reconstruction loss. So set ``forward``
+    Its ``forward`` returns the method's loss plus the task's loss. So set ``forward``
     before attaching. Where several optimizers choose their modules by regular expressions, the
     decoder joins the encoder's, unless an expression names ``recon_aux``.
 
@@ -49,7 +49,7 @@ def attach(
         backbone: the encoder, or its name; by default ``backbone``, or the student in it.
         heads: the modules that take the encoder's features, or their names; by default those
             named projector or head, teachers' too.
-        weight: weight of the reconstruction loss; by default what was measured for the method's
+        weight: weight of the task's loss; by default what was measured for the method's
             loss, else ``"auto"``, see :func:`recon_aux.attach`.
         options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 

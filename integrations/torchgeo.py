@@ -45,7 +45,7 @@ def attach(
             their names end in "Task".
         backbone: the encoder, or its name; by default the task's.
         heads: the modules that take the encoder's features, or their names; by default the task's.
-        weight: weight of the reconstruction loss; by default what was measured for such a loss.
+        weight: weight of the task's loss; by default what was measured for such a loss.
         options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:

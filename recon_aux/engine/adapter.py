@@ -124,7 +124,7 @@ def attach_by(
         model: as for :func:`recon_aux.attach`.
         backbone: by default what the conventions find.
         heads: likewise.
-        weight: of the reconstruction loss; by default the conventions' for this method.
+        weight: of the task's loss; by default the conventions' for this method.
         options: those of :func:`recon_aux.attach` and :class:`recon_aux.ReconAux`.
 
     Returns:

@@ -47,11 +47,11 @@ def attach(
     log: bool = True,
     **options: Any,
 ) -> Model:
-    """Add the reconstruction task to a model.
+    """Add the task to a model.
 
     The adapters call it, and find ``backbone`` and ``heads`` for you. The model is changed in
     place. ``model.recon_aux`` is the :class:`ReconAux`. The heads see zeros in place of the
-    equivariant channels. ``training_step`` returns the method's loss plus the reconstruction loss.
+    equivariant channels. ``training_step`` returns the method's loss plus the task's.
     ``configure_optimizers`` also trains the decoder, in the encoder's parameter group. A model
     without these two methods is trained by a loop of your own, see :func:`add_loss`.
 
@@ -149,7 +149,7 @@ def attach(
 
 
 def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
-    """Add the reconstruction loss in a loop of your own, for an attached model without a trainer.
+    """Add the task's loss in a loop of your own, for an attached model without a trainer.
 
     It rebuilds what went through the encoder since the last call. So call it once for each loss.
     Where gradients are accumulated, divide what it returns, not what it is given. Make the
@@ -162,8 +162,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
             views, and which call of a momentum encoder encodes a view; else that is the last.
 
     Returns:
-        The method's loss plus ``weight`` times the reconstruction loss. Under ``torch.no_grad()``,
-        as in validation, the method's loss as it is.
+        The method's loss plus ``weight`` times the weighted sum of the four terms. Under
+        ``torch.no_grad()``, as in validation, the method's loss as it is.
 
     Raises:
         ValueError: if nothing is attached.
@@ -221,7 +221,7 @@ def logs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def detach(model: Model) -> Model:
-    """Take the reconstruction task off again: the decoder and all hooks.
+    """Take the task off again: the decoder and all hooks.
 
     Args:
         model: one that ``attach`` returned.

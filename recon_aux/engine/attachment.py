@@ -204,7 +204,7 @@ class Attachment:
     # the method's own step may be compiled, the code around it may not
     @around_compiled
     def run_step(self, model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the method's training step and add the reconstruction loss to what it returns."""
+        """Run the method's training step and add the task's loss to what it returns."""
         batch = args, kwargs
         # no training: the step method runs for validation or inference
         if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
@@ -234,7 +234,7 @@ class Attachment:
 
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:
-        """Add the reconstruction loss to the method's."""
+        """Add the task's loss to the method's."""
         # a training_step that calls itself has dropped its step by now
         step, aux = self.driver.step or Step(), self.aux
         if self.plan is None:

@@ -61,7 +61,7 @@ class Monitor(_Base):  # type: ignore[misc]
         images: held-out, without augmentation: a tensor or an array ``(N, C, H, W)``, a dataset,
             or a loader; uint8, or floats from 0 to 1. Labels beside them are used.
         labels: ``(N,)``, if they aren't beside the images.
-        every: how many epochs lie between two measurements.
+        every: measure after each so many epochs; 1 is after every epoch.
         count: how many images are used, at most.
         normalize: what the training transform does to images last, as torchvision's ``Normalize``.
         encode: called with the model and images, returns features; by default the encoder that

@@ -62,9 +62,9 @@ def probe(
 ) -> ProbeResult:
     """Measure what an encoder's features know of classes and of transformations.
 
-    Each transformation is applied to ``pairs`` images with known random parameters. A regression
-    predicts the parameters from the features of the original and of the transformed image,
-    concatenated.
+    Each transformation is applied to some images of each split, as many as ``pairs`` says, with
+    known random parameters. A regression predicts the parameters from the features of the original
+    and of the transformed image, concatenated.
 
     To measure as Wang et al. do (2025, arXiv 2503.18753), pass ``regressor="mlp"`` and
     ``transformations="paper"``.
@@ -171,8 +171,8 @@ def compare(
     """Probe the encoders of several models, to be printed side by side by :func:`render`.
 
     Args:
-        models: by name: models that recon_aux is attached to, or with their encoder as
-            ``backbone`` or ``encoder``, or encoders, or functions of images. Where recon_aux is
+        models: by name. Each is an attached model, a bare model whose encoder is called
+            ``backbone`` or ``encoder``, an encoder, or a function of images. Where recon_aux is
             attached, the feature that the task gets is measured, and its parts, too.
         train: as in :func:`probe`.
         test: as in :func:`probe`.

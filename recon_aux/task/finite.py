@@ -102,7 +102,7 @@ class FiniteCheck:
         spans = [f"{least:.3g} to {most:.3g}" for least, most in ranges]
         place = "the encoder and its weights" if views_are_finite else "the data"
         raise FloatingPointError(
-            f"expected a finite reconstruction loss, got {loss} in step {step}; the views' "
+            f"expected a finite loss of the task, got {loss} in step {step}; the views' "
             f"pixels range from {spans[0]}, the features from {spans[1]} and {spans[2]}. Look for "
             f"NaN or infinity in {place}, or train with a lower learning rate or weight="
         )

@@ -69,8 +69,9 @@ class Options:
             given. The global random state is left as it is.
         compile: compile the losses by :func:`torch.compile`, which takes a minute once. A GPU then
             has fewer operations to start. The first batch runs uncompiled.
-        preset: ``"paper"`` for reconstruction alone with a weight of 4, as Wang, Krajsek & Scharr
-            do; ``"geometry"`` for ``edges=64``, for poses. Options that are given beside it win.
+        preset: ``"paper"`` for reconstruction alone, the task of Wang, Krajsek & Scharr as we build
+            it, with a weight of 4, which we measured; ``"geometry"`` for ``edges=64``, for poses.
+            Options that are given beside it win.
 
     Raises:
         ValueError: if an option is out of range, or options don't fit each other.

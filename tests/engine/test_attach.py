@@ -579,7 +579,7 @@ def test_a_loss_that_is_not_finite() -> None:
     views[1][0, 0, 0, 0] = float("inf")
     model.backbone.eval()
     model.backbone.register_forward_hook(lambda *call: call[2].nan_to_num(0, 0, 0))
-    with pytest.raises(FloatingPointError, match="expected a finite reconstruction loss"):
+    with pytest.raises(FloatingPointError, match="expected a finite loss of the task"):
         for _ in range(2):
             model.training_step((views, labels), 0)
 
@@ -592,7 +592,7 @@ def test_detaching_waits_for_a_late_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     views, labels = batch()
     views[0][0, 0, 0, 0] = float("inf")
     model.training_step((views, labels), 0)
-    with pytest.raises(FloatingPointError, match="expected a finite reconstruction loss"):
+    with pytest.raises(FloatingPointError, match="expected a finite loss of the task"):
         recon_aux.detach(model)
     assert [loss.arrived for loss in late] == [True]
     assert not recon_aux.is_attached(model)

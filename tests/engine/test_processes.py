@@ -111,7 +111,7 @@ def test_a_step_that_fails_in_one_process_ends_both(broken: int, tmp_path: Path)
 def test_lightnings_own_launcher_ends_too(broken: int, tmp_path: Path) -> None:
     result = run("lightning", tmp_path, broken, launcher=[])
     assert result.returncode != 0
-    assert "FloatingPointError: expected a finite reconstruction loss, got nan" in result.stderr
+    assert "FloatingPointError: expected a finite loss of the task, got nan" in result.stderr
 
 
 def test_a_search_for_unused_parameters_is_refused(tmp_path: Path) -> None:

@@ -151,8 +151,9 @@ class Dense(Momentum):
         z1 = self.projection_head_momentum(self.pooled(other))
         positions, others = (y.flatten(2).permute(0, 2, 1) for y in (feature, other))
         local, keys = map(self.projection_head_local, (positions, others))
-        if hasattr(self, "recon_aux"):
-            positions, others = (self.recon_aux.invariant(y) for y in (positions, others))
+        aux: Any = getattr(self, "recon_aux", None)
+        if aux is not None:
+            positions, others = aux.invariant(positions), aux.invariant(others)
         matched = select_most_similar(positions, others, keys.detach())
         return self.criterion(z0, z1) + (local - matched).square().mean()
 

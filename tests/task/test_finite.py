@@ -28,7 +28,7 @@ def test_a_loss_that_is_not_finite_is_named_with_what_went_in(
     (views if broken == "view" else features)[which, 0] = float("nan")
     with pytest.raises(
         FloatingPointError,
-        match=rf"finite reconstruction loss, got nan in step 1; .*range.* infinity in {where}",
+        match=rf"finite loss of the task, got nan in step 1; .*range.* infinity in {where}",
     ):
         ReconAux(8)(views, features)
 
