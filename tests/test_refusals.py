@@ -482,6 +482,13 @@ def its_forward(model: Any) -> Any:
     return model
 
 
+def trains_a_sequential() -> None:
+    model = nn.ModuleDict({"net": nn.Sequential(encoder(), nn.Linear(WIDTH, 4))})
+    recon_aux.attach(model, backbone="net.0", heads=["net.1"])
+    for _ in range(2):
+        recon_aux.add_loss(model, apart(*map(model["net"], views()))).backward()
+
+
 CASES |= {
     "a class": Case(lambda: attached(Method), "Build the model first", fit),
     "a compiled model": Case(
@@ -491,6 +498,16 @@ CASES |= {
         lambda: lightly.attach(nn.DataParallel(Method())),
         "attach first, then compile or wrap it",
         lambda: nn.DataParallel(attached()),
+    ),
+    "a model that runs all its parts": Case(
+        lambda: attached(nn.Sequential(encoder(), nn.Linear(WIDTH, 4)), backbone="0", heads=["1"]),
+        r"Attach to nn\.ModuleDict\(\{'net': model\}\), .*, and call model\['net'\]\(images\)",
+        trains_a_sequential,
+    ),
+    "no channels": Case(
+        lambda: attached(image_channels=0),
+        "image_channels= of 1 or more, got 0. Pass 1",
+        lambda: fit(Method(backbone=encoder(1)), views(channels=1), image_channels=1),
     ),
     "an attached model": Case(
         lambda: attached(attached()),
@@ -529,7 +546,7 @@ CASES |= {
     ),
     "views that are no number": Case(
         lambda: fit(views=0),
-        "views= as a whole number of 1 or more.* Pass such",
+        "views= of 1 or more, got 0. Pass 1",
         lambda: fit(views=2),
     ),
     "a learning rate of the decoder's in a loop": Case(
@@ -2036,6 +2053,10 @@ WITHOUT_ADVICE = {
 }
 # tests of what no case here can bring about, by file and by how the message starts
 COVERED_ELSEWHERE = {
+    ("recon_aux/task/gradients.py", "expected the loss to use all"): (
+        "task/test_gradients.py",
+        "test_a_parameter_that_no_loss_uses_is_refused",
+    ),
     ("recon_aux/task/gradients.py", "recon_aux: expected a backward pass"): (
         "task/test_gradients.py",
         "test_a_gradient_of_a_gradient_is_refused",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from inspect import signature
-from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from recon_aux.engine.logs import Logs
 from recon_aux.engine.modules import find_module, first_linear, members, unwrap
 from recon_aux.engine.optimizers import DecoderGroup
 from recon_aux.task import ReconAux
+from recon_aux.task.checks import check_nonnegative, check_whole
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.options import expand_preset, refuse_unknown
 
@@ -115,7 +115,8 @@ def attach(
     """
     _refuse_model(model, step_method)
     own = DecoderGroup(decoder_lr, decoder_weight_decay)
-    _check(model, step_method, views, own, options)
+    numbers = {"views": views, "image_channels": image_channels}
+    _check(model, step_method, numbers, own, options)
     options = expand_preset(options)
     encoder = find_module(model, backbone, "backbone")
     found = _find_modules(model, heads, "heads")
@@ -304,6 +305,12 @@ def _refuse_model(model: nn.Module, step_method: str) -> None:
             f"expected layers whose sizes are known, got lazy ones: {lazy}. Call the encoder and "
             "its heads on images once, then attach."
         )
+    if type(model).forward is nn.Sequential.forward:
+        raise TypeError(
+            f"expected a model that calls its parts itself, got a {type(model).__name__}, which "
+            "would run the decoder as its last layer. Attach to nn.ModuleDict({'net': model}), "
+            "with backbone='net.0' and heads=['net.1'], and call model['net'](images)."
+        )
     if hasattr(model, "recon_aux"):
         raise ValueError(
             f"expected {type(model).__name__} without a recon_aux, got one that is its own: attach "
@@ -322,14 +329,18 @@ def check_options(options: Iterable[str]) -> None:
 
 
 def _check(
-    model: nn.Module, step_method: str, views: Any, own: DecoderGroup, options: dict[str, Any]
+    model: nn.Module,
+    step_method: str,
+    numbers: dict[str, Any],
+    own: DecoderGroup,
+    options: dict[str, Any],
 ) -> None:
     check_options(options)
-    if views is not None and not (isinstance(views, Integral) and int(views) >= 1):
-        raise ValueError(
-            f"expected views= as a whole number of 1 or more, got {views!r}. Pass such a number."
-        )
-    own.check()
+    for option, number in numbers.items():
+        if number is not None:
+            check_whole(option, number, least=1)
+    for option, value in own.given().items():
+        check_nonnegative(f"decoder_{option}", value)
     if own.given() and not has_training_step(model, step_method):
         raise ValueError(
             "expected decoder_lr= and decoder_weight_decay= for a model that configures its "

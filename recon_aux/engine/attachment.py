@@ -65,7 +65,7 @@ class Attachment:
     ) -> None:
         self.model = model
         self.backbone_method = backbone_method
-        self.views = views
+        self.view_count = views
         self.interleaved = interleaved
         self.decoder_group = decoder_group
         self.step_method = step_method
@@ -78,6 +78,8 @@ class Attachment:
         self.hooks: list[MethodHook] = []
         for encoder in encoders:
             self.record(encoder)
+        # these stay recorded, wherever they stand
+        self.named = list(self.encoders)
         self.record_copies()
         self.auto_weight = AutoWeight()
         self.updates = DecoderUpdates()
@@ -124,7 +126,13 @@ class Attachment:
             self.hooks.append(self.recorder.hook(encoder, self.backbone_method))
 
     def record_copies(self) -> None:
-        """Record momentum encoders, too: in MoCo their features are the other view's."""
+        """Record momentum encoders, which give the other view in MoCo. Drop replaced ones."""
+        inside = {*self.model.modules(), *self.named, self.encoder}
+        gone = [h for h in self.hooks if h.callback is self.recorder and h.module not in inside]
+        for hook in gone:
+            hook.remove()
+        self.hooks = [hook for hook in self.hooks if hook not in gone]
+        self.encoders = [encoder for encoder in self.encoders if encoder in inside]
         for twin in find_copies(self.model, self.encoders[0]):
             self.record(twin)
 
@@ -206,12 +214,13 @@ class Attachment:
     def run_step(self, model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the method's training step and add the task's loss to what it returns."""
         batch = args, kwargs
-        # no training: the step method runs for validation or inference
-        if not torch.is_grad_enabled() or not (model.training or self.step_method == _STEP):
+        trains = torch.is_grad_enabled() and (model.training or self.step_method == _STEP)
+        # validation, inference, or a step that calls itself: the outer call is the step
+        if not trains or self.driver.step is not None:
             return call(*args, **kwargs)
-        self.start()
-        self.driver.after_call = partial(run_early, self, batch)
         try:
+            self.start()
+            self.driver.after_call = partial(run_early, self, batch)
             # these steps read the graph, which compiled code hides
             if self.plan is None or self.aux.weight_is_due:
                 result = run_eagerly(call, *args, **kwargs)
@@ -235,13 +244,11 @@ class Attachment:
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """Add the task's loss to the method's."""
-        # a training_step that calls itself has dropped its step by now
         step, aux = self.driver.step or Step(), self.aux
         if self.plan is None:
             plan, views = discover(self, step, loss, batch)
             if views is not None and loss.requires_grad:
                 self.plan = plan
-                self.driver.unwatch()
                 aux.encoder_name = self.name(plan.encoder)
         else:
             plan = self.plan
@@ -253,7 +260,7 @@ class Attachment:
             self._warn_of_frozen()
         if views is None or not aux.enabled:
             return loss
-        features = list(views.outputs)
+        features = list(views.features)
         if loss.requires_grad:
             outputs = [call.output for call in views.online]
             if aux.has_auto_weight:

@@ -246,8 +246,8 @@ class AutoWeight(GradientNorms):
         sums = [sum(square.item() for square in some) for some in self.squares]
         squares = torch.tensor(sums, dtype=torch.float32, device=device)
         method, task = mean_over_processes(squares, 1).tolist()
-        # no backward pass, or an overflow, which a loss scaler skips
-        if not (0 < task < math.inf and method < math.inf):
+        # no backward pass, a loss without gradient, or an overflow, which a loss scaler skips
+        if not (0 < task < math.inf and 0 < method < math.inf):
             return None
         return max(_LEAST, float(f"{_SHARE * math.sqrt(method / task):.1e}"))
 

@@ -61,11 +61,6 @@ def reached(
     return [tensor for tensor, edge in zip(tensors, edges, strict=True) if edge in found]
 
 
-def sources_of(feature: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Find the tensors that a feature was made of: it may be one itself."""
-    return [feature] if any(x is feature for x in tensors) else reached(feature, tensors)
-
-
 def feed_each_other(masked: Sequence[Tensor]) -> bool:
     """Whether some head received what another head had made of its input."""
     # outputs of one compiled function can't be told apart

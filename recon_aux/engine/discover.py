@@ -21,7 +21,7 @@ from recon_aux.engine.leaks import (
     unknown_encoders,
     warn_of_unmasked_targets,
 )
-from recon_aux.engine.modules import describe_children, share_weights
+from recon_aux.engine.modules import describe_children, find_copies, share_weights, unwrap
 from recon_aux.engine.plan import Plan
 from recon_aux.engine.step import EncoderCall, Pair, Step, Views, calls_behind
 from recon_aux.engine.views import (
@@ -73,11 +73,11 @@ def discover(
             check_heads(attached, step, _online(plan, calls))
     views = replay(attached, plan, step, loss, batch)
     if views is not None:
-        problem = _wrong_views(views.images, batch, attached.views)
+        problem = _wrong_views(views.images, batch, attached.view_count)
         if problem and not plan.interleaved:
             plan.interleaved = True
             views = replay(attached, plan, step, loss, batch) or views
-            problem = _wrong_views(views.images, batch, attached.views)
+            problem = _wrong_views(views.images, batch, attached.view_count)
         if problem:
             raise RuntimeError(problem)
         warn_of_changed_features(step, views)
@@ -125,7 +125,7 @@ def replay(attached: Attachment, plan: Plan, step: Step, loss: Tensor, batch: An
         return None
     if views is None:
         raise RuntimeError(_no_second_view(attached, step, calls, online, batch))
-    plan.other_is_momentum = not views.outputs[1].requires_grad
+    plan.other_is_momentum = not views.features[1].requires_grad
     return views
 
 
@@ -142,7 +142,7 @@ def find_views(
     online = _online(plan, calls)
     if not online:
         return None
-    found = two_views(calls, online, batch, attached.views, plan.interleaved)
+    found = two_views(calls, online, batch, attached.view_count, plan.interleaved)
     return None if found is None else Views(*found, online)
 
 
@@ -268,17 +268,20 @@ def _wrong_views(images: Pair, batch: Any, count: int | None) -> str | None:
 def _no_call(attached: Attachment, plan: Plan, step: Step) -> str:
     in_a_loop = attached.driver.is_loop
     where = "each step, before add_loss," if in_a_loop else attached.step_method
-    warms_up = any(share_weights(call.encoder, plan.encoder) for call in step.calls)
+    advice = ""
+    if any(share_weights(call.encoder, plan.encoder) for call in step.calls):
+        advice += (
+            " To train the heads alone in some steps, make model.recon_aux.weight 0 in them, or "
+            "call encoder.requires_grad_(False)."
+        )
+    if in_a_loop:
+        advice += " Encode both views with gradient, then call add_loss, in each step."
     return (
         f"expected {where} to call {attached.backbone_method} of the encoder "
-        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls, none of "
-        f"which trains it. Pass backbone=: one of {describe_children(attached.model)}. Pass "
+        f"{attached.name(plan.encoder)} with gradient, saw {len(step.calls)} calls, none of which "
+        f"trains it. Pass backbone=: one of {describe_children(attached.model)}. Pass "
         "backbone_method= if another of its methods is called."
-        + describe_replaced(attached)
-        + " To train the heads alone in some steps, make model.recon_aux.weight 0 in them, or call "
-        "encoder.requires_grad_(False)."
-        * warms_up
-        + " Encode both views with gradient, then call add_loss, in each step." * in_a_loop
+        f"{describe_replaced(attached)}{advice}"
     )
 
 
@@ -302,6 +305,13 @@ def _no_second_view(
         advice.append(
             "A copy of the attached encoder was called, too: make it before attach, and pass "
             "momentum_encoders=[it], and heads=[...] with its heads."
+        )
+    known_encoders = attached.encoders
+    twins = find_copies(attached.model, known_encoders[0])
+    if any(x not in known_encoders and unwrap(x) not in known_encoders for x in twins):
+        advice.append(
+            "A momentum encoder was replaced since the last step. Load the weights into the old "
+            "one instead: momentum.load_state_dict(encoder.state_dict())."
         )
     if candidates(calls, online):
         advice.append(

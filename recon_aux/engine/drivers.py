@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from recon_aux.engine.autograd import reached
 from recon_aux.engine.compiling import is_recomputing
@@ -48,7 +47,7 @@ class Driver:
         self.encoders: Sequence[nn.Module] = ()
         # the images' channels, to notice unknown momentum encoders; None: don't watch for them
         self.channels: int | None = None
-        self.watching: RemovableHandle | None = None
+        self.watching: finalize[[], Driver] | None = None
         self.is_encoding = False
 
     def __reduce__(self) -> tuple[type[Driver], tuple[()]]:
@@ -70,14 +69,14 @@ class Driver:
     def watch(self) -> None:
         """From here on, note calls of any modules that may be momentum encoders."""
         if self.channels is not None and self.watching is None:
-            self.watching = register_module_forward_hook(partial(_note, ref(self), self.channels))
+            hook = register_module_forward_hook(partial(_note, ref(self)))
             # a loop may end within its first step
-            finalize(self, self.watching.remove)
+            self.watching = finalize(self, hook.remove)
 
     def unwatch(self) -> None:
         """Stop watching for momentum encoders."""
         if self.watching is not None:
-            self.watching.remove()
+            self.watching()
         self.watching = None
 
     def feeds(self, head: nn.Module, received: Tensor, is_first: bool) -> bool | None:
@@ -118,9 +117,7 @@ class Driver:
         """Whether a tensor that a head receives counts as a feature, where ``feeds`` gives None."""
         if is_first or torch.compiler.is_compiling():
             return True
-        if self.step is None or (self.is_loop and not torch.is_grad_enabled()):
-            return False
-        return any(not call.output.requires_grad for call in self.step.calls)
+        return self.step is not None and any(not x.output.requires_grad for x in self.step.calls)
 
     def record_masked(self, head: nn.Module, masked: Tensor) -> None:
         """Note what a head received."""
@@ -188,13 +185,6 @@ class LoopDriver(Driver):
         self.keeps_all_calls = keeps_all_calls
         # whether the last loss was made in eval mode, as with frozen batch norm; None at first
         self.trains_in_eval: bool | None = None
-        # of each encoder's parameters, at its first call of the step
-        self.versions: dict[int, int] = {}
-
-    def start(self, encoders: Sequence[nn.Module], channels: int | None = None) -> None:
-        """Start a step, in which these encoders are recorded."""
-        super().start(encoders, channels)
-        self.versions = {}
 
     def record(self, step: Step, call: EncoderCall) -> None:
         """Note a call, unless it is of an evaluation."""
@@ -214,7 +204,7 @@ class LoopDriver(Driver):
             # not before: watching gets in the way of torch.export
             self.watch()
             now = version_of(call.encoder.parameters())
-            has_changed = self.versions.setdefault(id(call.encoder), now) != now
+            has_changed = step.versions.setdefault(id(call.encoder), now) != now
             _refuse_forgotten_loss(sum(map(self._trains, step.calls)), has_changed)
         else:
             self._make_room(step, with_gradient)
@@ -251,7 +241,7 @@ def _share_memory(tensor: Tensor, others: Sequence[Tensor]) -> bool:
     return False
 
 
-def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, result: Any) -> None:
+def _note(driver: ref[Driver], module: nn.Module, args: Any, result: Any) -> None:
     """Note what a module gave without gradient, if it took images, or is like the encoder."""
     its = None if torch.compiler.is_compiling() or torch._C._get_tracing_state() else driver()
     if its is None or its.step is None or its.is_encoding:
@@ -259,7 +249,7 @@ def _note(driver: ref[Driver], channels: int, module: nn.Module, args: Any, resu
     outputs = list(tensors_in(result))
     if any(x.requires_grad for x in outputs) or not outputs:
         return
-    images = (x for x in tensors_in(args) if x.ndim == 4 and x.shape[1] == channels)
+    images = (x for x in tensors_in(args) if x.ndim == 4 and x.shape[1] == its.channels)
     image, first = next(images, None), its.encoders[0]
     # only forward is watched: a call of another method shows by the submodules that it runs
     part = largest_child(first)

@@ -17,7 +17,6 @@ from recon_aux.engine.discover import find_views, refuse_changed, warn_of_change
 from recon_aux.engine.step import EarlyTask, Step, Views, version_in_place
 from recon_aux.engine.views import is_of
 from recon_aux.task import ReconAuxOutput
-from recon_aux.task.splitter import as_feature
 from recon_aux.task.task import on_trial
 
 if TYPE_CHECKING:
@@ -39,8 +38,10 @@ def run_early(attached: Attachment, batch: Any, step: Step) -> None:
         # something else may have been encoded in between
         if views is None or plan.in_batch != all(is_of(batch, image) for image in views.images):
             return
+        # else the late run refuses it
+        refuse_changed(step, views)
         versions = _versions(step)
-        output = run_task(attached, views, views.outputs)
+        output = aux(views.images, views.features)
         step.early = EarlyTask(views, aux.weight, versions, output, keep)
 
 
@@ -84,14 +85,7 @@ def output_of(
         attached.updates.verify(attached.encoder, aux)
     if early is None:
         refuse_changed(step, views)
-        return run_task(attached, views, features)
+        output: ReconAuxOutput = aux(views.images, features)
+        return output
     early.keep()
     return early.output
-
-
-def run_task(attached: Attachment, views: Views, features: Sequence[Tensor]) -> ReconAuxOutput:
-    """Run the task on two views and their features."""
-    aux = attached.aux
-    spatial = aux.decoder.spatial
-    output: ReconAuxOutput = aux(views.images, [as_feature(y, spatial=spatial) for y in features])
-    return output

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.autograd import sources_of
+from recon_aux.engine.autograd import reached
 from recon_aux.engine.step import tensors_in
 from recon_aux.task.splitter import as_feature, channel_dim
 
@@ -102,7 +102,7 @@ def source_of(feature: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return feature
     if torch.compiler.is_compiling():
         return tensors[0]
-    return (sources_of(feature, tensors) or [feature])[0]
+    return (reached(feature, tensors) or [feature])[0]
 
 
 def encoder_shape(
@@ -150,7 +150,7 @@ def encoder_shape(
         )
     args, kwargs = _call_of(call, example_input)
     first: Any = getattr(_first_conv(encoder), "in_channels", 3)
-    expected = image_channels or int(first)
+    expected = int(first) if image_channels is None else image_channels
     if example_input is None:
         args = (_blank(encoder, expected, image_size),)
     image = image_of(args, kwargs, expected)
@@ -190,7 +190,8 @@ def encoder_shape(
         )
     feature = as_feature(take_feature(feature, dim=dim))
     width = feature.shape[channel_dim(feature)]
-    return EncoderShape(image_channels or image.shape[1], width, feature.ndim, dim)
+    channels = image.shape[1] if image_channels is None else image_channels
+    return EncoderShape(channels, width, feature.ndim, dim)
 
 
 def _call_of(call: Any, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

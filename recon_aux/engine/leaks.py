@@ -14,7 +14,6 @@ from recon_aux.engine.modules import describe_children, share_values, share_weig
 from recon_aux.engine.plan import Plan
 from recon_aux.engine.step import EncoderCall, Step, Views, calls_behind
 from recon_aux.engine.views import is_of
-from recon_aux.task.splitter import as_feature
 
 if TYPE_CHECKING:
     from recon_aux.engine.attachment import Attachment
@@ -67,9 +66,7 @@ def refuse_bypassed_heads(
 
 def _sees_equivariant(attached: Attachment, call: EncoderCall, results: Sequence[Tensor]) -> bool:
     """Whether some results depend on the equivariant channels of a call's feature."""
-    aux = attached.aux
-    feature = as_feature(call.feature, spatial=aux.decoder.spatial)
-    own = gradients_of([aux.equivariant(feature)], call.sources)
+    own = gradients_of([attached.aux.equivariant(call.feature)], call.sources)
     seen = gradients_of(results, call.sources)
     both = ((x, y) for x, y in zip(own, seen, strict=True) if x is not None and y is not None)
     return any(bool(((x != 0) & (y != 0)).any()) for x, y in both)

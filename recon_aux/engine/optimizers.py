@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from recon_aux.task.checks import check_nonnegative
-
 Group = dict[str, Any]
 
 
@@ -23,15 +21,6 @@ class DecoderGroup(NamedTuple):
 
     lr: float | None = None
     weight_decay: float | None = None
-
-    def check(self) -> None:
-        """Check that both are finite numbers of 0 or more.
-
-        Raises:
-            ValueError: if one is not.
-        """
-        for option, value in self.given().items():
-            check_nonnegative(f"decoder_{option}", value)
 
     def given(self) -> Group:
         """Give those that are set, as entries of a parameter group."""
@@ -142,7 +131,9 @@ def _own_group(optimizer: Any, index: int, own: DecoderGroup, schedulers: Sequen
             )
     like, size = optimizer.param_groups[index], len(optimizer.param_groups)
     ratio = 1.0 if own.lr is None else _ratio(own.lr, _base(like))
-    rates = {key: value * ratio for key, value in like.items() if _is_rate(key)}
+    rates = {
+        key: value * ratio for key, value in like.items() if _is_rate(key) and value is not None
+    }
     decay = {"weight_decay": own.weight_decay} if own.weight_decay is not None else {}
     names = [group.get("name") for group in optimizer.param_groups]
     name = "recon_aux" if "recon_aux" not in names else "recon_aux_biases_and_norms"
@@ -183,8 +174,9 @@ def _is_rate(key: str) -> bool:
 
 
 def _base(group: Group) -> float:
-    """Give the learning rate that a schedule starts from or rises to."""
-    return float(next(group[key] for key in ("max_lr", "initial_lr", "lr") if key in group))
+    """Give the rate that a schedule starts from or rises to; 0 if the optimizer sets its own."""
+    rates = (group.get(key) for key in ("max_lr", "initial_lr", "lr"))
+    return float(next((rate for rate in rates if rate is not None), 0))
 
 
 def _ratio(lr: float, base: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recon_aux.engine.autograd import reached, sources_of
+from recon_aux.engine.autograd import reached
 from recon_aux.task import ReconAuxOutput
 
 Pair = tuple[Tensor, Tensor]
@@ -44,7 +44,9 @@ class EncoderCall(NamedTuple):
     @property
     def sources(self) -> list[Tensor]:
         """The returned tensors that the feature was made of, or the feature, if returned."""
-        return sources_of(self.feature, self.returned) or [self.output]
+        if any(x is self.feature for x in self.returned):
+            return [self.feature]
+        return reached(self.feature, self.returned) or [self.output]
 
     @property
     def changed(self) -> tuple[bool, bool]:
@@ -89,10 +91,10 @@ class OtherCall(NamedTuple):
 
 
 class Views(NamedTuple):
-    """Two views, what the encoder returned for each, and its calls with gradient."""
+    """Two views, the feature of each, and the encoder's calls with gradient."""
 
     images: Pair
-    outputs: Pair
+    features: Pair
     online: list[EncoderCall]
 
 
@@ -128,6 +130,7 @@ class Step:
         misses_encoder: whether the loss of a ``training_step`` depends on none of the calls.
         others: what other modules gave without gradient, as unknown momentum encoders do.
         early: the task's output, if the task ran before the method's loss.
+        versions: in a loop, of each encoder's parameters, at its first call.
     """
 
     def __init__(self) -> None:
@@ -141,6 +144,7 @@ class Step:
         self.misses_encoder = False
         self.others: list[OtherCall] = []
         self.early: EarlyTask | None = None
+        self.versions: dict[int, int] = {}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

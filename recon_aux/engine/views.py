@@ -163,7 +163,7 @@ def images_in(batch: Any, device: torch.device) -> list[Tensor]:
 
     A step may move its batch itself. So they are moved to the device of what was encoded.
     """
-    tensors = [x.to(device) for x in tensors_in(batch) if x.ndim in (4, 5)]
+    tensors = [x.to(device) for x in tensors_in(batch) if x.ndim in (4, 5) and len(x)]
     stacked = [part for x in tensors if x.ndim == 5 for dim in (0, 1) for part in x.unbind(dim)]
     return [x for x in tensors if x.ndim == 4] + stacked
 

@@ -47,7 +47,7 @@ def with_gradients(
         A scalar without the loss's graph. It can be differentiated once.
 
     Raises:
-        RuntimeError: in a backward pass with ``create_graph=True``.
+        RuntimeError: if a parameter isn't used, and in a backward pass with ``create_graph=True``.
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
@@ -58,8 +58,15 @@ def with_gradients(
     """
     if not loss.requires_grad:
         return weight * loss
-    with _without_hooks([inner for _, inner in inputs]):
-        computed = torch.autograd.grad(loss, [inner for _, inner in inputs], allow_unused=True)
+    inner = [inner for _, inner in inputs]
+    with _without_hooks(inner):
+        computed: Sequence[Any] = torch.autograd.grad(loss, inner, allow_unused=True)
+    if unused := sum(g is None and x is y for (x, y), g in zip(inputs, computed, strict=True)):
+        raise RuntimeError(
+            f"expected the loss to use all of the decoder's parameters, but {unused} aren't in its "
+            "graph. If FSDP2 shards the model, call fully_shard(model.recon_aux) first, as one "
+            "unit, and not its layers."
+        )
     used = [(x, g) for (x, _), g in zip(inputs, computed, strict=True) if g is not None]
     outer, gradients = [x for x, _ in used], [g for _, g in used]
     if slowed := [i for i, x in enumerate(outer) if x in paces]:

@@ -416,3 +416,14 @@ def test_compiled_it_is_measured_whenever_it_is_due() -> None:
 def test_the_module_alone_has_nobody_to_set_it() -> None:
     with pytest.raises(ValueError, match="expected weight= as a finite number"):
         recon_aux.ReconAux(8, weight="auto")  # type: ignore[arg-type]
+
+
+def test_a_loss_without_gradient_sets_no_weight() -> None:
+    model: Any = attach(Scaled(by=0.0))
+    for _ in range(3):
+        model.training_step(BATCH, 0).backward()
+    assert model.recon_aux.weight_is_due
+    model.by = STRONG
+    for _ in range(2):
+        model.training_step(BATCH, 0).backward()
+    assert model.recon_aux.weight > 1

@@ -263,3 +263,20 @@ def test_a_feature_that_changes_in_place_later_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match="changed in place") as caught:
         trained(model, [2, 2, 2])
     assert len(caught) == 1
+
+
+def test_a_view_that_is_changed_in_place_in_a_later_step_is_refused() -> None:
+    class Noisy(Method):
+        noise = 0.0
+
+        def loss(self, views: list[Tensor]) -> Tensor:
+            z0 = self.head(self.encoder(views[0]))
+            if self.noise:
+                views[0].add_(self.noise)
+            return siamese_loss(z0, self.head(self.encoder(views[1])))
+
+    model = attached(Noisy())
+    trained(model, [2, 2])
+    model.noise = 0.1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        trained(model, [2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import numpy
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import recon_aux
 from helpers.data import batch
+from helpers.methods import CopiedInTheStep
 from helpers.models import InALoop, Siamese, siamese_loss
 from helpers.watching import alive, seen_by
 from recon_aux.integrations.lightly import attach
@@ -115,3 +117,14 @@ def test_an_evaluation_with_gradient_keeps_little() -> None:
     model.train()
     step_of(model)(batch()[0]).backward()
     assert alive(seen) == 0
+
+
+def test_a_momentum_encoder_that_was_replaced_is_let_go() -> None:
+    model: Any = attach(CopiedInTheStep())
+    replaced = []
+    for index in range(13):
+        replaced.append(weakref.ref(model.backbone_momentum))
+        model.training_step(model.batch(), index).backward()
+    gc.collect()
+    known = {id(encoder()) for encoder in replaced if encoder() is not None}
+    assert known == {id(model.backbone_momentum)}

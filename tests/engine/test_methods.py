@@ -746,7 +746,7 @@ def test_an_encoder_that_is_called_past_its_forward() -> None:
 
 
 def test_fewer_than_two_views() -> None:
-    with pytest.raises(ValueError, match="expected views= as a whole number of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="expected views= of 1 or more, got 0"):
         built(Method, views=0)
 
 

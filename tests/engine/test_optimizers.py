@@ -15,6 +15,7 @@ from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
+from timm.optim.adafactor import Adafactor
 from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -650,3 +651,15 @@ def test_an_optimizer_without_any_of_torchs_in_it_trains_the_decoder() -> None:
         TypeError, match=r"got Scratch, which runs no hooks\. Leave decoder_lr= out"
     ):
         model.configure_optimizers()
+
+
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_an_optimizer_that_sets_its_own_rate(decay: float | None) -> None:
+    def configure(model: Any) -> Any:
+        return Adafactor([*model.backbone.parameters(), *model.projection_head.parameters()])
+
+    model = attach(Siamese(configure=configure), decoder_weight_decay=decay)
+    before = decoder_of(model)
+    optimizer = fit(model).optimizers[0]
+    assert_trained(model, before)
+    assert optimizer.param_groups[-1]["weight_decay"] == (decay or 0)

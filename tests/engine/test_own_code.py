@@ -1076,3 +1076,76 @@ def test_of_two_models_with_one_encoder_the_first_says_so(still: bool) -> None:
     for model in (first, second) if still else (first,):
         recon_aux.detach(model)
     trains(recon_aux.attach(first, backbone="encoder", heads=["head"]), views(), views())
+
+
+@pytest.mark.parametrize("has_step", [True, False])
+def test_a_momentum_head_of_two_features_sees_the_invariant_part_of_both(has_step: bool) -> None:
+    class Both(Trained if has_step else nn.Module):  # type: ignore[misc]
+        recon_aux: Any
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = encoder(), Joins()
+            self.target, self.target_head = frozen(self.encoder), frozen(self.head)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            z = self.head(*map(self.encoder, batch))
+            with torch.no_grad():
+                self.seen = self.target_head(*map(self.target, batch))
+            return (z - self.seen).square().mean()
+
+    model = recon_aux.attach(Both(), backbone="encoder", heads=["head"])
+    batch, seen = views(), []
+    # the encoder is as it was, so only the noise may differ
+    for model.target[3].is_on in (False, True):
+        loss = model.training_step(batch, 0)
+        if not has_step:
+            recon_aux.add_loss(model, loss, batch)
+        seen.append(model.seen)
+    assert torch.equal(*seen)
+
+
+def test_a_step_may_call_itself_for_the_parts_of_its_batch() -> None:
+    class OfLoaders(SimCLR):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if isinstance(batch, dict):
+                return torch.stack([self.training_step(x, 0) for x in batch.values()]).sum()
+            return super().training_step(batch, batch_idx)
+
+    model = OfLoaders(encoder(), WIDTH, lambda y: y)
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
+    trains(model, {"photos": views()}, {"photos": views(), "drawings": views()})
+
+
+def test_a_batch_may_hold_images_of_nothing() -> None:
+    class Labelled(SimCLR):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["views"], batch_idx)
+
+    x0, x1 = views()
+    model = Labelled(encoder(), WIDTH, lambda y: y)
+    recon_aux.attach(model, backbone="encoder", heads=["head"])
+    trains(model, {"views": [x0, x1], "labelled": x0[:0]}, {"views": [x0, x1], "labelled": x0})
+
+
+def test_a_loop_that_replaces_its_momentum_encoder_is_told_to_load_it() -> None:
+    net = nn.ModuleDict({"encoder": encoder(), "head": nn.Linear(WIDTH, 8)})
+    for name in ("encoder", "head"):
+        net[f"{name}_momentum"] = frozen(net[name])
+    recon_aux.attach(net, backbone="encoder", heads=["head"])
+
+    def step() -> Tensor:
+        x0, x1 = views()
+        with torch.no_grad():
+            z1 = net["head_momentum"](net["encoder_momentum"](x1))
+        z0 = net["head"](net["encoder"](x0))
+        return recon_aux.add_loss(net, (z0 - z1).square().mean(), (x0, x1))
+
+    step()
+    old = net["encoder_momentum"]
+    net["encoder_momentum"] = frozen(net["encoder"])
+    with pytest.raises(RuntimeError, match=r"replaced since .*momentum.load_state_dict\(encoder"):
+        step()
+    net["encoder_momentum"] = old
+    old.load_state_dict(net["encoder"].state_dict())
+    step().backward()

@@ -9,12 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from recon_aux import ReconAuxOutput
+from recon_aux.task.splitter import as_feature
 
 
 def rebuilt_from(model: Any) -> list[Any]:
     """What the ReconAux gets, from here on: views and features."""
     seen: list[Any] = []
-    model.recon_aux.register_forward_pre_hook(lambda module, args: seen.append(args))
+
+    def note(aux: Any, args: Any) -> None:
+        views, features = args
+        seen.append((views, [as_feature(y, spatial=aux.decoder.spatial) for y in features]))
+
+    model.recon_aux.register_forward_pre_hook(note)
     return seen
 
 

@@ -179,3 +179,11 @@ def test_a_feature_that_is_given_twice_gets_both_gradients() -> None:
     gradients(ReconAux(16, seed=0), (view, view), once)
     ReconAux(16, seed=0)((view, view), (twice, twice)).loss.backward()
     torch.testing.assert_close(twice.grad, once[0].grad + once[1].grad)  # type: ignore[operator]
+
+
+def test_a_parameter_that_no_loss_uses_is_refused() -> None:
+    views, features = views_and_features(dim=16)
+    aux = ReconAux(16)
+    aux.decoder.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(RuntimeError, match=r"but 1 aren't in its graph.* fully_shard\(model.recon"):
+        aux(views, features)
