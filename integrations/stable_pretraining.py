@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from recon_aux import ReconAux
 from recon_aux.engine.adapter import Conventions, MethodHook, attach_by
@@ -72,6 +73,9 @@ def attach(
     attach_by(_SPT, model, backbone=backbone, heads=heads, weight=weight, **options)
     if isinstance(model, Module):
         MethodHook(model, "_collect_parameters_by_optimizer_groups", _without_decoder)
+        # by default its layers would be sharded, each alone
+        aux: Any = model.get_submodule("recon_aux")
+        aux.fsdp_setup = partial(_shard, aux)
     if _names(model) & _BY_LAYERS:
         MethodHook(model, "_encode", _record)
     return model
@@ -113,14 +117,11 @@ _SPT = Conventions(
     defaults=_defaults,
     refused={
         "supervised": "classifies one view by its labels",
-        "MAE": "rebuilds masked patches of one view",
-        "CrossMAE": "rebuilds masked patches of one view",
-        "SimMIM": "rebuilds masked patches of one view",
+        **dict.fromkeys(["MAE", "CrossMAE", "SimMIM"], "rebuilds masked patches of one view"),
         "MaskFeat": "rebuilds gradients of masked patches of one view",
         "BEiT": "predicts tokens of masked patches of one view",
         "Data2Vec": "predicts features of masked patches of one view",
-        "IJEPA": "predicts features of masked blocks of one view",
-        "SALT": "predicts features of masked blocks of one view",
+        **dict.fromkeys(["IJEPA", "SALT"], "predicts features of masked blocks of one view"),
         "iGPT": "predicts the next patch of one view",
         "NEPA": "predicts the next patch's embedding of one view",
     },
@@ -137,6 +138,11 @@ def _without_decoder(
         params = {k: [p for p in some if id(p) not in ours] for k, some in params.items()}
         named = {k: [pair for pair in some if id(pair[1]) not in ours] for k, some in named.items()}
     return params, named, modules
+
+
+def _shard(aux: nn.Module, mesh: Any, policy: Any) -> None:
+    """Shard the task as one unit, in float32: it computes its gradients in its forward pass."""
+    fully_shard(aux, mesh=mesh)
 
 
 def _record(model: nn.Module, encode: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:

@@ -57,7 +57,7 @@ def attach(
 
     Example:
         >>> from torchgeo.trainers import MoCoTask  # from torchgeo.tasks import MoCo
-        >>> task = attach(MoCoTask(model="resnet18", in_channels=13, version=2))
+        >>> task = attach(MoCoTask(model="resnet18", in_channels=13))
         >>> task.recon_aux.image_channels
         13
     """

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 
 import recon_aux
@@ -28,6 +30,7 @@ from stable_pretraining import forward, losses, methods
 from stable_pretraining.callbacks import factories
 from stable_pretraining.callbacks.queue import OnlineQueue
 from stable_pretraining.config import recursive_instantiate
+from stable_pretraining.utils.fsdp2 import default_parallelize_fn
 from timm.models.vision_transformer import VisionTransformer
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import ViTConfig, ViTModel
@@ -730,3 +733,24 @@ def test_a_copy_is_trained() -> None:
     fit(other, "simclr")
     assert_trained(other, before)
     assert_same(decoder_of(model), before)
+
+
+# --- many processes ---
+
+
+def test_with_fsdp2_the_decoder_is_one_unit_and_trains(tmp_path: Path) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = attach(FORWARDS["simclr"]())
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        default_parallelize_fn(model, mesh)
+        views = [torch.rand(BATCH, 3, SIDE, SIDE) for _ in range(2)]
+        batch = {"views": [{"image": view} for view in views]}
+        model.forward(batch, "fit")["loss"].backward()
+        sharded = {n for n, m in model.recon_aux.named_modules() if isinstance(m, FSDPModule)}
+        assert sharded == {""}
+        assert all(p.grad is not None for p in model.recon_aux.parameters())
+    finally:
+        distributed.destroy_process_group()
