@@ -161,7 +161,7 @@ def _print_images(probed: Probed, normalize: str, console: Console) -> None:
         lines.append("These images differ. Pass --size with one that all encoders take")
     lines[-1] += f". Normalised as --normalize {normalize}"
     for line in lines:
-        console.print(f"{line}.", markup=False)
+        console.print(f"{line}.")
 
 
 def _save_picture(path: Path, probed: Probed, console: Console) -> None:
@@ -170,7 +170,6 @@ def _save_picture(path: Path, probed: Probed, console: Console) -> None:
         console.print(
             f"In {path}, what is {' '.join(label.split())} is mostly darker than black or brighter "
             "than white. Pass --normalize as in the training.",
-            markup=False,
         )
 
 
@@ -208,12 +207,11 @@ def export(
     state = encoder.build().state_dict()
     torch.save(state, output)
     console = _console()
-    console.print(f"{encoder}", markup=False)
+    console.print(f"{encoder}")
     console.print(
         f"{output} has {len(state)} tensors, {in_megabytes(state)}. "
         f"Load it as: {encoder.how_to_load(output)}",
         soft_wrap=True,
-        markup=False,
     )
 
 
@@ -264,14 +262,14 @@ def show(
     if isinstance(opened, Mapping):
         plain = {key: x for key, x in opened.items() if isinstance(x, (int, float, str))}
         for key, value in plain.items():
-            console.print(f"{key}: {value}", markup=False)
+            console.print(f"{key}: {value}")
     saved = find_saved(tensors)
     try:
         encoder = find_encoder(tensors, checkpoint, saved=saved, arch=arch, prefix=prefix)
-        console.print(f"encoder: {encoder}", markup=False)
+        console.print(f"encoder: {encoder}")
     except UserError as error:
         # the rest is worth showing nevertheless
-        console.print(f"encoder: {error}", markup=False)
+        console.print(f"encoder: {error}")
     if saved is None:
         console.print("recon_aux: not attached")
     elif not saved.values:
@@ -333,8 +331,9 @@ def demo(
 
 def _console() -> Console:
     """Give a console as wide as the terminal; where there is none, 160 characters wide."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=160, highlight=False)
+    # what is printed names files, whose brackets are no markup
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(width=160, highlight=False, markup=False)
 
 
 def _find(
@@ -354,6 +353,10 @@ def _check_output(path: Path | None, source: Path | None = None) -> None:
         raise UserError(f"expected a file to write, got {path}, which {came}. Pass another path.")
     if source is not None and path.resolve() == source.resolve():
         raise UserError(f"expected another file than {source} itself to write. Pass -o with one.")
+    if source is not None and path.suffix == ".safetensors":
+        raise UserError(
+            f"expected a file for torch.save, got {path}. Pass -o with one that ends in .pt."
+        )
 
 
 def _device(name: str | None) -> torch.device:

@@ -56,6 +56,7 @@ def train(model: SimCLR, images: Tensor, epochs: int, bar: Progress, name: str) 
     steps = epochs * (len(images) // _BATCH)
     task = bar.add_task(name, total=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
+    # 0.1 divides by zero in ten steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 1), pct_start=0.101)
     device = next(model.parameters()).device
     model.train()

@@ -98,6 +98,11 @@ class Saved:
         return bool(self.values.get("options", {}).get("spatial", False))
 
     @property
+    def is_off(self) -> bool:
+        """Whether it was attached with ``weight=0``: its decoder was never trained."""
+        return bool(self.values.get("options", {}).get("weight") == 0)
+
+    @property
     def weight(self) -> str:
         """The weight in words: a number, and where it is automatic what it came to."""
         weight = self.values["options"]["weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,12 +64,12 @@ class Images:
     Attributes:
         train: uint8 ``(N, 3, H, W)``, and labels ``(N,)`` or None.
         test: the same, of held-out images.
-        said: what was held out.
+        description: what was held out.
     """
 
     train: tuple[Tensor, Tensor | None]
     test: tuple[Tensor, Tensor | None]
-    said: str
+    description: str
 
     @property
     def size(self) -> int:
@@ -77,7 +78,7 @@ class Images:
 
     def __str__(self) -> str:
         counts = f"{len(self.train[0])} images to train on, {len(self.test[0])} to test on"
-        return f"{self.said}. {counts}, of {self.size}x{self.size} pixels"
+        return f"{self.description}. {counts}, of {self.size}x{self.size} pixels"
 
 
 def load_images(data: str, size: int | None, limit: int) -> Images:
@@ -95,12 +96,12 @@ def load_images(data: str, size: int | None, limit: int) -> Images:
     """
     if data == "digits":
         train, test = digits(size or 32)
-        said = "scikit-learn's digits in colour; 397 of the 1797 are held out"
-        return Images(_first(train, limit), _first(test, limit // 2), said)
+        description = "scikit-learn's digits in colour; 397 of the 1797 are held out"
+        return Images(_first(train, limit), _first(test, limit // 2), description)
     if data == "cifar10":
         return _read(*_cifar10(), size or 32, limit, "CIFAR-10; its test split is held out")
-    samples, held_out, said = _folder(Path(data))
-    return _read(samples, held_out, size or _natural_size(samples[0][0]), limit, said)
+    samples, held_out, description = _folder(Path(data))
+    return _read(samples, held_out, size or _natural_size(samples[0][0]), limit, description)
 
 
 def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -126,7 +127,7 @@ def _first(split: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     return split[0][:count], split[1][:count]
 
 
-def _cifar10() -> tuple[list[Sample], list[Sample]]:
+def _cifar10() -> tuple[CIFAR10, CIFAR10]:
     try:
         train, test = (CIFAR10("datasets", train=split, download=True) for split in (True, False))
     except (OSError, RuntimeError) as error:
@@ -134,7 +135,7 @@ def _cifar10() -> tuple[list[Sample], list[Sample]]:
             f"expected to download CIFAR-10 into datasets/ ({error}). Pass --data with a folder of "
             "images, or digits."
         ) from error
-    return [(image, label) for image, label in train], [(image, label) for image, label in test]
+    return train, test
 
 
 def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
@@ -149,8 +150,10 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
         # test/ or val/ may have no class folders: prefer the one that has
         test = next((x for x in held_out if known and _samples(x, known)), held_out[0])
         splits = [_samples(train, known), _samples(test, known)]
-        said = f"{root}; {test.name}/ is held out"
+        description = f"{root}; {test.name}/ is held out"
     else:
+        # a class may be called train, too: then it has no class folders
+        root = train if train is not None and _classes(train) else root
         classes = _classes(root)
         _refuse_splits(root, classes)
         samples = _samples(root, classes)
@@ -160,7 +163,7 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
             [samples[row] for i, row in enumerate(order) if bool(i % 5) is kept]
             for kept in (True, False)
         ]
-        said = f"{root}; a fifth of its {len(samples)} images, drawn at random, is held out"
+        description = f"{root}; a fifth of its {len(samples)} images, drawn at random, is held out"
     if not any(splits):
         raise UserError(
             f"expected {_FORMS}, got {root} without images. Pass a folder with files that end in "
@@ -172,8 +175,8 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample], str]:
             f"{len(splits[1])} to test on. Pass a folder with two of each, or more."
         )
     if splits[0][0][1] is None:
-        said += "; there are no class folders, so no accuracies"
-    return splits[0], splits[1], said
+        description += "; there are no class folders, so no accuracies"
+    return splits[0], splits[1], description
 
 
 def _splits(root: Path) -> tuple[Path | None, list[Path]]:
@@ -234,7 +237,7 @@ def _open(image: Path | Image.Image) -> Image.Image:
         raise UserError(f"{image}: {error}") from error
 
 
-def _read(train: list[Sample], test: list[Sample], size: int, limit: int, said: str) -> Images:
+def _read(train: Any, test: Any, size: int, limit: int, description: str) -> Images:
     splits = []
     for samples, count in ((train, limit), (test, limit // 2)):
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
@@ -242,7 +245,7 @@ def _read(train: list[Sample], test: list[Sample], size: int, limit: int, said: 
         images = [_tensor(image, size) for image, _ in track(some, "reading", transient=True)]
         labels = [label for _, label in some if label is not None]
         splits.append((torch.stack(images), torch.tensor(labels) if labels else None))
-    return Images(splits[0], splits[1], said)
+    return Images(splits[0], splits[1], description)
 
 
 def _tensor(source: Path | Image.Image, size: int) -> Tensor:

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-from recon_aux.cli.errors import UserError
-from recon_aux.probe import REGRESSORS
-
-
-def _one_of_the_regressors(name: str) -> str:
-    if name not in REGRESSORS:
-        raise UserError(f"expected --regressor ridge or mlp, got {name}. Pass one of them.")
-    return name
-
 
 Checkpoint = Annotated[Path, typer.Argument(help="A file that torch.save or a trainer wrote.")]
 Arch = Annotated[
@@ -45,11 +35,8 @@ Device = Annotated[
     typer.Option(help="cpu or cuda; by default cuda where there is one.", show_default=False),
 ]
 Regressor = Annotated[
-    str,
-    typer.Option(
-        help="What reads how an image was changed: ridge, or mlp, which is slower.",
-        callback=_one_of_the_regressors,
-    ),
+    Literal["ridge", "mlp"],
+    typer.Option(help="What reads how an image was changed; mlp is slower."),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 

@@ -61,7 +61,7 @@ def check_picture(path: Path) -> None:
     if path.suffix[1:].lower() not in formats:
         raise UserError(
             f"expected --picture as a file like probe.png, got {path}. Pass one that ends in "
-            f"{', '.join(f'.{ending}' for ending in ('png', 'pdf', 'svg', 'jpg'))}."
+            ".png, .pdf, .svg or .jpg."
         )
 
 

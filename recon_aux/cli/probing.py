@@ -16,7 +16,6 @@ from recon_aux.cli.errors import UserError
 from recon_aux.cli.finding import Encoder, Saved
 from recon_aux.cli.images import Images
 from recon_aux.cli.picture import Rebuilder
-from recon_aux.cli.report import as_json
 from recon_aux.probe import ProbeResult, probe
 from recon_aux.task.splitter import channel_dim
 
@@ -44,7 +43,7 @@ class Probed:
                 "arch": encoder.arch,
                 "prefix": encoder.prefix,
                 "images": str(self.images[name]),
-                "parts": as_json(self.results[name]),
+                "parts": self.results[name].to_dict(),
             }
             for name, encoder in self.encoders.items()
         }
@@ -76,33 +75,35 @@ def probe_all(
     for name, (encoder, saved) in found.items():
         module = encoder.build().to(device)
         images = probed.images[name] = load(encoder.input_size(module))
-        console.print(f"{name}: {encoder}", markup=False)
+        console.print(f"{name}: {encoder}")
         _check(name, encoder, saved, _width(module, images, name, normalization, device))
-        probed.results[name] = probe(
-            module,
-            images.train,
-            images.test,
-            equivariant_dim=saved.equivariant_dim if saved is not None else 0,
-            normalize=normalization,
-            regressor=regressor,
-            device=device,
-            progress=True,
-        )
+        try:
+            probed.results[name] = probe(
+                module,
+                images.train,
+                images.test,
+                equivariant_dim=saved.equivariant_dim if saved is not None else 0,
+                normalize=normalization,
+                regressor=regressor,
+                device=device,
+                progress=True,
+            )
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
         if saved is None:
             continue
-        aux = None if saved.keeps_positions else saved.build()
+        aux = None if saved.keeps_positions or saved.is_off else saved.build()
         if aux is not None:
             probed.rebuilders[name] = Rebuilder(module, aux, normalization, images.test[0])
             continue
         reason = "its options can't be read, as in an average of weights: no parts are measured"
         if saved.keeps_positions:
             reason = f"it learned from features of each position; {encoder.arch} gives one of all"
+        elif saved.is_off:
+            reason = "it was attached with weight=0, so its decoder was never trained"
         elif saved.values:
             reason = "this version of recon_aux can't build its decoder"
-        console.print(
-            f"{name}: recon_aux was attached, but nothing is rebuilt: {reason}.",
-            markup=False,
-        )
+        console.print(f"{name}: recon_aux was attached, but nothing is rebuilt: {reason}.")
     return probed
 
 

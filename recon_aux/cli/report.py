@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from recon_aux.cli.finding import Saved
@@ -25,7 +24,7 @@ def side_by_side(results: Mapping[str, ProbeResult]) -> Table:
         ['', 'a\\nwhole', 'b\\nwhole']
     """
     columns = [
-        (escape(f"{name}\n{part_name}"), part)
+        (f"{name}\n{part_name}", part)
         for name, result in results.items()
         for part_name, part in result.parts.items()
     ]
@@ -42,25 +41,16 @@ def side_by_side(results: Mapping[str, ProbeResult]) -> Table:
     add("linear %", lambda part: part.linear, 1)
     add("k-NN %", lambda part: part.knn, 1)
     grid.add_section()
-    grid.add_row("[bold]R², all combined")
+    grid.add_row(Text("R², all combined", style="bold"))
     add("mean R²", lambda part: part.mean_combined, 3)
     for name in COMBINED:
         add(name, lambda part, name=name: part.combined[name])  # type: ignore[misc]
     grid.add_section()
-    grid.add_row("[bold]R², each alone")
+    grid.add_row(Text("R², each alone", style="bold"))
     add("mean R²", lambda part: part.mean_alone, 3)
     for name in TRANSFORMATIONS:
         add(name, lambda part, name=name: part.alone[name])  # type: ignore[misc]
     return grid
-
-
-def as_json(result: ProbeResult) -> dict[str, Any]:
-    """Give a result's numbers; what wasn't measured is None, since JSON has no nan."""
-    parts = result.to_dict()
-    for part in parts.values():
-        for name in ("linear", "knn"):
-            part[name] = None if math.isnan(part[name]) else part[name]
-    return parts
 
 
 def parts_table(tensors: Mapping[str, Tensor]) -> Table:
@@ -74,7 +64,7 @@ def parts_table(tensors: Mapping[str, Tensor]) -> Table:
     grid = Table("part", "tensors", "numbers", "size", box=box.SIMPLE_HEAD)
     for name, group in groups.items():
         count = sum(x.numel() for x in group.values())
-        grid.add_row(escape(name), str(len(group)), f"{count:,}", in_megabytes(group))
+        grid.add_row(name, str(len(group)), f"{count:,}", in_megabytes(group))
     return grid
 
 

@@ -18,11 +18,11 @@ from recon_aux.engine.modules import describe_children
 from recon_aux.monitor.images import FEWEST, take_images
 from recon_aux.monitor.loggers import log_picture
 from recon_aux.monitor.measure import (
+    HeldOut,
     Measurement,
-    Stream,
     as_floats,
     describe,
-    encode_stream,
+    encode_held_out,
 )
 from recon_aux.monitor.picture import draw_picture, inverse_of
 from recon_aux.task.checks import check_whole
@@ -122,7 +122,7 @@ class Monitor(_Base):  # type: ignore[misc]
         self.rows = rows
         self.name = name
         self.seed = seed
-        self._stream: Stream | None = None
+        self._stream: HeldOut | None = None
 
     def __reduce__(self) -> Any:
         """Pickle as the class itself, not as the one that ``as_callback`` made of it."""
@@ -165,19 +165,19 @@ class Monitor(_Base):  # type: ignore[misc]
 
         model, start = without_wrapper(model), time.perf_counter()
         with undisturbed(model):
-            stream, encode = self._prepared(model), self._encoder(model)
-            features = encode_stream(encode, stream, self.batch_size, _device_of(model))
-            self._check_pixels(model, stream)
-            picture = self._picture(model, stream, encode)
-            found = describe(features, stream, equivariant_dim_of(model)) if regress else {}
+            held_out, encode = self._prepared(model), self._encoder(model)
+            features = encode_held_out(encode, held_out, self.batch_size, _device_of(model))
+            self._check_pixels(model, held_out)
+            picture = self._picture(model, held_out, encode)
+            found = describe(features, held_out, equivariant_dim_of(model)) if regress else {}
         found["seconds"] = time.perf_counter() - start
         return Measurement({f"{self.name}/{key}": value for key, value in found.items()}, picture)
 
-    def _prepared(self, model: nn.Module) -> Stream:
+    def _prepared(self, model: nn.Module) -> HeldOut:
         """Take the images, once, and see whether the encoder takes them."""
         if self._stream is None:
             images, labels = take_images(self.images, self.labels, self.count)
-            stream, encode = Stream.draw(images, labels, self.seed), self._encoder(model)
+            held_out, encode = HeldOut.draw(images, labels, self.seed), self._encoder(model)
             try:
                 encode(as_floats(images[:2]).to(_device_of(model)))
             # what torch._assert and transformers raise, too
@@ -187,15 +187,15 @@ class Monitor(_Base):  # type: ignore[misc]
                     f"for which it raised {type(error).__name__}: {error}. Pass images of the "
                     "training's size and channels, or encode=lambda model, images: features."
                 ) from error
-            self._stream = stream
+            self._stream = held_out
         return self._stream
 
-    def _check_pixels(self, model: nn.Module, stream: Stream) -> None:
+    def _check_pixels(self, model: nn.Module, held_out: HeldOut) -> None:
         """Warn if the encoder gets pixels of another range than in training."""
         plan = attachment_of(model).plan if is_attached(model) else None
         if plan is None or not plan.pixels:
             return
-        images = as_floats(stream.images[: self.batch_size]).to(_device_of(model))
+        images = as_floats(held_out.images[: self.batch_size]).to(_device_of(model))
         seen = self._normalized(images).aminmax()
         ours, theirs = tuple(float(x) for x in seen), plan.pixels
         if _is_plain(*ours) != _is_plain(*theirs):
@@ -233,23 +233,27 @@ class Monitor(_Base):  # type: ignore[misc]
             )
         return call
 
-    def _picture(self, model: nn.Module, stream: Stream, encode: Callable[[Tensor], Tensor]) -> Any:
+    def _picture(
+        self, model: nn.Module, held_out: HeldOut, encode: Callable[[Tensor], Tensor]
+    ) -> Any:
         """Rebuild a few views; None where there is no decoder, or an untrained one."""
         from recon_aux.probe import transform  # noqa: PLC0415
 
         aux = attachment_of(model).aux if is_attached(model) else None
         if aux is None or aux.options["weight"] == 0 or not self.rows:
             return None
-        clean = as_floats(stream.images[: self.rows]).to(_device_of(model))
+        # the last row needs another image's context, too
+        count = self.rows + 1
+        clean = as_floats(held_out.images[:count]).to(_device_of(model))
         views = [
-            transform(clean, {name: x[: self.rows] for name, x in parameters.items()})
-            for parameters in stream.views
+            transform(clean, {name: x[:count] for name, x in parameters.items()})
+            for parameters in held_out.views
         ]
         own, other = map(encode, views)
         restore = inverse_of(self.normalize, clean)
         contexts = (other, other.roll(1, 0))
         rebuilt = [restore(aux.rebuild(own, context)) for context in contexts]
-        return draw_picture([*views, *rebuilt])
+        return draw_picture([x[: self.rows] for x in (*views, *rebuilt)])
 
     # --- for Lightning's trainer ---
 
@@ -259,12 +263,13 @@ class Monitor(_Base):  # type: ignore[misc]
 
         model = without_wrapper(pl_module)
         with undisturbed(model):
-            stream = self._prepared(model)
+            held_out = self._prepared(model)
         if trainer.is_global_zero:
             epochs = "each epoch" if self.every == 1 else f"every {self.every} epochs"
+            count, total = len(held_out.images), held_out.images_encoded
             print(
-                f"recon_aux.Monitor: {epochs} {len(stream.images)} held-out images are encoded "
-                f"{stream.encoded // len(stream.images)} times, {stream.encoded} in all",
+                f"recon_aux.Monitor: {epochs} {count} held-out images are encoded "
+                f"{total // count} times, {total} in all",
                 file=sys.stderr,
             )
 

@@ -29,7 +29,7 @@ class Measurement:
 
 
 @dataclass
-class Stream:
+class HeldOut:
     """The held-out images, and the transformations of them that are always the same.
 
     Attributes:
@@ -45,12 +45,12 @@ class Stream:
     views: tuple[Parameters, Parameters]
 
     @property
-    def encoded(self) -> int:
+    def images_encoded(self) -> int:
         """How many images go through the encoder in one measurement."""
         return len(self.images) * (1 + len(self.parameters))
 
     @classmethod
-    def draw(cls, images: Tensor, labels: Tensor | None, seed: int) -> Stream:
+    def draw(cls, images: Tensor, labels: Tensor | None, seed: int) -> HeldOut:
         """Shuffle the images, and draw the parameters."""
         from recon_aux.probe import COMBINED, TRANSFORMATIONS, draw_parameters  # noqa: PLC0415
 
@@ -70,14 +70,14 @@ class Stream:
         )
 
 
-def encode_stream(
-    encode: Callable[[Tensor], Tensor], stream: Stream, batch_size: int, device: torch.device
+def encode_held_out(
+    encode: Callable[[Tensor], Tensor], held_out: HeldOut, batch_size: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Encode the images as they are, under ``""``, and by each transformation alone.
 
     Args:
         encode: images ``(B, C, H, W)``, from 0 to 1 -> features.
-        stream: the held-out images.
+        held_out: the held-out images.
         batch_size: images in one call.
         device: where images are transformed and encoded.
 
@@ -87,21 +87,23 @@ def encode_stream(
     from recon_aux.probe import transform  # noqa: PLC0415
 
     features: dict[str, list[Tensor]] = {}
-    for rows in torch.split(torch.arange(len(stream.images)), batch_size):
-        images = as_floats(stream.images[rows]).to(device)
-        for name in ("", *stream.parameters):
-            parameters = {name: stream.parameters[name][rows]} if name else {}
+    for rows in torch.split(torch.arange(len(held_out.images)), batch_size):
+        images = as_floats(held_out.images[rows]).to(device)
+        for name in ("", *held_out.parameters):
+            parameters = {name: held_out.parameters[name][rows]} if name else {}
             feature = pooled(encode(transform(images, parameters)))
             features.setdefault(name, []).append(feature.float().cpu())
     return {name: torch.cat(parts) for name, parts in features.items()}
 
 
-def describe(features: dict[str, Tensor], stream: Stream, equivariant_dim: int) -> dict[str, float]:
+def describe(
+    features: dict[str, Tensor], held_out: HeldOut, equivariant_dim: int
+) -> dict[str, float]:
     """Compute the numbers of the whole feature and of each part.
 
     Args:
-        features: as :func:`encode_stream` gives them.
-        stream: that was encoded. Regressions are fitted on every other image, and tested on the
+        features: as :func:`encode_held_out` gives them.
+        held_out: that was encoded. Regressions are fitted on every other image, and tested on the
             others.
         equivariant_dim: how many of the last channels are equivariant.
 
@@ -115,13 +117,13 @@ def describe(features: dict[str, Tensor], stream: Stream, equivariant_dim: int) 
     for part, clean in parts[""].items():
         is_finite = all(bool(found[part].isfinite().all()) for found in parts.values())
         scores: dict[str, float] = {}
-        for name, parameter in stream.parameters.items():
+        for name, parameter in held_out.parameters.items():
             targets = [{name: parameter[::2]}, {name: parameter[1::2]}]
             both = _halves(torch.cat([clean, parts[name][part]], 1))
             scores[f"r2_{name}"] = ridge_r2(both, targets)[name] if is_finite else math.nan
         found = {"r2": sum(scores.values()) / len(scores), **scores}
-        if stream.labels is not None:
-            classes = _halves(stream.labels)
+        if held_out.labels is not None:
+            classes = _halves(held_out.labels)
             found["knn"] = knn_accuracy(_halves(clean), classes) if is_finite else math.nan
         found["rank"] = effective_rank(clean) if is_finite else math.nan
         found["std"] = spread(clean)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recon_aux.task.checks import check_choice
@@ -18,10 +21,12 @@ class PartResult:
     """What one part of the feature knows.
 
     Attributes:
-        linear: test accuracy of logistic regression on the labels, in percent; ``nan`` without.
+        linear: test accuracy of logistic regression on the labels, in percent; ``nan`` if
+            there are no labels.
         knn: test accuracy of a 20-nearest-neighbour vote by cosine similarity, in percent.
         alone: test R² of each transformation alone, the mean over its parameters.
-        combined: test R² of each parameter of all transformations at once; empty without.
+        combined: test R² of each parameter of all transformations at once; empty if
+            none are combined.
         spread: standard deviations over the seeds of the MLP: of ``"alone"`` and ``"combined"``,
             for each name in them and for their ``"mean"``. Empty for ridge regression.
     """
@@ -34,13 +39,13 @@ class PartResult:
 
     @property
     def mean_alone(self) -> float:
-        """Mean R² over the transformations that are made alone."""
-        return sum(self.alone.values()) / len(self.alone)
+        """Mean R² over the transformations that are made alone; ``nan`` if there are none."""
+        return fmean(self.alone.values()) if self.alone else math.nan
 
     @property
     def mean_combined(self) -> float:
-        """Mean R² over the parameters of the combined transformation."""
-        return sum(self.combined.values()) / len(self.combined)
+        """Mean R² over the parameters of the combined transformation; ``nan`` if there are none."""
+        return fmean(self.combined.values()) if self.combined else math.nan
 
 
 @dataclass
@@ -55,9 +60,9 @@ class ProbeResult:
     parts: dict[str, PartResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, ready for JSON."""
+        """Return plain numbers, ready for JSON; None for an accuracy that wasn't measured."""
         return {
-            name: {key: value for key, value in asdict(part).items() if value != {}}
+            name: {key: _or_none(value) for key, value in asdict(part).items() if value != {}}
             for name, part in self.parts.items()
         }
 
@@ -80,18 +85,25 @@ def table(results: Mapping[str, ProbeResult], kind: str | None = None) -> Table:
         ValueError: if there is no such kind, or it wasn't measured.
     """
     rows = _rows(results)
-    measured = [name for name in ("combined", "alone") if getattr(rows[0][1], name)]
+    measured = [k for k in ("combined", "alone") if any(getattr(part, k) for _, part in rows)]
     kind = kind or measured[0]
     check_choice("kind", kind, measured)
     accuracies = {"linear %": "linear", "k-NN %": "knn"} if kind == "combined" else {}
-    grid = markdown_table([*accuracies, "mean R²", *getattr(rows[0][1], kind)])
+    # encoders may have been measured by other transformations
+    names = list(dict.fromkeys(key for _, part in rows for key in getattr(part, kind)))
+    grid = markdown_table([*accuracies, "mean R²", *names])
     for name, part in rows:
         r2, spread = getattr(part, kind), part.spread.get(kind, {})
         numbers = [f"{getattr(part, accuracy):.1f}" for accuracy in accuracies.values()]
         numbers += [_cell(getattr(part, f"mean_{kind}"), spread.get("mean"), 3)]
-        numbers += [_cell(value, spread.get(key)) for key, value in r2.items()]
-        grid.add_row(name, *numbers)
+        numbers += [_cell(r2.get(key, math.nan), spread.get(key)) for key in names]
+        grid.add_row(escape(name), *numbers)
     return grid
+
+
+def _or_none(value: Any) -> Any:
+    """Put None for nan, which JSON doesn't have."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _rows(results: Mapping[str, ProbeResult]) -> list[tuple[str, PartResult]]:
@@ -104,7 +116,9 @@ def _rows(results: Mapping[str, ProbeResult]) -> list[tuple[str, PartResult]]:
 
 
 def _cell(r2: float, spread: float | None, digits: int = 2) -> str:
-    """Write R², with its standard deviation where there is one."""
+    """Write R², with its standard deviation where there is one; "-" if it wasn't measured."""
+    if math.isnan(r2):
+        return "-"
     return f"{r2:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 

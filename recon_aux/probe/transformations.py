@@ -9,6 +9,8 @@ import kornia
 import torch
 from torch import Tensor
 
+from recon_aux.probe.inputs import check_images
+
 TRANSFORMATIONS: dict[str, tuple[float, float]] = {
     "rotation": (-30.0, 30.0),  # degrees
     "scale": (0.7, 1.3),
@@ -161,7 +163,7 @@ def transform(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     continued by its reflection, so no border reveals how far it moved.
 
     Args:
-        images: ``(B, 3, H, W)``, values from 0 to 1.
+        images: ``(B, 3, H, W)``, uint8, or floats from 0 to 1.
         parameters: for any parameter of :data:`SETS` a tensor ``(B,)``; the others stay neutral.
 
     Returns:
@@ -172,6 +174,8 @@ def transform(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         >>> transform(images, draw_parameters(2)).shape
         torch.Size([2, 3, 32, 32])
     """
+    check_images(images)
+    images = images / 255 if images.dtype == torch.uint8 else images
     height, width = images.shape[-2:]
 
     def value(name: str) -> Tensor:

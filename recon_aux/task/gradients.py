@@ -28,7 +28,7 @@ def with_gradients(
     loss: Tensor,
     weight: float,
     inputs: Sequence[tuple[Tensor, Tensor]],
-    paces: Mapping[Tensor, float],
+    scales: Mapping[Tensor, float],
 ) -> Tensor:
     """Return ``weight * loss``, whose gradients are computed here and now.
 
@@ -41,7 +41,7 @@ def with_gradients(
         weight: factor of the loss.
         inputs: the tensors that get gradients, each with the tensor that the loss was computed
             from in its place.
-        paces: factors of some of their gradients.
+        scales: factors of some of their gradients.
 
     Returns:
         A scalar without the loss's graph. It can be differentiated once.
@@ -69,9 +69,10 @@ def with_gradients(
         )
     used = [(x, g) for (x, _), g in zip(inputs, computed, strict=True) if g is not None]
     outer, gradients = [x for x, _ in used], [g for _, g in used]
-    if slowed := [i for i, x in enumerate(outer) if x in paces]:
-        slow = torch._foreach_mul([gradients[i] for i in slowed], [paces[outer[i]] for i in slowed])
-        for i, gradient in zip(slowed, slow, strict=True):
+    if places := [i for i, x in enumerate(outer) if x in scales]:
+        factors = [scales[outer[i]] for i in places]
+        scaled = torch._foreach_mul([gradients[i] for i in places], factors)
+        for i, gradient in zip(places, scaled, strict=True):
             gradients[i] = gradient
     handed: Tensor = _HandOut.apply(loss.detach(), weight, gradients, *outer)
     return handed

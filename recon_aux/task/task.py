@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -226,8 +225,9 @@ class ReconAux(nn.Module):
             loss, losses, rebuilt = compute(self, [inner[i] for i in order], resized, len(chosen))
             pairs = [(p, p) for p in trained_tensors(self)]
             pairs += [(y, x) for y, x in zip(features, inner, strict=True) if y.requires_grad]
-            paces = [term.readout.paces() for term in self._terms.values()]
-            weighted = with_gradients(loss, weight, pairs, dict(ChainMap(*paces)))
+            readouts = [term.readout for term in self._terms.values()]
+            scales = {p: scale for x in readouts for p, scale in x.gradient_scales().items()}
+            weighted = with_gradients(loss, weight, pairs, scales)
         normal = 2 + options.structure + sum(getattr(options, name) for name in TERMS)
         self.finite_check(self._calls, loss.detach(), normal, resized, *features)
         return ReconAuxOutput(

@@ -169,7 +169,7 @@ def test_what_is_held_out_is_said_and_never_trained_on(tmp_path: Path) -> None:
         for seed, name in enumerate(("cats", "dogs")):
             save_images(tmp_path / "both" / split / name, 6, seed=seed + 2 * (split == "val"))
     images = load_images(str(tmp_path / "both"), None, 100)
-    assert images.said.endswith("both; val/ is held out")
+    assert images.description.endswith("both; val/ is held out")
     assert (len(images.train[0]), len(images.test[0]), images.size) == (12, 12, 16)
     save_images(tmp_path / "flat", 20)
     images = load_images(str(tmp_path / "flat"), 16, 100)
@@ -188,7 +188,7 @@ def test_splits_of_other_names_are_no_classes(train: str, test: str, tmp_path: P
         for name in ("cats", "dogs", ".ipynb_checkpoints"):
             save_images(tmp_path / split / name, 4, seed=seed)
     images = load_images(str(tmp_path), None, 100)
-    assert images.said.endswith(f"; {test}/ is held out")
+    assert images.description.endswith(f"; {test}/ is held out")
     assert images.train[1] is not None
     assert images.train[1].bincount().tolist() == [4, 4]
 
@@ -203,7 +203,7 @@ def test_splits_of_unknown_names_are_refused_and_what_follows_the_advice_is_not(
         load_images(str(tmp_path), None, 100)
     (tmp_path / "spring").rename(tmp_path / "train")
     (tmp_path / "autumn").rename(tmp_path / "test")
-    assert load_images(str(tmp_path), None, 100).said.endswith("; test/ is held out")
+    assert load_images(str(tmp_path), None, 100).description.endswith("; test/ is held out")
 
 
 def test_a_test_split_without_classes_does_not_hide_the_one_with_them(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_test_split_without_classes_does_not_hide_the_one_with_them(tmp_path: 
         for name in ("cats", "dogs"):
             save_images(tmp_path / split / name, 4)
     save_images(tmp_path / "test", 4)
-    assert load_images(str(tmp_path), None, 100).said.endswith("; val/ is held out")
+    assert load_images(str(tmp_path), None, 100).description.endswith("; val/ is held out")
 
 
 def test_files_of_16_bits_keep_their_contrast(tmp_path: Path) -> None:
@@ -266,6 +266,36 @@ def test_what_cannot_be_rebuilt_is_said(tmp_path: Path, photos: Path) -> None:
     torch.save(averaged, path)
     printed = succeed("probe", path, "--data", photos, *options)
     assert "nothing is rebuilt: its options can't be read, as in an average of weights" in printed
+
+
+def test_a_decoder_that_was_never_trained_draws_nothing(tmp_path: Path, photos: Path) -> None:
+    encoder = torchvision.models.resnet18()
+    encoder.fc = nn.Identity()
+    path = attached(encoder, 512, tmp_path, weight=0)
+    printed = succeed("probe", path, "--data", photos, "--images", 20)
+    assert "nothing is rebuilt: it was attached with weight=0" in printed
+
+
+def test_an_encoder_that_diverged_is_a_sentence(tmp_path: Path, photos: Path) -> None:
+    weights = resnet18().state_dict()
+    torch.save({k: x * float("nan") for k, x in weights.items()}, tmp_path / "diverged.pt")
+    said = fail_late("probe", tmp_path / "diverged.pt", "--data", photos, "--images", 20)
+    assert "diverged.pt: expected finite features" in said
+
+
+def test_files_may_have_brackets_in_their_names(tmp_path: Path) -> None:
+    (tmp_path / "runs[a]").mkdir()
+    source, target = save("lightly", tmp_path), tmp_path / "runs[a]" / "bare.pt"
+    assert str(target) in succeed("strip", source, "-o", target).replace("\n", "")
+
+
+def test_a_train_folder_alone_has_classes(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        save_images(tmp_path / "train" / name, 6)
+    save_images(tmp_path / "unlabelled", 6)
+    images = load_images(str(tmp_path), None, 100)
+    assert "train; a fifth of its 12 images" in images.description
+    assert images.train[1] is not None
 
 
 def test_images_of_different_sizes_are_said_to_be(tmp_path: Path, photos: Path) -> None:
@@ -467,7 +497,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "normalize": ("probe good.pt --data digits --normalize 1", "as --normalize 0.5,0.25"),
     "picture": ("probe good.pt --data digits --picture a.doc", "Pass one that ends in .png"),
     "json": ("probe good.pt --data digits --json no/a.json", "in no, which doesn't exist"),
-    "regressor": ("probe good.pt --data digits --regressor knn", "got knn. Pass one of them"),
+    "safetensors": ("export good.pt -o encoder.safetensors", "Pass -o with one that ends in .pt"),
     "device": ("probe good.pt --data digits --device tpu0", "Pass cpu"),
     "output": ("export good.pt -o empty", "is a folder"),
     "itself": ("strip good.pt -o good.pt", "another file than"),
@@ -505,7 +535,14 @@ def test_help_teaches_by_examples(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nothing"], ["probe", "a.pt"], ["show"], ["demo", "--epochs", "x"]]
+    "arguments",
+    [
+        ["nothing"],
+        ["probe", "a.pt"],
+        ["show"],
+        ["demo", "--epochs", "x"],
+        ["probe", "a.pt", "--data", "digits", "--regressor", "knn"],
+    ],
 )
 def test_a_wrong_call_ends_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2

@@ -254,6 +254,20 @@ def test_a_normalisation_is_applied_and_undone() -> None:
 # --- which images ---
 
 
+def test_a_single_row_has_another_images_context_too() -> None:
+    model: Any = recon_aux.attach(
+        nn.ModuleDict({"backbone": tiny_encoder(), "head": nn.Linear(16, 4)}),
+        backbone="backbone",
+        heads=["head"],
+        context="both",
+    )
+    # so that the context shows
+    nn.init.normal_(model.recon_aux.decoder.to_patch[1].weight)
+    picture = np.array(monitor(rows=1).measure(model).picture)
+    rebuilt, in_another_context = (picture[-132:, 4 + 132 * i :][:, :128] for i in (2, 3))
+    assert (rebuilt != in_another_context).any()
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         yield from zip(images(), LABELS.tolist(), strict=True)

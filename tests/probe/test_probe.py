@@ -292,6 +292,39 @@ def test_results_repeat_and_become_json() -> None:
     assert all(name.replace("translation_", "t") in table for name in COMBINED)
 
 
+def test_results_of_other_transformations_stand_under_their_own_names() -> None:
+    results = {
+        f"encoder[{kind}]": probe(pixels, labelled(60, 0), labelled(30, 1), transformations=kind)
+        for kind in ("standard", "unseen", "paper")
+    }
+    _, alone = render(results).split("R² with each transformation alone")
+    heading, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in alone.splitlines()
+        if line.startswith("|")
+    )
+    assert [row[0] for row in rows] == [f"{name} whole" for name in results]
+    for row, result in zip(rows, results.values(), strict=True):
+        shown = {name: cell for name, cell in zip(heading[2:], row[2:], strict=True) if cell != "-"}
+        r2 = result.parts["whole"].alone
+        expected = {name.replace("translation_", "t"): value for name, value in r2.items()}
+        assert list(shown.values()) == [f"{expected[name]:.2f}" for name in shown]
+        assert len(shown) == len(expected)
+
+
+def test_an_accuracy_without_labels_is_none_in_json() -> None:
+    result = probe(pixels, (photographs(60), None), (photographs(30, seed=1), None))
+    assert result.to_dict()["whole"]["linear"] is None
+
+
+def test_images_from_0_to_255_are_transformed_as_bytes_or_refused() -> None:
+    images = (photographs(4) * 255).byte()
+    drawn = draw_parameters(4)
+    torch.testing.assert_close(transform(images, drawn), transform(images / 255, drawn))
+    with pytest.raises(ValueError, match="Divide them by 255"):
+        transform(images.float(), drawn)
+
+
 def grey(n: int, low: float, high: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Pictures of one grey each, with labels."""
     shades = torch.rand(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed))

@@ -40,7 +40,7 @@ class LinearReadout(nn.Module):
         """Map ``(B, E)``, any float type, to ``(B, N)`` in float32."""
         return read([self], equivariant)[0]
 
-    def paces(self) -> dict[Tensor, float]:
+    def gradient_scales(self) -> dict[Tensor, float]:
         """Give the factors of its parameters' gradients.
 
         A normalised feature has the length sqrt(E). The longer it is, the smaller the steps must be
