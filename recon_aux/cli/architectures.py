@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from math import isqrt
 from typing import Any
@@ -95,7 +95,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> nn.Module:
         return _torchvision(model, dict(options or {}))
     if library == "timm":
         return _timm(model, dict(options or {}))
-    return _own(library, model)()
+    return _own(library, model)
 
 
 def likely(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,13 +106,18 @@ def likely(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]
         if not any(hint in f".{name}" for name in tensors):
             continue
         for name in names:
-            library, _, model = name.partition(":")
-            if library == "timm" and not _has_timm():
+            if name.startswith("timm:") and not _has_timm():
                 continue
             if small_stem and name.removeprefix("torchvision:") in _RESNETS:
                 yield f"{name}{stem}", {}
-            is_vit = model.startswith(("vit", "deit"))
-            yield name, _sizes(tensors, library) if is_vit else {}
+            yield name, options_of(name, tensors)
+
+
+def options_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the sizes that a vision transformer is built with; there are none for all others."""
+    library, _, model = name.partition(":")
+    is_vit = library in ("torchvision", "timm") and model.startswith(("vit", "deit"))
+    return _sizes(tensors, library) if is_vit else {}
 
 
 def _stem(tensors: Mapping[str, Tensor]) -> str:
@@ -122,18 +127,6 @@ def _stem(tensors: Mapping[str, Tensor]) -> str:
         return "-lightly"
     has_classifier = any(name.endswith(".classifier.weight") for name in names)
     return "-solo" if has_classifier and any(".projector." in x for x in names) else "-small"
-
-
-def input_size(encoder: nn.Module) -> int | None:
-    """Give the side of the one image size that an encoder accepts, if there is but one.
-
-    Example:
-        >>> input_size(build("torchvision:resnet18"))
-    """
-    size = getattr(encoder, "image_size", None)
-    if size is None and getattr(encoder, "patch_embed", None) is not None:
-        size = getattr(encoder.patch_embed, "img_size", None)
-    return int(size[0] if isinstance(size, (tuple, list)) else size) if size else None
 
 
 def _sizes(tensors: Mapping[str, Tensor], library: str) -> dict[str, Any]:
@@ -199,8 +192,8 @@ def _unknown(library: str, name: str, known: list[str]) -> UserError:
     )
 
 
-def _own(module: str, function: str) -> Callable[[], nn.Module]:
-    """Find a function of the user's, in the folder where the command runs, too."""
+def _own(module: str, function: str) -> nn.Module:
+    """Build the encoder by a function of the user's, found in the current folder, too."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -210,17 +203,13 @@ def _own(module: str, function: str) -> Callable[[], nn.Module]:
             f"expected {module}:{function} to be a function that builds the encoder ({error}). "
             f"Pass --arch as {EXAMPLES}."
         ) from error
-
-    def build_own() -> nn.Module:
-        model = found()
-        if not isinstance(model, nn.Module):
-            raise UserError(
-                f"expected {module}:{function}() to give a torch.nn.Module, got "
-                f"{type(model).__name__}. Pass --arch with a function that builds the encoder."
-            )
-        return model
-
-    return build_own
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"expected {module}:{function}() to give a torch.nn.Module, got "
+            f"{type(model).__name__}. Pass --arch with a function that builds the encoder."
+        )
+    return model
 
 
 def on_meta(name: str, options: Mapping[str, Any]) -> dict[str, Tensor] | None:

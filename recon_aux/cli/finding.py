@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon_aux.cli.architectures import EXAMPLES, SMALL_STEMS, build, input_size, likely, on_meta
+from recon_aux.cli.architectures import EXAMPLES, SMALL_STEMS, build, likely, on_meta, options_of
 from recon_aux.cli.errors import UserError
 from recon_aux.engine.auto_weight import AttachedReconAux
 from recon_aux.engine.checkpoint import pair_names
+from recon_aux.engine.encoder import declared_image_size
 from recon_aux.task.options import unpack
 
 # parts of names of momentum encoders and teachers
@@ -71,7 +72,8 @@ class Encoder:
 
     def input_size(self, module: nn.Module) -> int | None:
         """Give the side of its images, if it accepts one size alone."""
-        return self.options.get("img_size") or input_size(module)
+        size = declared_image_size(module)
+        return size if size is None or isinstance(size, int) else size[0]
 
 
 @dataclass
@@ -175,7 +177,8 @@ def find_encoder(
             )
     name = saved.values.get("encoder", "") if saved is not None else ""
     below = _below(own)
-    for candidate, options in [(arch, {})] if arch else likely(own):
+    named = [(arch, {}), (arch, options_of(arch, own))] if arch else likely(own)
+    for candidate, options in named:
         names = _names(candidate, options, own)
         if names and (found := _matches(below, names)):
             chosen = _choose(found, own, name, path)

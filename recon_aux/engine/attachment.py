@@ -128,11 +128,10 @@ class Attachment:
     def record_copies(self) -> None:
         """Record momentum encoders, which give the other view in MoCo. Drop replaced ones."""
         inside = {*self.model.modules(), *self.named, self.encoder}
-        gone = [h for h in self.hooks if h.callback is self.recorder and h.module not in inside]
-        for hook in gone:
+        for hook in [x for x in self.hooks if x.module in self.encoders and x.module not in inside]:
             hook.remove()
-        self.hooks = [hook for hook in self.hooks if hook not in gone]
-        self.encoders = [encoder for encoder in self.encoders if encoder in inside]
+            self.hooks.remove(hook)
+            self.encoders.remove(hook.module)
         for twin in find_copies(self.model, self.encoders[0]):
             self.record(twin)
 
@@ -257,7 +256,7 @@ class Attachment:
         if views is not None:
             warn_of_unlike(plan, views.images)
         elif not is_paused(self):
-            self._warn_of_frozen()
+            _warn_of_frozen(self)
         if views is None or not aux.enabled:
             return loss
         features = list(views.features)
@@ -281,15 +280,16 @@ class Attachment:
         add_decoder_params(configured, self.aux, self.encoders, self.decoder_group)
         return configured
 
-    def _warn_of_frozen(self) -> None:
-        if not self.warned_of_frozen:
-            warnings.warn(
-                f"recon_aux: the encoder {self.name(self.encoder)} is frozen, so nothing is "
-                "rebuilt. If another module is trained, pass backbone= to attach: one of "
-                f"{describe_children(self.model)}",
-                stacklevel=2,
-            )
-        self.warned_of_frozen = True
+
+def _warn_of_frozen(attached: Attachment) -> None:
+    if not attached.warned_of_frozen:
+        warnings.warn(
+            f"recon_aux: the encoder {attached.name(attached.encoder)} is frozen, so nothing is "
+            "rebuilt. If another module is trained, pass backbone= to attach: one of "
+            f"{describe_children(attached.model)}",
+            stacklevel=2,
+        )
+    attached.warned_of_frozen = True
 
 
 def _with_loss(result: Any, loss: Tensor) -> Any:

@@ -215,7 +215,7 @@ def _blank(encoder: nn.Module, channels: int, size: int | tuple[int, int] | None
             f"begins with a {type(first).__name__}. {_ONLY_IMAGES} If it does take images, pass "
             "example_input=: what the training step calls it with."
         )
-    size = size or _declared_image_size(encoder) or 64
+    size = size or declared_image_size(encoder) or 64
     height, width = (size, size) if isinstance(size, int) else size
     like = next(encoder.parameters(), torch.empty(0))
     return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
@@ -245,7 +245,8 @@ def _places_of_channels(
     yield [dim for dim in places if other is not None and other.shape[dim] == shape[dim]]
 
 
-def _declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
+def declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:
+    """Give the one image size that an encoder says it takes: its side, or height and width."""
     for module in encoder.modules():
         for name in ("img_size", "image_size"):
             size = getattr(module, name, None)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Overflows in a row that a loss scaler may skip. torch's needs 16 steps to come down to a scale of
-# 1. With gradient accumulation, a step is several calls.
+# Overflows in a row that a loss scaler may skip. torch's needs 16 steps, of one call or several.
 _MANY_OVERFLOWS = 200
 # times the normal loss: good training stays below 1.5, an untrained decoder below 10 for any images
 _FAR = 20

@@ -58,21 +58,18 @@ def with_gradients(
     """
     if not loss.requires_grad:
         return weight * loss
-    inner = [inner for _, inner in inputs]
-    with _without_hooks(inner):
+    with _without_hooks(inner := [inner for _, inner in inputs]):
         computed: Sequence[Any] = torch.autograd.grad(loss, inner, allow_unused=True)
     if unused := sum(g is None and x is y for (x, y), g in zip(inputs, computed, strict=True)):
         raise RuntimeError(
             f"expected the loss to use all of the decoder's parameters, but {unused} aren't in its "
-            "graph. If FSDP2 shards the model, call fully_shard(model.recon_aux) first, as one "
-            "unit, and not its layers."
+            "graph. With FSDP2, call fully_shard(model.recon_aux), and don't shard its layers."
         )
     used = [(x, g) for (x, _), g in zip(inputs, computed, strict=True) if g is not None]
     outer, gradients = [x for x, _ in used], [g for _, g in used]
-    if places := [i for i, x in enumerate(outer) if x in scales]:
-        factors = [scales[outer[i]] for i in places]
-        scaled = torch._foreach_mul([gradients[i] for i in places], factors)
-        for i, gradient in zip(places, scaled, strict=True):
+    if at := [i for i, x in enumerate(outer) if x in scales]:
+        scaled = torch._foreach_mul([gradients[i] for i in at], [scales[outer[i]] for i in at])
+        for i, gradient in zip(at, scaled, strict=True):
             gradients[i] = gradient
     handed: Tensor = _HandOut.apply(loss.detach(), weight, gradients, *outer)
     return handed

@@ -69,9 +69,8 @@ class Options:
             given. The global random state is left as it is.
         compile: compile the losses by :func:`torch.compile`, which takes a minute once. A GPU then
             has fewer operations to start. The first batch runs uncompiled.
-        preset: ``"paper"`` for reconstruction alone, the task of Wang, Krajsek & Scharr as we build
-            it, with a weight of 4, which we measured; ``"geometry"`` for ``edges=64``, for poses.
-            Options that are given beside it win.
+        preset: ``"paper"`` for reconstruction alone, like the paper's task, with a weight of 4;
+            ``"geometry"`` for ``edges=64``, for poses. Options that are given beside it win.
 
     Raises:
         ValueError: if an option is out of range, or options don't fit each other.
@@ -234,8 +233,7 @@ def takes(
             init(self, options(*args, **expand_preset(kwargs)))
 
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = inspect.Signature([own, *parameters.values()])
-        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__signature__ = inspect.Signature([own, *parameters.values()])  # type: ignore[attr-defined]
         return call
 
     return decorate

@@ -23,7 +23,7 @@ class _Turn:
     """What is known of a module's calls and of its optimizer's steps.
 
     Attributes:
-        state: new, begun (called once), taken (until the next step), due (after it), or each call.
+        state: new, begun (called once), taken (waits for a step), due (a step came), or each call.
         version: of its weights, at its last call.
         changes: how often they changed between calls since an optimizer's last step.
     """
@@ -42,7 +42,7 @@ _after_steps = cache(register_optimizer_step_post_hook)
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def takes_turn(module: nn.Module) -> bool:
-    """Return whether a module's call is its first since an optimizer of torch's last updated it.
+    """Return whether this is a module's first call after a step of one of torch's optimizers.
 
     SAM, LBFGS and accumulated gradients call a module several times for one step. If a module
     is frozen, or no such optimizer updates it, every call takes a turn.

@@ -91,6 +91,9 @@ def test_torchvisions_transformer_is_found_with_its_image_size() -> None:
     found = find_encoder(tensors_in(encoder.state_dict()), HERE)
     assert (found.arch, found.options) == ("torchvision:vit_b_16", {"image_size": 32})
     assert found.input_size(found.build()) == 32
+    # naming it finds the same
+    named = find_encoder(tensors_in(encoder.state_dict()), HERE, arch="torchvision:vit_b_16")
+    assert named.options == found.options
 
 
 def test_lightlys_resnet_for_small_images_is_found() -> None:

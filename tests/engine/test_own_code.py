@@ -1129,23 +1129,25 @@ def test_a_batch_may_hold_images_of_nothing() -> None:
 
 
 def test_a_loop_that_replaces_its_momentum_encoder_is_told_to_load_it() -> None:
-    net = nn.ModuleDict({"encoder": encoder(), "head": nn.Linear(WIDTH, 8)})
-    for name in ("encoder", "head"):
-        net[f"{name}_momentum"] = frozen(net[name])
-    recon_aux.attach(net, backbone="encoder", heads=["head"])
+    def attached() -> Any:
+        net = nn.ModuleDict({"encoder": encoder(), "head": nn.Linear(WIDTH, 8)})
+        for name in ("encoder", "head"):
+            net[f"{name}_momentum"] = frozen(net[name])
+        return recon_aux.attach(net, backbone="encoder", heads=["head"])
 
-    def step() -> Tensor:
+    def step(net: Any) -> Tensor:
         x0, x1 = views()
         with torch.no_grad():
             z1 = net["head_momentum"](net["encoder_momentum"](x1))
         z0 = net["head"](net["encoder"](x0))
         return recon_aux.add_loss(net, (z0 - z1).square().mean(), (x0, x1))
 
-    step()
-    old = net["encoder_momentum"]
+    net = attached()
+    step(net)
     net["encoder_momentum"] = frozen(net["encoder"])
     with pytest.raises(RuntimeError, match=r"replaced since .*momentum.load_state_dict\(encoder"):
-        step()
-    net["encoder_momentum"] = old
-    old.load_state_dict(net["encoder"].state_dict())
-    step().backward()
+        step(net)
+    net = attached()
+    step(net)
+    net["encoder_momentum"].load_state_dict(net["encoder"].state_dict())
+    step(net).backward()
