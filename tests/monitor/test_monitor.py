@@ -25,7 +25,6 @@ from torchvision.transforms import Normalize
 import recon_aux
 from helpers.data import Views, batch
 from helpers.models import InALoop, Siamese, plain_encoder, siamese_loss, tiny_encoder
-from helpers.running import run_script
 from helpers.training import fit
 from recon_aux.integrations.lightly import attach
 from recon_aux.monitor.images import take_images
@@ -669,17 +668,7 @@ def test_without_a_logger_only_the_progress_bar_has_it(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*"))
 
 
-# --- several processes ---
-
-
-@pytest.mark.slow
-def test_two_processes_log_what_the_first_found(tmp_path: Path) -> None:
-    result = run_script("monitored.py", tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    logged = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert len(logged[0]) == 40 - 3
-    assert logged[0] == logged[1]
-    assert result.stderr.count("recon_aux.Monitor:") == 1
+# --- what may be missing ---
 
 
 def test_without_kornia_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What test_processes.py lets two processes do: ``torchrun processes.py CASE FOLDER``."""
+"""What test_processes.py lets two processes do: ``torchrun processes.py CASE,CASE FOLDER``."""
 
 from __future__ import annotations
 
@@ -174,19 +174,30 @@ def failing(folder: Path, broken: int) -> None:
     train(model, batches, DistributedDataParallel(model))
 
 
-def unused(folder: Path) -> None:
-    """A loop under DistributedDataParallel that looks for unused parameters."""
-    model = attach(InALoop(), **OPTIONS)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    (x0, x1), *_ = (own_part(views) for views in global_batches())
-    recon_aux.add_loss(model, siamese_loss(wrapped(x0), wrapped(x1))).backward()
+def forgetting(folder: Path) -> None:
+    """A loop under DistributedDataParallel without add_loss."""
+    parallel = DistributedDataParallel(attach(InALoop(), **OPTIONS))
+    said = ""
+    try:
+        for views in global_batches()[:2]:
+            siamese_loss(*(parallel(view) for view in own_part(views))).backward()
+    except RuntimeError as error:
+        said = str(error)
+    torch.save(said, folder / f"{rank()}.pt")
+
+
+def monitored(folder: Path) -> None:
+    """Lightning's DDP with a monitor."""
+    monitor = recon_aux.Monitor(torch.rand(32, 3, 16, 16))
+    trained = trainer(strategy="ddp", devices=2, max_steps=-1, max_epochs=2, callbacks=[monitor])
+    trained.fit(attach(Siamese()), DataLoader(Views(side=16), batch_size=4))
+    found = {k: float(x) for k, x in trained.callback_metrics.items() if k.startswith("monitor")}
+    torch.save(found, folder / f"{rank()}.pt")
 
 
 if __name__ == "__main__":
-    case, folder, *broken = sys.argv[1:]
+    names, folder, *broken = sys.argv[1:]
     torch.set_num_threads(1)
-    if case not in ("lightning", "searching", "loaded"):
-        distributed.init_process_group("gloo")
     cases: dict[str, Any] = {
         "loop": loop,
         "loaded": loaded,
@@ -194,11 +205,19 @@ if __name__ == "__main__":
         "lightning": lightning,
         "searching": searching,
         "failing": failing,
-        "unused": unused,
+        "forgetting": forgetting,
+        "monitored": monitored,
         "uneven": uneven,
         "weight": weight,
     }
-    cases[case](Path(folder), *map(int, broken))
+    for name in names.split(","):
+        # the former joins the group in the midst, the latter is started by Lightning itself
+        if name not in ("loaded", "lightning") and not distributed.is_initialized():
+            distributed.init_process_group("gloo")
+        (Path(folder) / name).mkdir(exist_ok=True)
+        cases[name](Path(folder) / name, *map(int, broken))
+        if distributed.is_initialized():
+            distributed.barrier()
     if distributed.is_initialized():
         # gloo may abort a process whose partner has gone already, or one whose threads are left
         distributed.barrier()
