@@ -12,7 +12,7 @@ from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 
 from helpers.models import Siamese
 from helpers.pages import DOCS, PAGES, anchors, links, sentences, text_of, words
-from helpers.running import ROOT, run_python
+from helpers.running import ROOT
 from recon_aux import ReconAux, attach
 from recon_aux.integrations import lightly
 
@@ -95,18 +95,15 @@ def test_each_promise_names_its_test() -> None:
     assert all(re.match(r"- \*\*[^*]+\*\* \(`test_\w+", line) for line in PROMISES)
 
 
-@pytest.mark.slow
-def test_the_promised_tests_are_collected() -> None:
+def test_the_promised_tests_are_there() -> None:
     files = {name.split(" ")[0] for name in NAMED}
     paths = [path for path in (ROOT / "tests").rglob("test_*.py") if path.stem in files]
     assert len(paths) == len(files)
-    options = ["--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = run_python("-m", "pytest", *options, *paths, folder=ROOT)
-    collected = re.findall(r"/(test_\w+)\.py::(test_\w+)", result.stdout)
-    # it can't be imported where solo-learn isn't installed
-    (solo_learn,) = (path for path in paths if path.stem == "test_solo_learn")
-    own = re.findall(r"^def (test_\w+)", solo_learn.read_text(), re.MULTILINE)
-    collected += [(solo_learn.stem, name) for name in own]
+    collected = [
+        (path.stem, name)
+        for path in paths
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    ]
     for named in NAMED:
         file, _, words_in_it = named.partition(" -k ")
         chosen = words_in_it.strip('"').split(" or ")

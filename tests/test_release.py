@@ -21,6 +21,11 @@ def test_the_version_is_written_once() -> None:
     assert recon_aux.__version__ not in PROJECT
 
 
+def test_the_core_needs_torch_and_einops_only() -> None:
+    pattern = r'^dependencies = \["torch>=[\d.]+", "einops>=[\d.]+"\]$'
+    assert re.search(pattern, PROJECT, re.MULTILINE)
+
+
 def test_the_citation_is_of_this_version_and_of_the_methods_authors() -> None:
     assert CITATION["version"] == recon_aux.__version__
     assert CITATION["license"] == "Apache-2.0"

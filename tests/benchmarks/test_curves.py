@@ -10,7 +10,7 @@ import pytest
 from benchmarks import curves
 from benchmarks.records import kept
 from helpers.pages import text_of
-from helpers.running import ROOT, call_example, rows, run_example
+from helpers.running import ROOT, call_example, rows
 
 OPTIONS = ["--limit", "64", "--batch-size", "16", "--image-size", "16", "--device", "cpu"]
 OPTIONS += ["--steps", "11", "--every", "11"]
@@ -20,7 +20,7 @@ BAD = {"learning rate too high": "runs away", "views of other images": "of the s
 @pytest.mark.slow
 def test_runs_are_trained_measured_and_drawn(tmp_path: Path) -> None:
     arms = [curves.BARE, curves.GOOD[0], *BAD]
-    printed = run_example("benchmarks/curves.py", "--out", tmp_path, *OPTIONS, "--arms", *arms)
+    printed = call_example(curves.main, "--out", tmp_path, *OPTIONS, "--arms", *arms)
     runs = {run["arm"]: run for run in kept(tmp_path)}
     assert set(runs) == set(arms)
     assert rows((tmp_path / "table.md").read_text()) == rows(curves.table(kept(tmp_path)))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -21,7 +19,7 @@ import torchvision
 from benchmarks import natural_images
 from benchmarks.images import load
 from helpers.running import call_example, rows, run_python
-from recon_aux.probe import COMBINED, compare
+from recon_aux.probe import COMBINED, compare, probe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TEMPLATES = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -36,20 +34,17 @@ def solo_learn_is_githubs() -> bool:
         return False
 
 
-def printed_alone(template: str, folder: Path) -> str:
+def printed_alone(template: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a template prints that runs for an epoch, copied into an empty folder."""
     shutil.copy(EXAMPLES / template, folder)
-    result = subprocess.run(
-        [sys.executable, template, "--epochs", "1"],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [template, "--epochs", "1"])
+    # fewer images are probed, since that takes longer than the training
+    for name, measure in (("compare", compare), ("probe", probe)):
+        monkeypatch.setattr(f"recon_aux.probe.{name}", partial(measure, pairs=(300, 150)))
+    with redirect_stdout(StringIO()) as printed:
+        runpy.run_path(str(folder / template), run_name="__main__")
+    return printed.getvalue()
 
 
 def test_there_is_a_template_for_each_framework_and_method() -> None:
@@ -84,13 +79,7 @@ def test_a_template_compares_bare_and_attached(
     for prefix, package in {"lightly_train": "lightly_train", "spt": "stable_pretraining"}.items():
         if template.startswith(prefix):
             pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [template, "--epochs", "1"])
-    # fewer images are probed, since that takes longer than the training
-    monkeypatch.setattr("recon_aux.probe.compare", partial(compare, pairs=(300, 100)))
-    with redirect_stdout(StringIO()) as printed:
-        runpy.run_path(str(EXAMPLES / template), run_name="__main__")
-    head, *body = rows(printed.getvalue())
+    head, *body = rows(printed_alone(template, tmp_path, monkeypatch))
     combined, alone = body[:4], body[5:]
     assert [row[0] for row in combined] == [row[0] for row in alone] == PARTS
     assert head[4:] == [name.replace("translation_", "t") for name in COMBINED]
@@ -102,17 +91,20 @@ def test_a_template_compares_bare_and_attached(
     assert max(r2) > 0.5
 
 
-def test_the_study_makes_the_numbers_of_the_first_template_and_keeps_them(tmp_path: Path) -> None:
+def test_the_study_makes_the_numbers_of_the_first_template_and_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arms, alone = ["SimCLR", "SimCLR, attached"], tmp_path / "alone"
     alone.mkdir()
     options = ["--views", "unflipped", "--image-size", "16", "--epochs", "1", "--device", "cpu"]
-    options += ["--seeds", "0", "--out", str(tmp_path), "--protocols"]
+    options += ["--pairs", "300", "--seeds", "0", "--out", str(tmp_path), "--protocols"]
     call_example(natural_images.main, "--data", "digits=digits", *options, "--arms", *arms)
     runs = {
         run["arm"]: run for run in map(json.loads, (p.read_text() for p in tmp_path.glob("*.json")))
     }
     assert set(runs) == set(arms)
-    table = {row[0]: row[1:] for row in rows(printed_alone("lightly_simclr.py", alone))[:5]}
+    printed = printed_alone("lightly_simclr.py", alone, monkeypatch)
+    table = {row[0]: row[1:] for row in rows(printed)[:5]}
     for name, arm in (("bare", arms[0]), ("attached", arms[1])):
         for part, found in runs[arm]["results"].items():
             r2 = found["combined"].values()

@@ -9,7 +9,7 @@ from test_examples import pictures
 
 from benchmarks.pair_check import main, table
 from benchmarks.records import kept
-from helpers.running import call_example, rows, run_example
+from helpers.running import call_example, rows
 
 OPTIONS = ["--transforms", "DINO", "probed", "--image-size", "16", "--runs", "5"]
 OPTIONS += ["--wrong-runs", "5"]
@@ -19,7 +19,7 @@ def test_false_alarms_and_catches_are_measured(tmp_path: Path) -> None:
     pictures(tmp_path / "some", ("train", "test"), classes=2, count=40)
     out = tmp_path / "out"
     data = ["--data", f"some={tmp_path / 'some'}", "--out", out]
-    printed = run_example("benchmarks/pair_check.py", *data, *OPTIONS, "--batch-sizes", "8", "40")
+    printed = call_example(main, *data, *OPTIONS, "--batch-sizes", "8", "40")
     (run,) = kept(out)
     found = run["results"]
     assert {name: list(sizes) for name, sizes in found.items()} == {

@@ -376,7 +376,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
         with pytest.raises(ValueError, match="expected"):
             attach(model, **options)
         assert list(model.state_dict()) == keys
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not hooked(model)
 
 
 def test_switched_off_nothing_is_computed_or_logged() -> None:

@@ -25,6 +25,7 @@ from helpers import inside
 from helpers.data import Views, batch
 from helpers.models import InALoop, Siamese, plain_encoder
 from helpers.running import run_script
+from helpers.scripts.killed import main as train_or_be_killed
 from helpers.training import fit, trainer
 from helpers.versions import newer, not_the_oldest
 from helpers.weights import assert_same, bare_state, decoder_of
@@ -40,17 +41,23 @@ def test_killed_and_resumed_is_bit_identical_to_never_stopped(tmp_path: Path) ->
     whole.mkdir()
     killed.mkdir()
     # a random choice needs all that an alternating one needs, and the seed
-    assert run_script("killed.py", whole, "random", 0).returncode == 0
+    train_or_be_killed(whole, "random", 0)
     assert run_script("killed.py", killed, "random", 5).returncode == -signal.SIGKILL
     # from the end of the first epoch, after three steps
     assert torch.load(killed / "last.ckpt")["global_step"] == 3
     assert not (killed / "final.pt").exists()
-    assert run_script("killed.py", killed, "random", 0).returncode == 0
+    train_or_be_killed(killed, "random", 0)
     expected, resumed = (torch.load(folder / "final.pt") for folder in (whole, killed))
     assert_same(resumed, expected)
 
 
 # --- attached <-> bare ---
+
+
+def test_the_encoder_of_an_average_is_exported() -> None:
+    model = attach(Siamese())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert_same(recon_aux.export_backbone(average), recon_aux.export_backbone(model))
 
 
 def saved_after_training(model: Any, path: Path, averaged: bool = False, **options: Any) -> Path:

@@ -25,6 +25,8 @@ many = settings(
     max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 OURS = (ValueError, TypeError, RuntimeError, FloatingPointError)
+# grows with each example that isn't refused
+TRAINED: list[bool] = []
 
 # what is out of range among what isn't: one in ten
 GOOD: dict[str, list[Any]] = {
@@ -118,7 +120,7 @@ def features(draw: Any) -> list[Tensor]:
 
 @many
 @given(options=options(), views=views(), features=features(), extra=st.integers(0, 30))
-def test_recon_aux(
+def check_recon_aux(
     options: dict[str, Any], views: list[Tensor], features: list[Tensor], extra: int
 ) -> None:
     try:
@@ -128,6 +130,7 @@ def test_recon_aux(
     except OURS as error:
         return ours(error)
     event("trained")
+    TRAINED.append(True)
     assert torch.isfinite(output.loss)
     assert output.loss.dtype == torch.float32
     if not aux.enabled:
@@ -226,6 +229,7 @@ def trains_or_refuses(model: Any, step: Any) -> None:
     except OURS as error:
         return ours(error)
     event("trained")
+    TRAINED.append(True)
     assert torch.isfinite(loss)
     if loss.requires_grad:
         model.zero_grad()
@@ -253,7 +257,7 @@ def trains_or_refuses(model: Any, step: Any) -> None:
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     taken=st.booleans(),
 )
-def test_any_order_of_calls(
+def check_any_order_of_calls(
     kind: str,
     steps: list[list[str]],
     options: dict[str, Any],
@@ -288,3 +292,10 @@ def test_any_order_of_calls(
             trains_or_refuses(model, lambda names=names: model.training_step(batch, names))
     recon_aux.detach(model)
     return None
+
+
+@pytest.mark.parametrize("check", [check_recon_aux, check_any_order_of_calls])
+def test_what_is_drawn_trains_or_is_refused(check: Any) -> None:
+    TRAINED.clear()
+    check()
+    assert len(TRAINED) > 50

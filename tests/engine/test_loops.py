@@ -75,6 +75,7 @@ def test_in_a_loop_a_look_at_other_images_is_no_view() -> None:
         recon_aux.add_loss(model, (z0 - z1.detach()).square().mean()).backward()
         with torch.no_grad():
             model(other)
+    assert len(seen) == 2
     assert all(torch.equal(views[1], x1) for views, _ in seen)
 
 

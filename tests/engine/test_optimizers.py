@@ -200,18 +200,12 @@ def test_weights_without_decay_of_their_own_may_be_given_it() -> None:
 
 @pytest.mark.parametrize("groups", ["one", "encoder and head", "bias and norm"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_decoder_follows_the_schedule(schedule: str, groups: str) -> None:
-    rates = rates_in_training(attach(model_with("SGD", groups, schedule)))
-    assert len({encoder for encoder, _ in rates}) > 2
-    assert all(encoder == decoder for encoder, decoder in rates)
-
-
-@pytest.mark.parametrize("groups", ["one", "encoder and head", "bias and norm"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_learning_rate_of_its_own_follows_the_schedule_in_proportion(
+def test_the_decoder_follows_the_schedule_and_its_own_rate_in_proportion(
     schedule: str, groups: str
 ) -> None:
     bare = rates_in_training(attach(model_with("SGD", groups, schedule)))
+    assert len({encoder for encoder, _ in bare}) > 2
+    assert all(encoder == decoder for encoder, decoder in bare)
     base = {"OneCycleLR": 0.1, "CyclicLR": 0.01}.get(schedule, 0.05)
     model = attach(model_with("SGD", groups, schedule), decoder_lr=3 * base)
     rates = rates_in_training(model)

@@ -419,7 +419,7 @@ def test_an_attached_encoder_is_exported_as_a_bare_one(name: str, tool: Any) -> 
     bare.load_state_dict(recon_aux.export_backbone(model))
     expected = tool(bare)(IMAGES)
     kinds = {"attached": model.backbone, "copied": copy.deepcopy(model.backbone)}
-    for kind, each in {**kinds, "loaded": loaded(model.backbone)}.items():
+    for kind, each in kinds.items():
         assert torch.equal(tool(each)(IMAGES), expected), kind
     # within a module of the user's
     if tool not in (extract, compile_whole):
@@ -427,9 +427,8 @@ def test_an_attached_encoder_is_exported_as_a_bare_one(name: str, tool: Any) -> 
     model.train().training_step(BATCH).backward()
     assert model.recon_aux.decoder.queries.grad.any()
     model.eval()
-    expected = tool(bare.train().eval())(IMAGES)
     recon_aux.detach(model)
-    assert tool(model.backbone)(IMAGES).shape == expected.shape
+    assert vars(model.backbone).keys() == vars(bare).keys()
 
 
 def around(module: Any) -> Any:

@@ -114,7 +114,7 @@ def test_detached_is_bit_identical_to_the_bare_model(method: str, style: str) ->
     assert recon_aux.detach(attach(model)) is model
     assert set(model.state_dict()) == keys
     assert set(vars(model)) == own
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not hooked(model)
     assert_identical(bare, weights_after(model))
 
 

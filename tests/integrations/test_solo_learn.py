@@ -225,21 +225,16 @@ def test_there_are_as_many_methods_as_the_page_says() -> None:
 
 
 @every_method
-def test_trains_under_the_trainer(name: str) -> None:
+def test_trains_under_the_trainer_in_a_group_of_its_own(name: str) -> None:
     model = solo_method(name)
+    bare = [group.get("name") for group in model.learnable_params]
+    declared = BaseMethod.learnable_params
     assert attach(model) is model
     before = decoder_of(model)
     trainer = fit_solo(model)
     assert_trained(model, before)
     assert "recon_aux/loss" in trainer.callback_metrics
-
-
-@every_method
-def test_the_decoder_is_a_group_of_its_own(name: str) -> None:
-    model = solo_method(name)
-    bare = [group.get("name") for group in model.learnable_params]
-    declared = BaseMethod.learnable_params
-    optimizer = fit_solo(attach(model)).optimizers[0]
+    optimizer = trainer.optimizers[0]
     assert BaseMethod.learnable_params is declared
     groups = [group.get("name") for group in optimizer.param_groups]
     assert sorted(map(str, groups)) == sorted(map(str, [*bare, "recon_aux"]))
@@ -297,7 +292,7 @@ def test_the_methods_loss_leaves_the_equivariant_channels_alone(name: str) -> No
 
 # weights that were measured, or are set by the first batch; losses of both views, or of one
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["simclr", "byol", "barlow_twins", "ressl"])
+@pytest.mark.parametrize("name", ["simclr", "ressl"])
 def test_the_reconstruction_loss_halves_on_a_fixed_batch(name: str) -> None:
     model = ready(attach(solo_method(name)))
     outputs = rebuilt_by(model)
@@ -360,6 +355,7 @@ def test_the_online_classifier_sees_the_whole_feature() -> None:
     seen: list[Tensor] = []
     model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ready(model)
+    assert seen
     assert all(feature[:, 256:].any() for feature in seen)
 
 

@@ -695,3 +695,16 @@ def test_a_wrapper_is_looked_through() -> None:
     model = attach(Siamese())
     found = monitor().measure(nn.DataParallel(model))
     assert "monitor/equivariant/r2" in found.numbers
+
+
+def test_it_uses_1000_images_at_most_by_default() -> None:
+    given = torch.rand(1100, 3, 2, 2)
+    found: list[int] = []
+
+    def encode(model: Any, images: Tensor) -> Tensor:
+        found.append(len(images))
+        return images.flatten(1)
+
+    recon_aux.Monitor(given, encode=encode, rows=0).measure(nn.Flatten())
+    # two more show how wide a feature is
+    assert sum(found) == 10 * 1000 + 2

@@ -1,4 +1,4 @@
-"""Train attached in processes that are spawned, to which the model is sent."""
+"""Train attached in a process that is spawned, to which the model is sent."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from recon_aux.integrations.lightly import attach
 if __name__ == "__main__":
     model = attach(Siamese())
     before = decoder_of(model)
-    trainer(strategy="ddp_spawn", devices=2).fit(model, DataLoader(Views(), batch_size=4))
+    trainer(strategy="ddp_spawn", devices=1).fit(model, DataLoader(Views(), batch_size=4))
     assert_trained(model, before)
     print("trained")
