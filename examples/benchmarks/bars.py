@@ -72,8 +72,10 @@ def draw_across(axis: Any, found: Mapping[str, list[float]]) -> None:
     heights = [mean(values) if values else float("nan") for values in found.values()]
     # one seed has no standard deviation
     spread = [stdev(values) if len(values) > 1 else float("nan") for values in found.values()]
-    ours = ("attached", "recon_aux")
-    colors = ["tab:orange" if any(x in arm for x in ours) else "tab:blue" for arm in found]
+    ours = [
+        ("attached" in arm or "recon_aux" in arm) and "preset='paper'" not in arm for arm in found
+    ]
+    colors = ["tab:orange" if is_ours else "tab:blue" for is_ours in ours]
     axis.barh(range(len(found)), heights, xerr=spread, color=colors, capsize=2)
 
 

@@ -51,11 +51,9 @@ _EVERY = 5
 class SimSiamWithGradient(SimSiam):
     """SimSiam without its stop-gradient: it collapses (Chen and He, 2021, figure 2)."""
 
-    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        z0, z1 = self.forward(x0), self.forward(x1)
-        p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
-        loss: Tensor = 0.5 * (self.criterion(z0, p1) + self.criterion(z1, p0))
-        return loss
+    def target(self, z: Tensor, last: bool) -> Tensor:
+        """Give the gradient to what is predicted, too."""
+        return z
 
 
 def other_images(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:

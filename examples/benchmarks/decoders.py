@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from recon_aux import CrossAttentionDecoder
@@ -48,8 +49,8 @@ def explained(rebuilt: Tensor, images: Tensor) -> float:
         >>> explained(images, images), round(explained(images.mean(0), images), 2)
         (100.0, 0.0)
     """
-    error, variance = ((images - x).square().mean() for x in (rebuilt, images.mean(0)))
-    return 100 - 100 * (error / variance).item()
+    pixels, drawn = (x.expand_as(images).flatten(1).cpu() for x in (images, rebuilt))
+    return 100 * float(r2_score(pixels, drawn, multioutput="variance_weighted"))
 
 
 @torch.no_grad()

@@ -145,13 +145,13 @@ class Predicting(Method):
     def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
         z0, z1 = self.forward(x0), self.forward(x1)
         p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
-        z0, z1 = self.target(z0.detach(), False), self.target(z1.detach(), True)
+        z0, z1 = self.target(z0, False), self.target(z1, True)
         loss: Tensor = 0.5 * (self.criterion(z0, p1) + self.criterion(z1, p0))
         return loss
 
     def target(self, z: Tensor, last: bool) -> Tensor:
         """Give what is to be predicted, for each view in turn."""
-        return z
+        return z.detach()
 
 
 class SimSiam(Predicting):
@@ -173,7 +173,7 @@ class NNCLR(Predicting):
         self.memory_bank = modules.NNMemoryBankModule(size=(4096, 256))
 
     def target(self, z: Tensor, last: bool) -> Tensor:
-        nearest: Tensor = self.memory_bank(z, update=last)
+        nearest: Tensor = self.memory_bank(z.detach(), update=last)
         return nearest
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # options that say which runs there are and what computes them: runs that differ in these alone
 # are comparable
-_MAY_DIFFER = {"arms", "seeds", "out", "data", "folder", "lists"}
+_MAY_DIFFER = {"arms", "seeds", "out", "data", "folder", "lists", "photos", "images"}
 _MAY_DIFFER |= {"remeasure", "protocols"}
 _MAY_DIFFER |= {"workers", "no_cache", "device", "precision"}
 

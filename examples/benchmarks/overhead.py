@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import resource
 import sys
@@ -39,7 +38,7 @@ from benchmarks.growth import draw, grown
 from benchmarks.loops import MODELS, Case, LightningLoop, OwnLoop, now
 from benchmarks.methods import METHODS
 from benchmarks.operations import Begun
-from benchmarks.records import Record, as_text, record
+from benchmarks.records import Record, as_text, keep, record
 from benchmarks.resuming import trained_on
 
 ON_A_CPU = ["ResNet-18, 64", "ResNet-18, 32", "tiny ResNet-18, 32"]
@@ -319,7 +318,7 @@ def measure_growth(args: argparse.Namespace, batch_size: int) -> None:
             for value, case in track(cases, what)
         ]
         kept = record(args, trained_on(args), time.perf_counter() - started, curves)
-        (args.out / "growth.json").write_text(json.dumps(kept, indent=1))
+        keep(args.out / "growth.json", kept)
     draw(curves, args.out / "growth.png")
     print(f"saved growth.json and growth.png in {args.out}")
 
@@ -332,7 +331,7 @@ def measure_cases(args: argparse.Namespace, cases: list[Case]) -> None:
         found = measure(case, args)
         seconds = time.perf_counter() - started
         runs.append(record(args, trained_on(args), seconds, found, case=vars(case)))
-        (args.out / "overhead.json").write_text(json.dumps(runs, indent=1))
+        keep(args.out / "overhead.json", runs)
     text = f"{table(runs)}\n{details(runs)}\n"
     print(text)
     (args.out / "table.md").write_text(text)

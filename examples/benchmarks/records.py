@@ -54,8 +54,8 @@ def file_name(arm: str, seed: int, data: str = "") -> str:
     return f"{data}-{name}" if data else name
 
 
-def keep(path: Path, record: Record) -> None:
-    """Write the record of a run that is done."""
+def keep(path: Path, record: Record | list[Record]) -> None:
+    """Write the record of a run that is done, or several."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(record, indent=1))
     # in one step, so that there is never half a record

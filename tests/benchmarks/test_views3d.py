@@ -173,24 +173,17 @@ def test_what_changed_is_read_from_features_that_hold_it(folder: Path) -> None:
     assert max(read["color linear"], read["color mlp"], read["rotation mlp"]) < 0.5
 
 
-def test_pooled_r2_counts_what_each_numbers_mean_tells() -> None:
-    wanted = np.array([[0.0, 2.0], [2.0, 4.0]])
-    assert compare.pooled_r2(wanted, wanted) == 1
-    # squares around 2: 4 + 0 + 0 + 4; around 1 and 3, each number's own: 4
-    assert compare.pooled_r2(wanted, np.array([[1.0, 3.0]] * 2)) == 0.5
-
-
 def test_the_comparison_makes_a_table_and_goes_on_where_it_was(
     folder: Path, tmp_path: Path
 ) -> None:
     options = ["--out", tmp_path, "--seeds", "0", "--steps", "2", "--batch-size", "8"]
     options += ["--width", "8", "--size", "32", "--views", "4", "--device", "cpu"]
     options += ["--mlp-steps", "2"]
-    arms = ["VICReg", "SIE, dim=16", "VICReg + recon_aux, edges=1", "supervised"]
+    arms = ["VICReg", "SIE, dim=16, change_dim=6", "VICReg + recon_aux, edges=1", "supervised"]
     call_example(compare.main, folder, *options, "--arms", *arms[:2])
-    first = (tmp_path / "SIE-dim=16-0.json").read_text()
+    first = (tmp_path / "SIE-dim=16-change_dim=6-0.json").read_text()
     call_example(compare.main, folder, *options, "--arms", *arms)
-    assert (tmp_path / "SIE-dim=16-0.json").read_text() == first
+    assert (tmp_path / "SIE-dim=16-change_dim=6-0.json").read_text() == first
     shown = [row[0] for row in rows((tmp_path / "table.md").read_text())[1:]]
     parts = ["whole", "invariant", "equivariant"]
     split = [f"{arm}, {part}" for arm in arms[1:3] for part in parts]

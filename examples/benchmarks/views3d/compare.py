@@ -181,18 +181,10 @@ def measure(
         result |= {
             f"{what} linear": r2_score(wanted, by_ridge[:, numbers]),
             f"{what} mlp": r2_score(wanted, by_mlp),
-            f"{what} mlp pooled": pooled_r2(wanted, by_mlp),
+            # as SIE's authors: of all numbers at once, around one common mean
+            f"{what} mlp pooled": r2_score(wanted.ravel(), by_mlp.ravel()),
         }
     return {name: float(value) for name, value in result.items()}
-
-
-def pooled_r2(wanted: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute R² as SIE's authors' code does: of all numbers at once, around one common mean.
-
-    A prediction of each number's own mean, and nothing else, has more than 0.
-    """
-    rest = np.square(wanted - predicted).sum()
-    return float(1 - rest / np.square(wanted - wanted.mean()).sum())
 
 
 def _mlp(
@@ -247,7 +239,8 @@ def retrieve(model: SIE, features: Tensor, data: Objects) -> dict[str, float]:
     ranks = []
     for some in np.array_split(np.arange(len(rows)), max(1, len(rows) // 1000)):
         row, before, after = rows[some], first[some], second[some]
-        change = targets(data.latents[row, before], data.latents[row, after])[:, :4]
+        change = targets(data.latents[row, before], data.latents[row, after])
+        change = change[:, : model.change_dim]
         predicted = model.predictor(embedded[row, before], change)
         distance = (embedded[row] - predicted[:, None]).square().sum(-1)
         distance[np.arange(len(row)), before] = torch.inf
