@@ -105,9 +105,9 @@ def test_its_first_commands_numbers_are_of_the_record() -> None:
     assert f"{attached['linear']:.1f} % instead of {bare['linear']:.1f} %" in start
 
 
-def long_training() -> list[str]:
+def long_training(method: str) -> list[str]:
     """The numbers of the long training, as the README writes them: bare, then attached."""
-    runs = [record(f"natural-long/CIFAR-10-SimCLR{arm}-0.json") for arm in ("", "-attached")]
+    runs = [record(f"natural-long/CIFAR-10-{method}{arm}-0.json") for arm in ("", "-attached")]
     found = []
     for whole in (run["results"]["whole"] for run in runs):
         found += [f"{whole['linear']:.1f}", f"{mean(whole['combined'].values()):.3f}"]
@@ -116,7 +116,9 @@ def long_training() -> list[str]:
 
 def test_its_long_training_is_of_the_records() -> None:
     longer = README.split("- **Longer training")[1].split("\n- ")[0]
-    assert "{} % and {}. Attached it has {} % and {}".format(*long_training()) in longer
+    simclr, vicreg = map(long_training, ("SimCLR", "VICReg"))
+    assert "SimCLR has {} % and {}. Attached it has {} % and {}".format(*simclr) in longer
+    assert "VICReg has {} % and {}, and attached {} % and {}".format(*vicreg) in longer
     setting = record("natural-long/CIFAR-10-SimCLR-0.json")["options"]
     assert f"After {setting['epochs']} epochs on all 50,000 images" in longer
     assert setting["limit"] == "None"
@@ -207,7 +209,11 @@ def measured() -> set[str]:
     setting = natural["options"]
     found |= {f"{int(setting['limit']):,}", setting["epochs"], natural["data"].split("-")[-1]}
     # CIFAR-10's train images
-    found |= {*long_training(), record("natural-long/CIFAR-10-SimCLR-0.json")["options"]["epochs"]}
+    found |= {
+        *long_training("SimCLR"),
+        *long_training("VICReg"),
+        record("natural-long/CIFAR-10-SimCLR-0.json")["options"]["epochs"],
+    }
     found |= {"50,000"}
     found |= {*beside_rivals()[0]} | {f"{rotation_of(arm):.3f}" for arm in ROTATED}
     found |= {f"{flops_of_resnet50():.4f}", *(f"{ratio:.2f}" for ratio in times_on_a_gpu())}
