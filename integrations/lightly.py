@@ -83,7 +83,8 @@ def attach(
         warnings.warn(
             "recon_aux: expected a loss that sees the invariant part alone, got a model with a "
             "DenseCLProjectionHead. DenseCL matches positions by the encoder's whole features. "
-            "Match model.recon_aux.invariant(features) instead, or pass equivariant_dim=0.",
+            "Match model.recon_aux.invariant(features) instead, or pass equivariant_dim=0. If it "
+            "does the former already, ignore this.",
             stacklevel=2,
         )
     return model

@@ -482,13 +482,6 @@ def its_forward(model: Any) -> Any:
     return model
 
 
-def trains_a_sequential() -> None:
-    model = nn.ModuleDict({"net": nn.Sequential(encoder(), nn.Linear(WIDTH, 4))})
-    recon_aux.attach(model, backbone="net.0", heads=["net.1"])
-    for _ in range(2):
-        recon_aux.add_loss(model, apart(*map(model["net"], views()))).backward()
-
-
 CASES |= {
     "a class": Case(lambda: attached(Method), "Build the model first", fit),
     "a compiled model": Case(
@@ -498,11 +491,6 @@ CASES |= {
         lambda: lightly.attach(nn.DataParallel(Method())),
         "attach first, then compile or wrap it",
         lambda: nn.DataParallel(attached()),
-    ),
-    "a model that runs all its parts": Case(
-        lambda: attached(nn.Sequential(encoder(), nn.Linear(WIDTH, 4)), backbone="0", heads=["1"]),
-        r"Attach to nn\.ModuleDict\(\{'net': model\}\), .*, and call model\['net'\]\(images\)",
-        trains_a_sequential,
     ),
     "no channels": Case(
         lambda: attached(image_channels=0),

@@ -73,8 +73,7 @@ class Conventions:
         similar = [child for child in children if any(name in child for name in self.backbones)]
         # named_modules lists a submodule that has two names under the first one only
         modules = {**dict(model.named_modules()), **children}
-        nested = [name for name in modules if name.split(".")[-1] in self.backbones]
-        for name in [*self.backbones, *similar, *(nested if len(nested) == 1 else [])]:
+        for name in [*self.backbones, *similar]:
             child: nn.Module | None = modules.get(name)
             if child is not None and any(p.requires_grad for p in child.parameters()):
                 return child

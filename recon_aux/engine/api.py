@@ -115,8 +115,7 @@ def attach(
     """
     _refuse_model(model, step_method)
     own = DecoderGroup(decoder_lr, decoder_weight_decay)
-    numbers = {"views": views, "image_channels": image_channels}
-    _check(model, step_method, numbers, own, options)
+    _check(model, step_method, {"views": views, "image_channels": image_channels}, own, options)
     options = expand_preset(options)
     encoder = find_module(model, backbone, "backbone")
     found = _find_modules(model, heads, "heads")
@@ -304,12 +303,6 @@ def _refuse_model(model: nn.Module, step_method: str) -> None:
         raise ValueError(
             f"expected layers whose sizes are known, got lazy ones: {lazy}. Call the encoder and "
             "its heads on images once, then attach."
-        )
-    if type(model).forward is nn.Sequential.forward:
-        raise TypeError(
-            f"expected a model that calls its parts itself, got a {type(model).__name__}, which "
-            "would run the decoder as its last layer. Attach to nn.ModuleDict({'net': model}), "
-            "with backbone='net.0' and heads=['net.1'], and call model['net'](images)."
         )
     if hasattr(model, "recon_aux"):
         raise ValueError(

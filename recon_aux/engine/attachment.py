@@ -84,6 +84,8 @@ class Attachment:
         self.auto_weight = AutoWeight()
         self.updates = DecoderUpdates()
         self.warned_of_frozen = False
+        if type(model).forward is nn.Sequential.forward:
+            self.hooks.append(MethodHook(model, "forward", _run_children))
         if not self.driver.is_loop:
             self.hooks += [
                 MethodHook(model, step_method, self.run_step),
@@ -128,10 +130,10 @@ class Attachment:
     def record_copies(self) -> None:
         """Record momentum encoders, which give the other view in MoCo. Drop replaced ones."""
         inside = {*self.model.modules(), *self.named, self.encoder}
-        for hook in [x for x in self.hooks if x.module in self.encoders and x.module not in inside]:
+        for hook in find_hooks(*(x for x in self.encoders if x not in inside)):
             hook.remove()
-            self.hooks.remove(hook)
-            self.encoders.remove(hook.module)
+        self.encoders = [x for x in self.encoders if x in inside]
+        self.hooks = [x for x in self.hooks if x.module in inside or x.module in self.heads]
         for twin in find_copies(self.model, self.encoders[0]):
             self.record(twin)
 
@@ -279,6 +281,14 @@ class Attachment:
         configured = configure(*args, **kwargs)
         add_decoder_params(configured, self.aux, self.encoders, self.decoder_group)
         return configured
+
+
+def _run_children(model: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
+    """Run an nn.Sequential without the decoder, which is a child of it, too."""
+    value = args[0] if args else kwargs["input"]
+    for name, child in model._modules.items():
+        value = value if name == "recon_aux" or child is None else child(value)
+    return value
 
 
 def _warn_of_frozen(attached: Attachment) -> None:

@@ -231,7 +231,7 @@ class AutoWeight(GradientNorms):
         weight = self.weight(device)
         if weight is None and not reached(loss, outputs, strictly=True):
             weight = aux.weight
-            _warn_of_compiled()
+            _warn_of_weight("encoder and head, or loss, are compiled together")
         if weight is not None:
             self.squares = [], []
             aux.measured_weight = weight
@@ -246,17 +246,18 @@ class AutoWeight(GradientNorms):
         sums = [sum(square.item() for square in some) for some in self.squares]
         squares = torch.tensor(sums, dtype=torch.float32, device=device)
         method, task = mean_over_processes(squares, 1).tolist()
-        # no backward pass, a loss without gradient, or an overflow, which a loss scaler skips
-        if not (0 < task < math.inf and 0 < method < math.inf):
+        # no backward pass, or an overflow, which a loss scaler skips
+        if not (0 < task < math.inf and method < math.inf):
             return None
+        if method == 0:
+            _warn_of_weight("the method's loss has no gradient on the features in this batch")
         return max(_LEAST, float(f"{_SHARE * math.sqrt(method / task):.1e}"))
 
 
-def _warn_of_compiled() -> None:
+def _warn_of_weight(reason: str) -> None:
     warnings.warn(
         'recon_aux: expected to see the gradients of the method\'s loss, by which weight="auto" is '
-        "set, but encoder and head, or loss, are compiled together; the weight stays 1. Pass "
-        "weight=1.0, or another number.",
+        f"set, but {reason}; the weight stays 1. Pass weight=1.0, or another number.",
         stacklevel=2,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,15 @@ def test_the_first_layers_of_an_encoder_are_not_it() -> None:
 def test_an_unknown_architecture_is_refused(arch: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_encoder(small_stem().state_dict(), HERE, arch=arch)
+
+
+def test_a_function_in_the_current_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "code_here.py").write_text("from torch import nn\n\nmake = nn.Flatten\n")
+    assert isinstance(build("code_here:make"), nn.Flatten)
 
 
 def test_solo_learns_stem_is_padded_as_solo_learn_pads_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -119,8 +120,9 @@ def test_an_evaluation_with_gradient_keeps_little() -> None:
     assert alive(seen) == 0
 
 
-def test_a_momentum_encoder_that_was_replaced_is_let_go() -> None:
-    model: Any = attach(CopiedInTheStep())
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: model])
+def test_a_momentum_encoder_that_was_replaced_is_let_go(copied: Any) -> None:
+    model: Any = copied(attach(CopiedInTheStep()))
     replaced = []
     for index in range(13):
         replaced.append(weakref.ref(model.backbone_momentum))

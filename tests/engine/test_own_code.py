@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from helpers.own_code import (
     views,
 )
 from helpers.watching import rebuilt_from
+from helpers.weights import assert_both_trained, weights_of
 from recon_aux.integrations import lightly
 
 # --- momentum encoders ---
@@ -1151,3 +1153,19 @@ def test_a_loop_that_replaces_its_momentum_encoder_is_told_to_load_it() -> None:
     step(net)
     net["encoder_momentum"].load_state_dict(net["encoder"].state_dict())
     step(net).backward()
+
+
+def test_a_sequential_runs_its_own_layers_alone() -> None:
+    bare = nn.Sequential(encoder(), nn.Linear(WIDTH, 8))
+    net = recon_aux.attach(copy.deepcopy(bare), backbone="0", heads=["1"], equivariant_dim=0)
+    images = views()
+    for model in (net, copy.deepcopy(net)):
+        assert torch.equal(model(images[0]), bare(images[0]))
+        z0, z1 = (model(x) for x in images)
+        before = weights_of(model)
+        recon_aux.add_loss(model, (z0 - z1).square().mean()).backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        assert_both_trained(model, before)
+    recon_aux.detach(net)
+    assert len(net) == 2
+    assert "forward" not in vars(net)

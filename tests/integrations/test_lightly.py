@@ -292,21 +292,3 @@ def test_a_presets_weight_comes_before_the_methods_and_after_the_users(method: s
     assert options(preset="paper", weight="auto", edges=1) == {
         **usual, **paper, "weight": "auto", "edges": 1,
     }  # fmt: skip
-
-
-def test_a_method_within_the_module_is_found() -> None:
-    class Wrapper(pytorch_lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model_of("SimCLR")
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.model.training_step(batch, batch_idx)
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    model: Any = attach(Wrapper())
-    before = decoder_of(model)
-    fit(model, side=32, max_steps=2)
-    assert_trained(model, before)
