@@ -26,7 +26,6 @@ from recon_aux.task.options import Context, Options
 
 # let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.encoders import build_encoder
 from benchmarks.frozen import find_trained, measure_trained, task_parser
 from benchmarks.images import Split, TwoViews, load
 
@@ -123,7 +122,6 @@ def main() -> None:
     measure_trained(
         args,
         trained,
-        lambda options: build_encoder(options["backbone"]),
         run,
         shown="invariant",
         nothing="none",

@@ -22,7 +22,7 @@ from recon_aux.probe import SETS, markdown_table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bars import draw_across
 from benchmarks.options import refuse_others
-from benchmarks.records import Record, as_text, kept, results_of, with_spread
+from benchmarks.records import Record, as_text, by_data, kept, results_of, with_spread
 
 MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "linear %": lambda whole: whole["linear"],
@@ -142,10 +142,7 @@ def main() -> None:
             f"expected records with the paper's protocol in {', '.join(map(str, args.folders))}, "
             "found none. Run natural_images.py --remeasure on them."
         )
-    groups = {
-        data: [run for run in runs if run["data"] == data]
-        for data in dict.fromkeys(run["data"] for run in runs)
-    }
+    groups = by_data(runs)
     for data, group in groups.items():
         print("\n".join(tables(data, group, list(dict.fromkeys(run["arm"] for run in group)))))
     if args.figure:

@@ -21,7 +21,17 @@ from pytorch_lightning import seed_everything
 from torch import nn
 
 from benchmarks.bars import draw_across
-from benchmarks.records import Record, as_text, file_name, kept, record, results_of, with_spread
+from benchmarks.encoders import build_encoder
+from benchmarks.records import (
+    Record,
+    as_text,
+    by_data,
+    file_name,
+    kept,
+    record,
+    results_of,
+    with_spread,
+)
 from benchmarks.resuming import needs_no_training, trained_on
 from benchmarks.study import run_study
 from recon_aux.probe import markdown_table
@@ -106,22 +116,22 @@ def load_encoder(path: Path, build: Build) -> nn.Module:
 def measure_trained(
     args: argparse.Namespace,
     trained: Sequence[Record],
-    build: Build,
     measure: Callable[[nn.Module, Path], dict[str, float]],
     *,
     shown: str,
     nothing: str,
+    build: Build = lambda made: build_encoder(made["backbone"]),
 ) -> None:
     """Measure every encoder that isn't measured yet; make the table and the picture.
 
     Args:
         args: the command line's options, of :func:`task_parser`.
         trained: records of the study, see :func:`find_trained`.
-        build: makes an encoder from the options in a record of the study.
         measure: takes a frozen encoder on ``args.device`` and the path of its record; gives
             numbers, by their column in the table.
         shown: the column that the picture shows.
         nothing: the column of what needs no encoder, a line in the picture.
+        build: makes an encoder from the options in a record of the study.
     """
     device = trained_on(args)
     args.out = args.folder / args.out
@@ -152,7 +162,7 @@ def table(done: list[Record]) -> str:
         True
     """
     text = []
-    for data, runs in _by_data(done).items():
+    for data, runs in by_data(done).items():
         columns = list(runs[0]["results"])
         grid = markdown_table(["seeds", *columns])
         for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -165,7 +175,7 @@ def table(done: list[Record]) -> str:
 
 def draw(done: list[Record], shown: str, nothing: str, path: Path) -> None:
     """Save a picture: a bar for each arm, and a line for what needs no encoder."""
-    groups = _by_data(done)
+    groups = by_data(done)
     arms = list(dict.fromkeys(run["arm"] for run in done))
     size = 3.5 * len(groups) + 2, 0.3 * len(arms) + 1.2
     figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, sharey=True)
@@ -180,12 +190,6 @@ def draw(done: list[Record], shown: str, nothing: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _by_data(done: list[Record]) -> dict[str, list[Record]]:
-    """Group records by the data set that their encoders were trained on, if there are several."""
-    names = dict.fromkeys(run.get("data", "") for run in done)
-    return {name: [run for run in done if run.get("data", "") == name] for name in names}
 
 
 def _which(run: Record) -> dict[str, Any]:

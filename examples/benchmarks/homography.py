@@ -35,10 +35,8 @@ from recon_aux.probe import mlp_regression
 
 # let this file be run by its path
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.encoders import build_encoder
 from benchmarks.frozen import find_trained, measure_trained, task_parser
-from benchmarks.images import as_input, load
-from benchmarks.natural_images import encode
+from benchmarks.images import as_input, encode, load
 from benchmarks.pictures import save_pictures
 
 ERROR, SPREAD, MEANS = "corner error, px", "spread of the MLP", "of the mean prediction, px"
@@ -114,7 +112,7 @@ def measure(
 ) -> tuple[dict[str, float], Tensor]:
     """Predict how the corners moved; give the errors, and the predictions of one of the MLPs."""
     x = [
-        np.concatenate([encode(encoder, crops, device) for crops in pairs[:2]], axis=1)
+        np.concatenate([encode(encoder, x, device).flatten(1) for x in pairs[:2]], axis=1)
         for pairs in (train, test)
     ]
     predictions = []
@@ -165,7 +163,6 @@ def main() -> None:
     measure_trained(
         args,
         trained,
-        lambda options: build_encoder(options["backbone"]),
         run,
         shown=ERROR,
         nothing=MEANS,

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 import torchvision
 from rich.progress import track
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
 from recon_aux.probe import TRANSFORMATIONS, draw_parameters, transform
 
 Split = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def encode(module: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Give what a module makes of images as they are, ``(N, ...)``."""
+    parts = [module(as_input(x.to(device))).float().cpu() for x in torch.split(images, 256)]
+    return torch.cat(parts)
 
 
 def load(data: str, image_size: int, limit: int | None = None) -> tuple[Split, Split]:

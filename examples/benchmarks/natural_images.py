@@ -49,11 +49,11 @@ from benchmarks import field
 from benchmarks.arms import Arm, attached_with, build_model, read_arm
 from benchmarks.bars import Measure, draw
 from benchmarks.encoders import ENCODERS, build_encoder, width_of
-from benchmarks.images import Split, TwoViews, as_input, load, mirror, normalize
+from benchmarks.images import Split, TwoViews, encode, load, mirror, normalize
 from benchmarks.methods import METHODS, MORE_METHODS, VIT_METHODS, SimCLR, StudyModule
 from benchmarks.options import study_parser
 from benchmarks.pictures import save_reconstructions
-from benchmarks.records import Record, as_text, record, results_of, with_spread
+from benchmarks.records import Record, as_text, by_data, record, results_of, with_spread
 from benchmarks.resuming import fit, trained_on
 from benchmarks.rivals import GIVEN, RIVALS
 from benchmarks.study import run_study
@@ -180,13 +180,6 @@ PROTOCOLS = {"paper": "mlp", "unseen": "ridge"}
 KINDS = ("alone", "combined", "spread")
 
 
-@torch.no_grad()
-def encode(encoder: nn.Module, images: Tensor, device: torch.device) -> np.ndarray:
-    """Features of images as they are."""
-    parts = (encoder(as_input(x.to(device))) for x in torch.split(images, 256))
-    return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
-
-
 def accuracy(
     features: list[np.ndarray], labels: list[np.ndarray], rows: Any = slice(None)
 ) -> float:
@@ -230,7 +223,7 @@ def measure(
         whole = found["whole"]
         results["whole"][name] = {key: value for key, value in whole.items() if key in KINDS}
     for name, splits in data.items():
-        features = [encode(encoder, images, device) for images, _ in splits]
+        features = [encode(encoder, x, device).flatten(1).numpy() for x, _ in splits]
         labels = [labels.numpy() for _, labels in splits]
         if name == own:
             results["whole"] |= with_few_labels(features, labels)
@@ -254,16 +247,13 @@ R2 = Measure("mean R²", lambda found: mean_r2(found["whole"]), {UNTRAINED: "k:"
 
 def draw_bars(done: list[Record], path: Path) -> None:
     """Draw accuracy and mean R² of whole features, one row for each data set."""
-    names = dict.fromkeys(run["data"] for run in done)
-    groups = {name: [run for run in done if run["data"] == name] for name in names}
-    draw(groups, [*METHODS, *MORE_METHODS, *VIT_METHODS], ", attached", [ACCURACY, R2], path)
+    draw(by_data(done), [*METHODS, *MORE_METHODS, *VIT_METHODS], ", attached", [ACCURACY, R2], path)
 
 
 def tables(done: list[Record]) -> str:
     """Write what is done, mean and standard deviation over seeds, data set by data set."""
     text = []
-    for own in dict.fromkeys(run["data"] for run in done):
-        runs = [run for run in done if run["data"] == own]
+    for own, runs in by_data(done).items():
         arms = sorted({run["arm"] for run in runs}, key=_order)
         others = [arm for arm in arms if parse_arm(arm).options]
         shipped = [arm for arm in arms if arm not in others]

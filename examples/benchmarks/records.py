@@ -72,6 +72,12 @@ def results_of(runs: list[Record], arm: str) -> list[dict[str, Any]]:
     return [run["results"] for run in runs if run["arm"] == arm]
 
 
+def by_data(runs: list[Record]) -> dict[str, list[Record]]:
+    """Group records by the data set that was trained on; under "" if they don't say it."""
+    names = dict.fromkeys(run.get("data", "") for run in runs)
+    return {name: [run for run in runs if run.get("data", "") == name] for name in names}
+
+
 def as_text(grid: Table) -> str:
     """Write a table as it is printed, whatever the terminal's width."""
     # wider than any table: rich would cut cells off

@@ -17,7 +17,7 @@ from helpers.running import call_example, render_objects, rows
 pytest.importorskip("pyvista", reason="the extra views3d is not installed")
 
 from benchmarks.encoders import small_resnet18
-from benchmarks.images import as_input
+from benchmarks.images import as_input, encode
 from benchmarks.views3d import compare, render, segmentation
 from benchmarks.views3d.segmentation import MAP, MEANS, POOLED, mean_iou
 
@@ -121,7 +121,7 @@ def test_maps_are_what_the_encoder_pools() -> None:
     encoder = small_resnet18(8, stride=2).eval()
     assert isinstance(encoder, torch.nn.Sequential)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    maps = segmentation.encode_maps(encoder, images, torch.device("cpu"))
+    maps = encode(encoder[:-2], images, torch.device("cpu"))
     assert maps.shape == (5, 64, 2, 2)
     torch.testing.assert_close(maps.mean((2, 3)), encoder(as_input(images)))
 

@@ -36,7 +36,7 @@ from recon_aux.probe import linear_regression
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.encoders import small_resnet18
 from benchmarks.frozen import find_trained, measure_trained, task_parser
-from benchmarks.images import as_input, normalize
+from benchmarks.images import as_input, encode, normalize
 from benchmarks.pictures import save_pictures
 from benchmarks.views3d.data import Objects
 
@@ -75,14 +75,6 @@ def read(folder: Path, split: str, **options: Any) -> Masked:
 def _read_mask(path: Path, size: int) -> np.ndarray:
     mask = Image.open(path).convert("L").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(mask) > 127
-
-
-@torch.no_grad()
-def encode_maps(encoder: nn.Sequential, images: Tensor, device: torch.device) -> Tensor:
-    """Give the encoder's maps before its global pooling, ``(N, C, h, w)``."""
-    spatial = encoder[:-2]
-    maps = [spatial(as_input(x.to(device))).float().cpu() for x in torch.split(images, 256)]
-    return torch.cat(maps)
 
 
 def mean_iou(masks: Any, predicted: Any) -> float:
@@ -148,7 +140,8 @@ def main() -> None:
         assert isinstance(encoder, nn.Sequential)
         device = next(encoder.parameters()).device
         (train, train_masks), (test, test_masks) = data()
-        maps = encode_maps(encoder, train, device), encode_maps(encoder, test, device)
+        # before the global pooling
+        maps = encode(encoder[:-2], train, device), encode(encoder[:-2], test, device)
         results, drawn = measure(maps, (train_masks, test_masks))
         save_masks(test, test_masks, drawn, path.with_suffix(".png"))
         return results
@@ -156,10 +149,10 @@ def main() -> None:
     measure_trained(
         args,
         trained,
-        lambda options: small_resnet18(int(options["width"]), stride=2),
         run,
         shown=MAP,
         nothing=MEANS,
+        build=lambda made: small_resnet18(int(made["width"]), stride=2),
     )
 
 
