@@ -174,6 +174,11 @@ def test_the_probe_imports_task_and_engine_and_nothing_else_of_recon_aux() -> No
     assert foreign_in(PROBE, *needs, *rooms) == {}
 
 
+def test_the_monitor_imports_every_other_room_and_no_trainer() -> None:
+    rooms = ("recon_aux.task", "recon_aux.engine", "recon_aux.probe", "recon_aux.monitor")
+    assert foreign_in(PROBE.parent / "monitor", "torch", "numpy", "PIL", *rooms) == {}
+
+
 def test_the_command_line_imports_every_room_and_no_trainer() -> None:
     needs = ("torch", "numpy", "sklearn", "rich", "typer", "torchvision", "timm", "PIL")
     rooms = ("recon_aux", "matplotlib", "safetensors")
