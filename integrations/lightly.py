@@ -78,8 +78,8 @@ def attach(
         FeatureSplitter(invariant_dim=256, equivariant_dim=256)
     """
     attach_by(_LIGHTLY, model, backbone=backbone, heads=heads, weight=weight, **options)
-    heads_of_positions = [m for m in model.modules() if type(m).__name__ == "DenseCLProjectionHead"]
-    if heads_of_positions and options.get("equivariant_dim") != 0:
+    is_dense = any(type(m).__name__ == "DenseCLProjectionHead" for m in model.modules())
+    if is_dense and options.get("equivariant_dim") != 0:
         warnings.warn(
             "recon_aux: expected a loss that sees the invariant part alone, got a model with a "
             "DenseCLProjectionHead. DenseCL matches positions by the encoder's whole features. "

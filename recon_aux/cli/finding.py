@@ -90,24 +90,29 @@ class Saved:
     state: dict[str, Tensor]
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The task's options; empty if they can't be read."""
+        return dict(self.values.get("options", {}))
+
+    @property
     def equivariant_dim(self) -> int:
         """How many of the last channels are equivariant; 0 if that can't be read."""
-        return int(self.values.get("options", {}).get("equivariant_dim", 0))
+        return int(self.options.get("equivariant_dim", 0))
 
     @property
     def keeps_positions(self) -> bool:
         """Whether the task learned from a feature map or from tokens."""
-        return bool(self.values.get("options", {}).get("spatial", False))
+        return bool(self.options.get("spatial", False))
 
     @property
     def is_off(self) -> bool:
         """Whether it was attached with ``weight=0``: its decoder was never trained."""
-        return bool(self.values.get("options", {}).get("weight") == 0)
+        return bool(self.options.get("weight") == 0)
 
     @property
     def weight(self) -> str:
         """The weight in words: a number, and where it is automatic what it came to."""
-        weight = self.values["options"]["weight"]
+        weight = self.options["weight"]
         if weight != "auto":
             return str(weight)
         came_to = self.values["weight"]
@@ -116,7 +121,7 @@ class Saved:
     def build(self) -> AttachedReconAux | None:
         """Build the task with its decoder; None if this version can't."""
         try:
-            options = dict(self.values["options"])
+            options = self.options
             aux = AttachedReconAux(options.pop("feature_dim"), **options)
             aux.load_state_dict(self.state)
         except (KeyError, TypeError, ValueError, RuntimeError):

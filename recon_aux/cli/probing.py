@@ -144,7 +144,7 @@ def _width(
 
 def _check(name: str, encoder: Encoder, saved: Saved | None, width: int) -> None:
     """Refuse a feature that is wider or narrower than the one that recon_aux split."""
-    trained = width if saved is None else saved.values.get("options", {}).get("feature_dim", width)
+    trained = width if saved is None else saved.options.get("feature_dim", width)
     if trained != width:
         raise UserError(
             f"expected {name}'s feature to have the {trained} channels that recon_aux was attached "

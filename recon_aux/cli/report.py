@@ -71,7 +71,7 @@ def parts_table(tensors: Mapping[str, Tensor]) -> Table:
 def saved_table(saved: Saved) -> Table:
     """List what recon_aux saved: its options, and what the weight came to."""
     grid = Table("option", "value", box=box.SIMPLE_HEAD)
-    for name, value in saved.values["options"].items():
+    for name, value in saved.options.items():
         grid.add_row(name, saved.weight if name == "weight" else str(value))
     grid.add_section()
     grid.add_row("seed", str(saved.values["seed"]))

@@ -150,7 +150,7 @@ def encoder_shape(
         )
     args, kwargs = _call_of(call, example_input)
     first: Any = getattr(_first_conv(encoder), "in_channels", 3)
-    expected = int(first) if image_channels is None else image_channels
+    expected = image_channels or int(first)
     if example_input is None:
         args = (_blank(encoder, expected, image_size),)
     image = image_of(args, kwargs, expected)
@@ -190,8 +190,7 @@ def encoder_shape(
         )
     feature = as_feature(take_feature(feature, dim=dim))
     width = feature.shape[channel_dim(feature)]
-    channels = image.shape[1] if image_channels is None else image_channels
-    return EncoderShape(channels, width, feature.ndim, dim)
+    return EncoderShape(image_channels or image.shape[1], width, feature.ndim, dim)
 
 
 def _call_of(call: Any, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -122,7 +122,7 @@ class Monitor(_Base):  # type: ignore[misc]
         self.rows = rows
         self.name = name
         self.seed = seed
-        self._stream: HeldOut | None = None
+        self._held_out: HeldOut | None = None
 
     def __reduce__(self) -> Any:
         """Pickle as the class itself, not as the one that ``as_callback`` made of it."""
@@ -175,7 +175,7 @@ class Monitor(_Base):  # type: ignore[misc]
 
     def _prepared(self, model: nn.Module) -> HeldOut:
         """Take the images, once, and see whether the encoder takes them."""
-        if self._stream is None:
+        if self._held_out is None:
             images, labels = take_images(self.images, self.labels, self.count)
             held_out, encode = HeldOut.draw(images, labels, self.seed), self._encoder(model)
             try:
@@ -187,8 +187,8 @@ class Monitor(_Base):  # type: ignore[misc]
                     f"for which it raised {type(error).__name__}: {error}. Pass images of the "
                     "training's size and channels, or encode=lambda model, images: features."
                 ) from error
-            self._stream = held_out
-        return self._stream
+            self._held_out = held_out
+        return self._held_out
 
     def _check_pixels(self, model: nn.Module, held_out: HeldOut) -> None:
         """Warn if the encoder gets pixels of another range than in training."""

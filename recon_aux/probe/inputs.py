@@ -151,6 +151,11 @@ def with_eight_bits(image: Any) -> Any:
     return Image.fromarray((pixels / 257).round().astype(np.uint8))
 
 
+def as_floats(images: Tensor) -> Tensor:
+    """Give bytes as floats from 0 to 1, and floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
 def check_images(images: Tensor) -> None:
     """Refuse images that aren't uint8, or floats from 0 to 1.
 

@@ -24,6 +24,7 @@ from recon_aux.probe.encoding import (
     without_wrapper,
 )
 from recon_aux.probe.inputs import (
+    as_floats,
     as_tensors,
     check_normalize,
     check_pairs,
@@ -121,8 +122,7 @@ def probe(
     def encode(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Parts:
         features: list[dict[str, Tensor]] = []
         for rows in torch.split(torch.arange(len(images)), batch_size):
-            batch = images[rows].to(device)
-            batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
+            batch = as_floats(images[rows].to(device))
             if parameters is not None:
                 batch = transform(batch, {name: x[rows] for name, x in parameters.items()})
             seen = batch if normalize is None else normalize(batch)

@@ -9,7 +9,7 @@ import kornia
 import torch
 from torch import Tensor
 
-from recon_aux.probe.inputs import check_images
+from recon_aux.probe.inputs import as_floats, check_images
 
 TRANSFORMATIONS: dict[str, tuple[float, float]] = {
     "rotation": (-30.0, 30.0),  # degrees
@@ -174,7 +174,7 @@ def transform(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         >>> transform(images, draw_parameters(2)).shape
         torch.Size([2, 3, 32, 32])
     """
-    images = _as_floats(images)
+    images = _checked(images)
     height, width = images.shape[-2:]
 
     def value(name: str) -> Tensor:
@@ -227,14 +227,12 @@ def transform(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     return images.clamp(0, 1)
 
 
-def _as_floats(images: Tensor) -> Tensor:
+def _checked(images: Tensor) -> Tensor:
     """Give images as floats, and refuse those that aren't from 0 to 1."""
-    if images.dtype == torch.uint8:
-        return images / 255
-    # to look at a GPU's pixels would wait for it
-    if images.device.type == "cpu":
+    # bytes always are; to look at a GPU's pixels would wait for it
+    if images.dtype != torch.uint8 and images.device.type == "cpu":
         check_images(images)
-    return images
+    return as_floats(images)
 
 
 def _tilt(images: Tensor, shear: Tensor, toward_x: Tensor, toward_y: Tensor) -> Tensor:

@@ -69,13 +69,8 @@ def shared(classes: Classes) -> dict[str, Any]:
 
 def optimizer_hooks() -> list[int]:
     """How many hooks all optimizers have, before a step and after it."""
-    return [
-        len(hooks)
-        for hooks in (
-            optimizers._global_optimizer_pre_hooks,
-            optimizers._global_optimizer_post_hooks,
-        )
-    ]
+    before, after = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
+    return [len(before), len(after)]
 
 
 def compare(before: dict[str, Any], classes: Classes, when: str) -> None:
