@@ -1818,6 +1818,11 @@ CASES |= {
         "Leave add_loss out",
         fit,
     ),
+    "a loss for each image": Case(
+        lambda: loop(step=lambda m, b: recon_aux.add_loss(m, one_by_one(m, b).expand(4))),
+        r"one number, got torch.Size\(\[4\]\). Pass the loss that backward\(\) is called on",
+        loop,
+    ),
     "a number in place of the loss": Case(
         lambda: loop(step=lambda m, b: recon_aux.add_loss(m, one_by_one(m, b).item())),  # type: ignore[arg-type]
         r"Pass the loss that backward\(\) is called on",
@@ -1859,12 +1864,12 @@ def probed(encode: Callable[[Tensor], Tensor], **options: Any) -> None:
     assert set(result.parts) == {"whole", "invariant", "equivariant"}
 
 
-def probe_images(images: Tensor, **options: Any) -> None:
+def probe_images(images: Any, **options: Any) -> None:
     split = (images, None)
     probe(lambda x: x.mean((2, 3)), split, split, pairs=(8, 8), **options)
 
 
-def probe_labels(labels: Tensor | None) -> None:
+def probe_labels(labels: Any) -> None:
     split = (LABELLED[0], labels)
     probe(lambda x: x.mean((2, 3)), split, split, pairs=(8, 8))
 
@@ -1902,13 +1907,13 @@ CASES |= {
         ),
     ),
     "images whose channels are last": Case(
-        lambda: probe_images(LABELLED[0].movedim(1, -1)),
-        r"train's images as \(N, 3, H, W\), got \(16, 8, 8, 3\).*images.movedim\(-1, 1\)",
-        lambda: probe_images(LABELLED[0].movedim(1, -1).movedim(-1, 1)),
+        lambda: probe_images(LABELLED[0].movedim(1, -1).numpy()),
+        r"\(N, 3, H, W\), got \(16, 8, 8, 3\).*torch.as_tensor\(images\).movedim\(-1, 1\)",
+        lambda: probe_images(torch.as_tensor(LABELLED[0].movedim(1, -1).numpy()).movedim(-1, 1)),
     ),
     "grey images": Case(
         lambda: probe_images(LABELLED[0][:, :1]),
-        r"Pass such: .*images.expand\(-1, 3, -1, -1\) of grey ones",
+        r"Pass such: .*torch.as_tensor\(images\).expand\(-1, 3, -1, -1\) of grey ones",
         lambda: probe_images(LABELLED[0][:, :1].expand(-1, 3, -1, -1)),
     ),
     "images from 0 to 255 as floats": Case(
@@ -1956,6 +1961,11 @@ CASES |= {
         r"of shape \(16, 2\). Pass such: .*labels.argmax\(1\) of one column for each class",
         lambda: probe_labels(F.one_hot(LABELLED[1]).argmax(1)),
     ),
+    "labels that are names": Case(
+        lambda: probe_labels(["cat", "dog"] * 8),
+        r"If they are names, pass numpy.unique\(labels, return_inverse=True\)\[1\]",
+        lambda: probe_labels(np.unique(["cat", "dog"] * 8, return_inverse=True)[1]),
+    ),
     "labels of one class": Case(
         lambda: probe_labels(torch.zeros(16, dtype=torch.int64)),
         "two classes or more, got 0 alone. Pass None in their place",
@@ -1974,6 +1984,11 @@ CASES |= {
     "a model with a head, whose encoder has a name of its own": Case(
         lambda: compared(nn.ModuleDict({"net": encoder(), "projector": nn.Linear(WIDTH, 2)})),
         r"got 'mine', a ModuleDict with net \(Sequential\), projector .* Pass its encoder alone",
+        lambda: compared(encoder()),
+    ),
+    "a model with a projection, whose encoder has a name of its own": Case(
+        lambda: compared(nn.ModuleDict({"net": encoder(), "projection": nn.Linear(WIDTH, 2)})),
+        r"net \(Sequential\), projection .* Pass its encoder alone",
         lambda: compared(encoder()),
     ),
     "normalised images": Case(

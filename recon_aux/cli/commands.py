@@ -127,6 +127,7 @@ def probe_command(
     normalization = parse_normalization(normalize)
     for output in (json_file, picture):
         _check_output(output)
+        _refuse_source(output, checkpoints)
     if picture is not None:
         check_picture(picture)
     where = _device(device)
@@ -351,12 +352,17 @@ def _check_output(path: Path | None, source: Path | None = None) -> None:
     if not path.parent.is_dir() or path.is_dir():
         came = "is a folder" if path.is_dir() else f"is in {path.parent}, which doesn't exist"
         raise UserError(f"expected a file to write, got {path}, which {came}. Pass another path.")
-    if source is not None and path.resolve() == source.resolve():
-        raise UserError(f"expected another file than {source} itself to write. Pass -o with one.")
+    _refuse_source(path, [] if source is None else [source])
     if source is not None and path.suffix == ".safetensors":
         raise UserError(
             f"expected a file for torch.save, got {path}. Pass -o with one that ends in .pt."
         )
+
+
+def _refuse_source(path: Path | None, sources: list[Path]) -> None:
+    """Refuse to write over a checkpoint that is read."""
+    if path is not None and path.resolve() in [source.resolve() for source in sources]:
+        raise UserError(f"expected another file than {path} itself to write. Pass another path.")
 
 
 def _device(name: str | None) -> torch.device:

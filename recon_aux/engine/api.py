@@ -167,7 +167,7 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
 
     Raises:
         ValueError: if nothing is attached.
-        TypeError: if the loss is no tensor, or the model has a ``training_step``, which adds it.
+        TypeError: if the loss is no number, or the model has a ``training_step``, which adds it.
         RuntimeError: if no two views went through the encoder.
 
     Example:
@@ -178,10 +178,10 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
         >>> loss = add_loss(model, (z0 - z1).square().mean())
         >>> loss.backward()
     """
-    if not isinstance(loss, Tensor):
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(
-            f"expected the method's loss as a tensor, got {type(loss).__name__}. Pass the loss "
-            "that backward() is called on."
+            f"expected the loss as one number, got {getattr(loss, 'shape', type(loss).__name__)}. "
+            "Pass the loss that backward() is called on."
         )
     attached = attachment_of(model)
     if not attached.driver.is_loop:

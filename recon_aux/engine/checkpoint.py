@@ -61,9 +61,8 @@ def _is_ours(key: Any, value: Any) -> bool:
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensors, value.values()))
-    return isinstance(value, Tensor)
+    values = value.values() if isinstance(value, Mapping) else ()
+    return isinstance(value, Tensor) or any(map(_holds_tensors, values))
 
 
 def export_backbone(

@@ -149,8 +149,7 @@ def encoder_shape(
             f"got {method!r}. Pass the name of the method that the training step calls."
         )
     args, kwargs = _call_of(call, example_input)
-    first: Any = getattr(_first_conv(encoder), "in_channels", 3)
-    expected = image_channels or int(first)
+    expected: int = image_channels or getattr(_first_conv(encoder), "in_channels", 3)
     if example_input is None:
         args = (_blank(encoder, expected, image_size),)
     image = image_of(args, kwargs, expected)
@@ -230,11 +229,7 @@ def _places_of_channels(
     """Give the dimensions of a feature that may hold its channels, by one clue after another."""
     shape, places = feature.shape, sorted({1, feature.ndim - 1})
     if feature.ndim == 4:
-        # positions keep the image's proportions
-        height, width = image.shape[-2:]
-        positions = {1: shape[2:4], 3: shape[1:3]}
-        off = {dim: abs(h * width - w * height) for dim, (h, w) in positions.items()}
-        yield [dim for dim in places if off[dim] < max(height, width)]
+        yield channel_places(image, feature)
     sources = (encoder, getattr(encoder, "config", None))
     declared = [getattr(source, name, None) for source in sources for name in _WIDTHS]
     yield [dim for dim in places if shape[dim] in declared]
@@ -242,6 +237,13 @@ def _places_of_channels(
     # channels are as many for a larger image
     other = larger() if len(places) > 1 else None
     yield [dim for dim in places if other is not None and other.shape[dim] == shape[dim]]
+
+
+def channel_places(image: Tensor, feature: Tensor) -> list[int]:
+    """Give a map's dimensions that may hold channels: positions keep the image's proportions."""
+    (height, width), shape = image.shape[-2:], feature.shape
+    off = {1: shape[2] * width - shape[3] * height, 3: shape[1] * width - shape[2] * height}
+    return [dim for dim, far in off.items() if abs(far) < max(height, width)]
 
 
 def declared_image_size(encoder: nn.Module) -> int | tuple[int, int] | None:

@@ -174,9 +174,9 @@ def _is_rate(key: str) -> bool:
 
 
 def _base(group: Group) -> float:
-    """Give the rate that a schedule starts from or rises to; 0 if the optimizer sets its own."""
-    rates = (group.get(key) for key in ("max_lr", "initial_lr", "lr"))
-    return float(next((rate for rate in rates if rate is not None), 0))
+    """Give a schedule's first or highest rate, times timm's ``lr_scale``; 0 if there is none."""
+    rates = [rate for key in ("max_lr", "initial_lr", "lr") if (rate := group.get(key)) is not None]
+    return float([*rates, 0][0] * group.get("lr_scale", 1))
 
 
 def _ratio(lr: float, base: float) -> float:

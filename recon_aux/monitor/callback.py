@@ -168,8 +168,10 @@ class Monitor(_Base):  # type: ignore[misc]
             held_out, encode = self._prepared(model), self._encoder(model)
             features = encode_held_out(encode, held_out, self.batch_size, _device_of(model))
             self._check_pixels(model, held_out)
-            picture = self._picture(model, held_out, encode)
-            found = describe(features, held_out, equivariant_dim_of(model)) if regress else {}
+            is_its = _is_the_tasks(model, features[""])
+            picture = self._picture(model, held_out, encode) if is_its else None
+            dim = equivariant_dim_of(model) if is_its else 0
+            found = describe(features, held_out, dim) if regress else {}
         found["seconds"] = time.perf_counter() - start
         return Measurement({f"{self.name}/{key}": value for key, value in found.items()}, picture)
 
@@ -181,7 +183,7 @@ class Monitor(_Base):  # type: ignore[misc]
             try:
                 encode(as_floats(images[:2]).to(_device_of(model)))
             # what torch._assert and transformers raise, too
-            except (RuntimeError, ValueError, AssertionError) as error:
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
                 raise ValueError(
                     f"expected held-out images that the encoder takes, got {tuple(images.shape)}, "
                     f"for which it raised {type(error).__name__}: {error}. Pass images of the "
@@ -306,6 +308,12 @@ def _restore(cls: type[Any], state: dict[str, Any]) -> Any:
     monitor = object.__new__(as_callback(cls))
     vars(monitor).update(state)
     return monitor
+
+
+def _is_the_tasks(model: nn.Module, features: Tensor) -> bool:
+    """Whether these are as wide as the task's: what ``encode=`` gives may have no such parts."""
+    width: int = attachment_of(model).aux.options["feature_dim"] if is_attached(model) else 0
+    return width == features.shape[1]
 
 
 def _is_plain(low: float, high: float) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 _LABELS = ("label", "labels", "target", "targets", "y")
 FEWEST = 16
@@ -19,8 +20,8 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
         source: images ``(N, C, H, W)``; or a dataset or an iterable of images, or of tuples or
             dicts that hold an image and a label; or a loader of batches of them.
         labels: ``(N,)``, of the images of a tensor or of a dataset.
-        count: how many images, at most. Where there are more, they are evenly spaced; of a loader
-            they are the first.
+        count: how many images, at most. Where there are more, they are evenly spaced. Of an
+            iterable, and of a loader with a ``collate_fn`` of its own, they are the first.
 
     Returns:
         Images, uint8 or floats from 0 to 1, and labels, if there are some.
@@ -28,7 +29,7 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
     Raises:
         TypeError: if there is no image in what the source gives.
         ValueError: if there are too few, or of several sizes, or not from 0 to 1, or labels don't
-            fit them.
+            fit them, or are all the same.
 
     Example:
         >>> dataset = [(torch.zeros(3, 8, 8), i % 2) for i in range(50)]
@@ -65,7 +66,13 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
             f"expected a label for each image, or none, got {len(classes)} for {len(images)}. Pass "
             "images alone, or a label with each."
         )
-    return stacked, torch.stack(classes).cpu() if classes else None
+    found = torch.stack(classes).cpu() if classes else None
+    if found is not None and len(found.unique()) == 1:
+        raise ValueError(
+            f"expected images of two classes or more, got class {found[0].item()} alone. Pass the "
+            "dataset in place of its loader, or shuffle=True to the loader, or images alone."
+        )
+    return stacked, found
 
 
 def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -74,6 +81,9 @@ def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tenso
         source, labels = source
     if hasattr(source, "__array_interface__"):
         source = torch.as_tensor(source)
+    # its first images may be of one class
+    if isinstance(source, DataLoader) and source.collate_fn is default_collate:
+        source = source.dataset
     if isinstance(source, Tensor) and source.ndim != 4:
         raise TypeError(f"expected images (N, C, H, W), got {tuple(source.shape)}. Pass such.")
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
@@ -97,7 +107,7 @@ def _of_each(source: Any, labels: Any, rows: Tensor) -> Iterator[tuple[Tensor, T
     from recon_aux.probe.inputs import checked_labels  # noqa: PLC0415
 
     if labels is not None:
-        labels = checked_labels("the images'", torch.as_tensor(labels), len(source))
+        labels = checked_labels("the images'", labels, len(source))
     for row in rows.tolist():
         image, label = _pair(source[row])
         yield image, label if labels is None else labels[row]

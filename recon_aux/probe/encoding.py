@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from recon_aux.engine.api import attachment_of, is_attached
-from recon_aux.engine.encoder import take_feature
+from recon_aux.engine.drivers import has_training_step
+from recon_aux.engine.encoder import channel_places, take_feature
 from recon_aux.engine.modules import averaged, describe_children, unwrap
+from recon_aux.probe.inputs import checked_output
 from recon_aux.task.contexts import evaluating
 from recon_aux.task.splitter import as_feature
 
 ENCODERS = ("backbone", "encoder", "online_backbone", "student_backbone")
 """Where a bare model has its encoder."""
 
-# a model with one of these submodules returns a head's output, not a feature
-_HEADS = ("projector", "projection_head", "predictor", "prediction_head")
+# a model with a submodule of such a name returns a head's output, not a feature
+_HEADS = ("projec", "predict")
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -39,17 +41,14 @@ def find_call(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
         A function of images that returns the feature that the task gets: ``attach``'s options
         count. None if there is no encoder of these names.
     """
-    features, dim, spatial = None, None, False
-    if is_attached(model):
-        attached = attachment_of(model)
-        encoder, method = attached.trained_encoder, attached.backbone_method
-        call = encoder if method == "forward" else getattr(encoder, method)
-        features, dim = attached.recorder.features, attached.recorder.shape.channel_dim
-        spatial = bool(attached.aux.options["spatial"])
-    else:
-        call = _bare_encoder(model)
-    if call is None:
-        return None
+    if not is_attached(model):
+        bare = _bare_encoder(model)
+        return None if bare is None else lambda images: _bare_feature(bare, images)
+    attached = attachment_of(model)
+    encoder, method = attached.trained_encoder, attached.backbone_method
+    call = encoder if method == "forward" else getattr(encoder, method)
+    features, dim = attached.recorder.features, attached.recorder.shape.channel_dim
+    spatial = bool(attached.aux.options["spatial"])
     return lambda images: as_feature(
         take_feature(call(as_input(model, images)), features, dim), spatial=spatial
     )
@@ -59,12 +58,13 @@ def call_of(name: str, model: Any) -> Any:
     """Give what encodes images: a model's encoder, or else the model itself.
 
     Raises:
-        ValueError: if the model has a head, so that it is no encoder itself.
+        ValueError: if the model has a head or a training step, so that it is no encoder itself.
     """
     if not isinstance(model, nn.Module):
         return model
     found = find_call(model)
-    if found is None and any(child in _HEADS for child, _ in model.named_children()):
+    has_head = any(part in child for child, _ in model.named_children() for part in _HEADS)
+    if found is None and (has_head or has_training_step(model, "training_step")):
         raise ValueError(
             f"expected an encoder, or a model whose encoder is one of {ENCODERS}, got {name!r}, a "
             f"{type(model).__name__} with {describe_children(model)}. Pass its encoder alone."
@@ -91,6 +91,14 @@ def _bare_encoder(model: nn.Module) -> nn.Module | None:
     found = (getattr(model, name, None) for name in ENCODERS)
     modules = (module for module in found if isinstance(module, nn.Module))
     return next((x for x in modules if _fewest_channels(x) == _fewest_channels(model)), None)
+
+
+def _bare_feature(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Encode images, and put the channels of a map where they usually are."""
+    seen = as_input(encoder, images)
+    output = checked_output(encoder(seen))
+    places = channel_places(seen, output) if output.ndim == 4 else []
+    return as_feature(take_feature(output, dim=places[0] if len(places) == 1 else None))
 
 
 def _fewest_channels(module: nn.Module) -> int | None:

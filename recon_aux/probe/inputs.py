@@ -33,12 +33,16 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
             f"expected {name} as (images, labels), got {type(given).__name__}. Pass a tuple of "
             "images (N, 3, H, W) and labels (N,), or (images, None)."
         )
-    images, labels = (None if x is None else torch.as_tensor(x) for x in given)
+    images, labels = given
+    if isinstance(images, (tuple, list)) and all(isinstance(x, Tensor) for x in images):
+        images = torch.stack(tuple(images))
+    images = None if images is None else torch.as_tensor(images)
     if images is None or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"expected {name}'s images as (N, 3, H, W), got "
             f"{None if images is None else tuple(images.shape)}. Pass such: "
-            "images.movedim(-1, 1) of (N, H, W, 3), images.expand(-1, 3, -1, -1) of grey ones."
+            "torch.as_tensor(images).movedim(-1, 1) of (N, H, W, 3), "
+            "torch.as_tensor(images).expand(-1, 3, -1, -1) of grey ones."
         )
     if len(images) < 2:
         raise ValueError(
@@ -57,12 +61,12 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
     return images, labels
 
 
-def checked_labels(whose: str, labels: Tensor, count: int) -> Tensor:
+def checked_labels(whose: str, given: Any, count: int) -> Tensor:
     """Check that there is one class for each image; ``(N, 1)`` will do.
 
     Args:
         whose: the labels' owner, for the message.
-        labels: ``(N,)`` or of another shape with as many numbers.
+        given: labels ``(N,)`` or of another shape with as many numbers.
         count: how many images there are.
 
     Returns:
@@ -71,6 +75,13 @@ def checked_labels(whose: str, labels: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: if there are more or fewer, or if they aren't whole numbers.
     """
+    try:
+        labels = torch.as_tensor(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected {whose} labels as whole numbers, got others ({error}). If they are names, "
+            "pass numpy.unique(labels, return_inverse=True)[1]."
+        ) from error
     if labels.numel() != count or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"expected {whose} labels as {count} whole numbers, one for each image, got "
@@ -93,6 +104,21 @@ def check_pairs(pairs: tuple[int, int]) -> None:
         )
 
 
+def checked_output(output: Any) -> Tensor:
+    """Refuse an encoder's output that is no tensor.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "expected the encoder to return a tensor (B, D), (B, D, H, W) or (B, N, D), got "
+            f"{type(output).__name__}. Pass a function that takes it from there, as "
+            "lambda images: encoder(images)[0]."
+        )
+    return output
+
+
 def checked_feature(output: Any) -> Tensor:
     """Refuse what is no finite feature.
 
@@ -103,13 +129,7 @@ def checked_feature(output: Any) -> Tensor:
         TypeError: if it is no tensor.
         ValueError: if it holds a NaN or an infinity.
     """
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            "expected the encoder to return a tensor (B, D), (B, D, H, W) or (B, N, D), got "
-            f"{type(output).__name__}. Pass a function that takes it from there, as "
-            "lambda images: encoder(images)[0]."
-        )
-    finite = output.isfinite().flatten(1).all(1)
+    finite = checked_output(output).isfinite().flatten(1).all(1)
     if not finite.all():
         raise ValueError(
             f"expected finite features, got NaN or infinity for {int((~finite).sum())} of "

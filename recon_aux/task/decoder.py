@@ -50,10 +50,10 @@ def _positions(tokens: Tensor) -> Tensor:
     """Return a sine-cosine position code ``(N, dim)``, for any number of tokens."""
     n, dim = tokens.shape[-2:]
     half = dim // 2
-    rate = torch.exp(torch.arange(half, device=tokens.device) * (-math.log(1e4) / max(half, 1)))
-    angle = torch.arange(n, device=tokens.device)[:, None] * rate
-    code = torch.cat([angle.sin(), angle.cos()], dim=-1)
-    return F.pad(code, (0, dim - 2 * half)).to(tokens.dtype)
+    channels = torch.arange(half, dtype=torch.float32, device=tokens.device)
+    rate = torch.exp(channels * (-math.log(1e4) / max(half, 1)))
+    angle = torch.arange(n, dtype=torch.float32, device=tokens.device)[:, None] * rate
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, dim - 2 * half)).to(tokens.dtype)
 
 
 class CrossAttentionBlock(nn.Module):

@@ -492,6 +492,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "normalize": ("probe good.pt --data digits --normalize 1", "as --normalize 0.5,0.25"),
     "picture": ("probe good.pt --data digits --picture a.doc", "Pass one that ends in .png"),
     "json": ("probe good.pt --data digits --json no/a.json", "in no, which doesn't exist"),
+    "json over it": ("probe good.pt --data digits --json good.pt", "another file than"),
     "safetensors": ("export good.pt -o encoder.safetensors", "Pass -o with one that ends in .pt"),
     "device": ("probe good.pt --data digits --device tpu0", "Pass cpu"),
     "output": ("export good.pt -o empty", "is a folder"),

@@ -12,6 +12,7 @@ import recon_aux
 from helpers import inside
 from helpers.data import batch
 from helpers.models import InALoop, Siamese, plain_encoder, siamese_loss
+from helpers.running import run_python
 from helpers.training import fit, scaled_step
 from helpers.watching import rebuilt_by
 from helpers.weights import assert_trained, decoder_of
@@ -30,6 +31,20 @@ def test_the_loss_is_float32_and_the_decoder_trains(precision: Any) -> None:
     assert_trained(model, before)
     assert len(outputs) == 3
     assert all(output.loss.dtype == torch.float32 for output in outputs)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_process_may_train_in_any_precision_first(precision: str) -> None:
+    script = f"""
+from helpers.models import Siamese
+from helpers.training import fit
+from recon_aux.integrations.lightly import attach
+
+for each in ("{precision}", "32-true"):
+    fit(attach(Siamese()), precision=each)
+"""
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -213,6 +213,45 @@ def test_an_encoder_of_another_name_or_call_is_passed() -> None:
     assert "monitor/whole/r2" in numbers
 
 
+def test_a_map_with_its_channels_last_is_averaged_over_its_positions() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.patches(x).movedim(1, -1)
+
+    model = nn.ModuleDict({"backbone": Encoder()})
+    pooled = monitor(encode=lambda model, x: model["backbone"](x).mean((1, 2)))
+    expected, found = (one.measure(model).numbers for one in (pooled, monitor()))
+    assert found["monitor/whole/rank"] == pytest.approx(expected["monitor/whole/rank"], rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [3, 64])
+def test_another_feature_than_the_tasks_has_no_parts_and_no_picture(width: int) -> None:
+    model = attach(Siamese())
+    head = nn.Linear(model.recon_aux.options["feature_dim"], width)
+    found = monitor(encode=lambda model, x: head(model.backbone(x).flatten(1))).measure(model)
+    assert {name.split("/")[1] for name in found.numbers} == {"whole", "seconds"}
+    assert found.picture is None
+
+
+def test_an_encoder_that_returns_no_tensor_is_told_of_encode() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = plain_encoder()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"pooled": self.inner(x)}
+
+    model = nn.ModuleDict({"backbone": Encoder()})
+    with pytest.raises(ValueError, match="or encode=lambda model, images: features"):
+        monitor().measure(model)
+    monitor(encode=lambda model, x: model["backbone"](x)["pooled"]).measure(model)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_other_channels_leave_out_colours(channels: int) -> None:
     model = InALoop(tiny_encoder(channels))
@@ -357,6 +396,10 @@ def test_no_more_are_taken_than_are_asked_for_from_all_classes() -> None:
     assert labels is not None
     assert labels.unique().tolist() == list(range(10))
     assert len(take_images(images(), None, 20)[0]) == 20
+    loader: Any = DataLoader(sorted_by_class, 50)  # type: ignore[arg-type]
+    _, labels = take_images(loader, None, 20)
+    assert labels is not None
+    assert labels.unique().tolist() == list(range(10))
 
     def endless() -> Any:
         while True:
@@ -375,6 +418,7 @@ def test_no_more_are_taken_than_are_asked_for_from_all_classes() -> None:
         (images()[0], TypeError, r"expected images \(N, C, H, W\)"),
         ([torch.zeros(3, 8, 8 + i) for i in range(20)], ValueError, "images of one size"),
         (7, TypeError, "expected images as a tensor, a dataset or a loader, got int"),
+        (((x, 3) for x in images()), ValueError, "two classes or more, got class 3 alone. Pass"),
     ],
 )
 def test_images_that_are_none_are_refused(

@@ -444,6 +444,34 @@ def test_models_are_compared_by_their_encoders_and_never_by_their_heads() -> Non
     assert found["detached"].to_dict() == expected
 
 
+def test_a_model_that_trains_is_no_encoder() -> None:
+    class Method(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(convolutions(), nn.Linear(32, 4))
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.model(images)
+            return found
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self(batch).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    model, split = Method(), labelled(60, seed=0)
+    with pytest.raises(ValueError, match="Pass its encoder alone"):
+        compare({"mine": model}, split, split)
+    compare({"mine": model.model[0]}, split, split)
+
+
+def test_images_may_be_a_list_of_tensors() -> None:
+    images, labels = labelled(60, seed=0)
+    found = probe(pixels, (list(images), labels.tolist()), (list(images), labels.tolist()))
+    assert found == probe(pixels, (images, labels), (images, labels))
+
+
 class TwoOutputs(nn.Module):
     """An encoder with classes of its own, beside a feature of each position."""
 

@@ -276,8 +276,10 @@ def _constants(device: torch.device) -> _Constants:
 def _made_constants(device: torch.device) -> _Constants:
     grids, corners, begin = [], [], 0
     for side in _SIDES:
-        y, x = torch.meshgrid(*[(2 * torch.arange(side) + 1) / side - 1] * 2, indexing="ij")
-        grids.append(torch.stack([x.flatten(), y.flatten(), torch.ones(side**2)]) * side / 2)
+        # half precision may be torch's default in training
+        places = (2 * torch.arange(side, dtype=torch.float32) + 1) / side - 1
+        y, x = (grid.flatten() for grid in torch.meshgrid(places, places, indexing="ij"))
+        grids.append(torch.stack([x, y, torch.ones_like(x)]) * side / 2)
         width = side + 2 * _MARGIN
         left = begin + _MARGIN * (width + 1)
         right = left + side - 1
@@ -294,13 +296,13 @@ def _made_constants(device: torch.device) -> _Constants:
         offsets=offsets,
         views=torch.arange(2),
         grid=torch.cat(grids, dim=1),
-        center=(sides - 1) / 2,
+        center=(sides - 1).float() / 2,
         least=torch.tensor(-_MARGIN),
         most=sides,
         width=sides + 2 * _MARGIN,
         step=torch.tensor([[1], [-1]]),
         corners=torch.cat(corners, dim=2),
-        floor=torch.tensor(_FLOOR),
+        floor=torch.tensor(_FLOOR, dtype=torch.float32),
         mean=mean.T,
         spread=spread,
         share=mean / len(_SIDES),
@@ -315,10 +317,9 @@ def _numbers_of_a_pose() -> tuple[Tensor, Tensor]:
     triangle ``[[e^(scale + stretch), e^scale * shear], [0, e^(scale - stretch)]]``. Three matrices
     are made: of the pose, of the mirrored pose, and the transposed inverse of the first.
     """
-    scale, angle, stretch, shear, x, y = torch.eye(6)
-    none, one = torch.zeros(6), (torch.zeros(6), 1.0)
-    # e to this is 0
-    zero = (none, -1e3)
+    scale, angle, stretch, shear, x, y = torch.eye(6, dtype=torch.float32)
+    # e to the power of -1000 is 0
+    one, zero = (none := torch.zeros_like(x), 1.0), (none, -1e3)
     triangle = [scale + stretch, scale, zero, scale - stretch]
     inverse = [-scale - stretch, zero, -scale, stretch - scale]
     logarithms = [*triangle, *triangle, *inverse]
@@ -329,6 +330,5 @@ def _numbers_of_a_pose() -> tuple[Tensor, Tensor]:
     shift, back = [x, y, -x, y], [-x, -y]
     numbers = [*logarithms, *shears, *angles, *shift, *back]
     pairs = [number if isinstance(number, tuple) else (number, 0.0) for number in numbers]
-    return torch.stack([factors for factors, _ in pairs], dim=1), torch.tensor(
-        [o for _, o in pairs]
-    )
+    offsets = torch.tensor([offset for _, offset in pairs], dtype=torch.float32)
+    return torch.stack([factors for factors, _ in pairs], dim=1), offsets
