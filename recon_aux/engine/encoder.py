@@ -149,7 +149,7 @@ def encoder_shape(
             f"got {method!r}. Pass the name of the method that the training step calls."
         )
     args, kwargs = _call_of(call, example_input)
-    expected: int = image_channels or getattr(_first_conv(encoder), "in_channels", 3)
+    expected: Any = image_channels or getattr(_first_conv(encoder), "in_channels", 3)
     if example_input is None:
         args = (_blank(encoder, expected, image_size),)
     image = image_of(args, kwargs, expected)

@@ -67,7 +67,7 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
             "images alone, or a label with each."
         )
     found = torch.stack(classes).cpu() if classes else None
-    if found is not None and len(found.unique()) == 1:
+    if found is not None and bool((found == found[0]).all()):
         raise ValueError(
             f"expected images of two classes or more, got class {found[0].item()} alone. Pass the "
             "dataset in place of its loader, or shuffle=True to the loader, or images alone."

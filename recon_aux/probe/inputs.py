@@ -129,14 +129,15 @@ def checked_feature(output: Any) -> Tensor:
         TypeError: if it is no tensor.
         ValueError: if it holds a NaN or an infinity.
     """
-    finite = checked_output(output).isfinite().flatten(1).all(1)
+    feature = checked_output(output)
+    finite = feature.isfinite().flatten(1).all(1)
     if not finite.all():
         raise ValueError(
             f"expected finite features, got NaN or infinity for {int((~finite).sum())} of "
             f"{len(finite)} images. Pass images as in the training, and look for NaN in the "
             "encoder's weights."
         )
-    return output
+    return feature
 
 
 def with_eight_bits(image: Any) -> Any:
