@@ -1820,7 +1820,7 @@ CASES |= {
     ),
     "a loss for each image": Case(
         lambda: loop(step=lambda m, b: recon_aux.add_loss(m, one_by_one(m, b).expand(4))),
-        r"one number, got torch.Size\(\[4\]\). Pass the loss that backward\(\) is called on",
+        r"one number as loss, got \(4,\). Pass its mean",
         loop,
     ),
     "a number in place of the loss": Case(
@@ -1960,6 +1960,11 @@ CASES |= {
         lambda: probe_labels(F.one_hot(LABELLED[1])),
         r"of shape \(16, 2\). Pass such: .*labels.argmax\(1\) of one column for each class",
         lambda: probe_labels(F.one_hot(LABELLED[1]).argmax(1)),
+    ),
+    "a list of images of several sizes": Case(
+        lambda: probe_images([*LABELLED[0], torch.rand(3, 9, 9)]),
+        "train's images of one size, got .* Pass images that were resized to one",
+        lambda: probe_images([*LABELLED[0], F.interpolate(torch.rand(1, 3, 9, 9), 8)[0]]),
     ),
     "labels that are names": Case(
         lambda: probe_labels(["cat", "dog"] * 8),

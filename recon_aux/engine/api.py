@@ -166,8 +166,8 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
         ``torch.no_grad()``, as in validation, the method's loss as it is.
 
     Raises:
-        ValueError: if nothing is attached.
-        TypeError: if the loss is no number, or the model has a ``training_step``, which adds it.
+        ValueError: if nothing is attached, or the loss isn't one number.
+        TypeError: if the loss is no tensor, or the model has a ``training_step``, which adds it.
         RuntimeError: if no two views went through the encoder.
 
     Example:
@@ -178,10 +178,10 @@ def add_loss(model: nn.Module, loss: Tensor, batch: Any = ()) -> Tensor:
         >>> loss = add_loss(model, (z0 - z1).square().mean())
         >>> loss.backward()
     """
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if not isinstance(loss, Tensor):
         raise TypeError(
-            f"expected the loss as one number, got {getattr(loss, 'shape', type(loss).__name__)}. "
-            "Pass the loss that backward() is called on."
+            f"expected the method's loss as a tensor, got {type(loss).__name__}. Pass the loss "
+            "that backward() is called on."
         )
     attached = attachment_of(model)
     if not attached.driver.is_loop:

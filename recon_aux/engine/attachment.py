@@ -214,14 +214,13 @@ class Attachment:
     @around_compiled
     def run_step(self, model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the method's training step and add the task's loss to what it returns."""
-        batch = args, kwargs
         trains = torch.is_grad_enabled() and (model.training or self.step_method == _STEP)
         # validation, inference, or a step that calls itself: the outer call is the step
         if not trains or self.driver.step is not None:
             return call(*args, **kwargs)
         try:
             self.start()
-            self.driver.after_call = partial(run_early, self, batch)
+            self.driver.after_call = partial(run_early, self, (args, kwargs))
             # these steps read the graph, which compiled code hides
             if self.plan is None or self.aux.weight_is_due:
                 result = run_eagerly(call, *args, **kwargs)
@@ -238,13 +237,15 @@ class Attachment:
                     f"expected {self.step_method} to return the loss, a dict with 'loss', or None, "
                     f"got {got}. Return the loss as a tensor."
                 )
-            return _with_loss(result, self.add_loss(loss, batch))
+            return _with_loss(result, self.add_loss(loss, (args, kwargs)))
         finally:
             self.stop()
 
     @not_compiled
     def add_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """Add the task's loss to the method's."""
+        if loss.numel() != 1:
+            raise ValueError(f"expected one number as loss, got {(*loss.shape,)}. Pass its mean.")
         step, aux = self.driver.step or Step(), self.aux
         if self.plan is None:
             plan, views = discover(self, step, loss, batch)

@@ -82,7 +82,8 @@ def _home(groups: Sequence[Group], encoders: Sequence[nn.Module], *, vector: boo
     def alike(group: Group) -> tuple[int, int, float]:
         known = [sizes[id(p)] for p in group["params"] if id(p) in sizes]
         # of equal groups the one with the highest rate: often the layers nearest to the heads
-        return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known), _base(group)
+        rate = _base(group) * group.get("lr_scale", 1)
+        return sum(n for n, kind in known if kind == vector), sum(n for n, _ in known), rate
 
     return max([group for group in groups if _base(group) > 0] or groups, key=alike)
 
@@ -131,9 +132,7 @@ def _own_group(optimizer: Any, index: int, own: DecoderGroup, schedulers: Sequen
             )
     like, size = optimizer.param_groups[index], len(optimizer.param_groups)
     ratio = 1.0 if own.lr is None else _ratio(own.lr, _base(like))
-    rates = {
-        key: value * ratio for key, value in like.items() if _is_rate(key) and value is not None
-    }
+    rates = {key: x * ratio for key, x in like.items() if _is_rate(key) and x is not None}
     decay = {"weight_decay": own.weight_decay} if own.weight_decay is not None else {}
     names = [group.get("name") for group in optimizer.param_groups]
     name = "recon_aux" if "recon_aux" not in names else "recon_aux_biases_and_norms"
@@ -174,9 +173,9 @@ def _is_rate(key: str) -> bool:
 
 
 def _base(group: Group) -> float:
-    """Give a schedule's first or highest rate, times timm's ``lr_scale``; 0 if there is none."""
-    rates = [rate for key in ("max_lr", "initial_lr", "lr") if (rate := group.get(key)) is not None]
-    return float([*rates, 0][0] * group.get("lr_scale", 1))
+    """Give the rate that a schedule starts from or rises to; 0 if the optimizer sets its own."""
+    rates = (group.get(key) for key in ("max_lr", "initial_lr", "lr"))
+    return float(next((rate for rate in rates if rate is not None), 0))
 
 
 def _ratio(lr: float, base: float) -> float:

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from recon_aux.engine.api import attachment_of, is_attached
 from recon_aux.engine.compiling import run_eagerly
-from recon_aux.engine.encoder import take_feature
 from recon_aux.engine.modules import describe_children
 from recon_aux.monitor.images import FEWEST, take_images
 from recon_aux.monitor.loggers import log_picture
@@ -26,7 +26,6 @@ from recon_aux.monitor.measure import (
 )
 from recon_aux.monitor.picture import draw_picture, inverse_of
 from recon_aux.task.checks import check_whole
-from recon_aux.task.splitter import as_feature
 
 _FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
 
@@ -183,7 +182,7 @@ class Monitor(_Base):  # type: ignore[misc]
             try:
                 encode(as_floats(images[:2]).to(_device_of(model)))
             # what torch._assert and transformers raise, too
-            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            except (RuntimeError, ValueError, AssertionError) as error:
                 raise ValueError(
                     f"expected held-out images that the encoder takes, got {tuple(images.shape)}, "
                     f"for which it raised {type(error).__name__}: {error}. Pass images of the "
@@ -218,13 +217,13 @@ class Monitor(_Base):  # type: ignore[misc]
         return images if self.normalize is None else self.normalize(images)
 
     def _call_of(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        from recon_aux.probe.encoding import ENCODERS, as_input, find_call  # noqa: PLC0415
+        from recon_aux.probe.encoding import ENCODERS, as_input, feature_of, find_call  # noqa: PLC0415
 
         own = self.encode
         if own is not None:
             spatial = is_attached(model) and bool(attachment_of(model).aux.options["spatial"])
-            return lambda images: as_feature(
-                take_feature(own(model, as_input(model, images))), spatial=spatial
+            return lambda images: feature_of(
+                partial(own, model), as_input(model, images), spatial=spatial
             )
         call = find_call(model)
         if call is None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+)
 
 _LABELS = ("label", "labels", "target", "targets", "y")
 FEWEST = 16
@@ -20,8 +27,8 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
         source: images ``(N, C, H, W)``; or a dataset or an iterable of images, or of tuples or
             dicts that hold an image and a label; or a loader of batches of them.
         labels: ``(N,)``, of the images of a tensor or of a dataset.
-        count: how many images, at most. Where there are more, they are evenly spaced. Of an
-            iterable, and of a loader with a ``collate_fn`` of its own, they are the first.
+        count: how many images, at most. Where there are more, they are evenly spaced over a
+            dataset, and over that of a plain loader. Of others they are the first.
 
     Returns:
         Images, uint8 or floats from 0 to 1, and labels, if there are some.
@@ -29,7 +36,7 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
     Raises:
         TypeError: if there is no image in what the source gives.
         ValueError: if there are too few, or of several sizes, or not from 0 to 1, or labels don't
-            fit them, or are all the same.
+            fit them.
 
     Example:
         >>> dataset = [(torch.zeros(3, 8, 8), i % 2) for i in range(50)]
@@ -68,10 +75,13 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
         )
     found = torch.stack(classes).cpu() if classes else None
     if found is not None and bool((found == found[0]).all()):
-        raise ValueError(
-            f"expected images of two classes or more, got class {found[0].item()} alone. Pass the "
-            "dataset in place of its loader, or shuffle=True to the loader, or images alone."
+        warnings.warn(
+            "recon_aux.Monitor: expected images of two classes or more, got class "
+            f"{found[0].item()} alone, so k-NN is left out. Pass a dataset of more classes, or "
+            "shuffle=True to its loader.",
+            stacklevel=2,
         )
+        return stacked, None
     return stacked, found
 
 
@@ -81,12 +91,12 @@ def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tenso
         source, labels = source
     if hasattr(source, "__array_interface__"):
         source = torch.as_tensor(source)
-    # its first images may be of one class
-    if isinstance(source, DataLoader) and source.collate_fn is default_collate:
+    if isinstance(source, DataLoader) and _is_plain(source):
         source = source.dataset
     if isinstance(source, Tensor) and source.ndim != 4:
         raise TypeError(f"expected images (N, C, H, W), got {tuple(source.shape)}. Pass such.")
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    is_stream = isinstance(source, IterableDataset)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not is_stream:
         yield from _of_each(source, labels, _spread(len(source), count))
     elif not isinstance(source, Iterable):
         raise TypeError(
@@ -100,6 +110,13 @@ def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tenso
         )
     else:
         yield from map(_pair, source)
+
+
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """Whether a loader gives a dataset from its begin on: the first images may be of one class."""
+    batches = loader.batch_sampler
+    in_order = type(batches) is BatchSampler and isinstance(batches.sampler, SequentialSampler)
+    return in_order and loader.collate_fn is default_collate and loader.worker_init_fn is None
 
 
 def _of_each(source: Any, labels: Any, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:

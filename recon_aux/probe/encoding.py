@@ -43,7 +43,7 @@ def find_call(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """
     if not is_attached(model):
         bare = _bare_encoder(model)
-        return None if bare is None else lambda images: _bare_feature(bare, images)
+        return None if bare is None else lambda images: feature_of(bare, as_input(bare, images))
     attached = attachment_of(model)
     encoder, method = attached.trained_encoder, attached.backbone_method
     call = encoder if method == "forward" else getattr(encoder, method)
@@ -63,13 +63,21 @@ def call_of(name: str, model: Any) -> Any:
     if not isinstance(model, nn.Module):
         return model
     found = find_call(model)
-    has_head = any(part in child for child, _ in model.named_children() for part in _HEADS)
+    has_head = any(_is_head(model, *child) for child in model.named_children())
     if found is None and (has_head or has_training_step(model, "training_step")):
         raise ValueError(
             f"expected an encoder, or a model whose encoder is one of {ENCODERS}, got {name!r}, a "
-            f"{type(model).__name__} with {describe_children(model)}. Pass its encoder alone."
+            f"{type(model).__name__} with {describe_children(model)}. Pass its encoder alone; "
+            "or, if all of it is the encoder, lambda images: model(images)."
         )
     return found or model
+
+
+def _is_head(model: nn.Module, name: str, child: nn.Module) -> bool:
+    """Whether a submodule is named as a head, and doesn't take the images."""
+    images = _fewest_channels(model)
+    takes_images = images is not None and _fewest_channels(child) == images
+    return any(part in name for part in _HEADS) and not takes_images
 
 
 def equivariant_dim_of(model: Any) -> int:
@@ -93,12 +101,12 @@ def _bare_encoder(model: nn.Module) -> nn.Module | None:
     return next((x for x in modules if _fewest_channels(x) == _fewest_channels(model)), None)
 
 
-def _bare_feature(encoder: nn.Module, images: Tensor) -> Tensor:
+def feature_of(encode: Any, images: Tensor, *, spatial: bool = False) -> Tensor:
     """Encode images, and put the channels of a map where they usually are."""
-    seen = as_input(encoder, images)
-    output = checked_output(encoder(seen))
-    places = channel_places(seen, output) if output.ndim == 4 else []
-    return as_feature(take_feature(output, dim=places[0] if len(places) == 1 else None))
+    output = checked_output(encode(images))
+    places = channel_places(images, output) if output.ndim == 4 else []
+    dim = places[0] if len(places) == 1 else None
+    return as_feature(take_feature(output, dim=dim), spatial=spatial)
 
 
 def _fewest_channels(module: nn.Module) -> int | None:

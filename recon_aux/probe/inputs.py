@@ -34,8 +34,8 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
             "images (N, 3, H, W) and labels (N,), or (images, None)."
         )
     images, labels = given
-    if isinstance(images, (tuple, list)) and all(isinstance(x, Tensor) for x in images):
-        images = torch.stack(tuple(images))
+    if isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
+        images = _stacked(name, images)
     images = None if images is None else torch.as_tensor(images)
     if images is None or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
@@ -61,6 +61,15 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
     return images, labels
 
 
+def _stacked(name: str, images: Any) -> Tensor:
+    if len(sizes := {tuple(image.shape) for image in images}) > 1:
+        raise ValueError(
+            f"expected {name}'s images of one size, got {sorted(sizes)[:3]}. Pass images that were "
+            "resized to one."
+        )
+    return torch.stack(tuple(images))
+
+
 def checked_labels(whose: str, given: Any, count: int) -> Tensor:
     """Check that there is one class for each image; ``(N, 1)`` will do.
 
@@ -77,7 +86,7 @@ def checked_labels(whose: str, given: Any, count: int) -> Tensor:
     """
     try:
         labels = torch.as_tensor(given)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"expected {whose} labels as whole numbers, got others ({error}). If they are names, "
             "pass numpy.unique(labels, return_inverse=True)[1]."
@@ -114,7 +123,8 @@ def checked_output(output: Any) -> Tensor:
         raise TypeError(
             "expected the encoder to return a tensor (B, D), (B, D, H, W) or (B, N, D), got "
             f"{type(output).__name__}. Pass a function that takes it from there, as "
-            "lambda images: encoder(images)[0]."
+            "lambda images: encoder(images)[0], or to Monitor encode=lambda model, images: "
+            "model.encoder(images)[0]."
         )
     return output
 

@@ -182,7 +182,7 @@ def compare(
         Results by the name of their model.
 
     Raises:
-        ValueError: if a model has a head, but no encoder that is found.
+        ValueError: if a model has a head or a training step, but no encoder that is found.
 
     Example:
         >>> model = torch.nn.Module()

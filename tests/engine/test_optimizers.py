@@ -17,7 +17,6 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from timm.optim.adafactor import Adafactor
 from timm.optim.lookahead import Lookahead
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
@@ -265,24 +264,6 @@ def test_of_layers_with_rates_of_their_own_the_decoder_joins_the_last(key: str) 
     model = attach(Siamese(nn.Sequential(*alike, nn.AdaptiveAvgPool2d(1)), configure=configure))
     rates = {group[key] for group in groups_of(model.configure_optimizers(), model.recon_aux)}
     assert rates == {1.0}
-
-
-def test_timms_decay_of_a_layers_rate_leaves_a_rate_of_the_decoders_own_alone() -> None:
-    def configure(model: Any) -> Any:
-        groups = [
-            {"params": [*model.backbone.parameters()], "lr_scale": 0.1},
-            {"params": [*model.projection_head.parameters()], "lr_scale": 1.0},
-        ]
-        return AdamW(groups, lr=0.1)
-
-    model = attach(Siamese(configure=configure), decoder_lr=0.02)
-    made = model.configure_optimizers()
-    timm_scheduler = CosineLRScheduler(made, t_initial=10)
-    for epoch in (0, 5):
-        timm_scheduler.step(epoch)
-        made.step()
-        (decoders,) = {group["lr"] for group in groups_of(made, model.recon_aux)}
-        assert decoders == pytest.approx(0.02 * made.param_groups[1]["lr"] / 0.1)
 
 
 def test_a_learning_rate_of_its_own_stays_in_proportion_on_resuming(tmp_path: Path) -> None:

@@ -19,7 +19,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from torchvision.transforms import Normalize
 
 import recon_aux
@@ -224,8 +230,11 @@ def test_a_map_with_its_channels_last_is_averaged_over_its_positions() -> None:
 
     model = nn.ModuleDict({"backbone": Encoder()})
     pooled = monitor(encode=lambda model, x: model["backbone"](x).mean((1, 2)))
-    expected, found = (one.measure(model).numbers for one in (pooled, monitor()))
-    assert found["monitor/whole/rank"] == pytest.approx(expected["monitor/whole/rank"], rel=1e-4)
+    given = monitor(encode=lambda model, x: model["backbone"](x))
+    expected, *found = (
+        one.measure(model).numbers["monitor/whole/rank"] for one in (pooled, given, monitor())
+    )
+    assert found == [pytest.approx(expected, rel=1e-4)] * 2
 
 
 @pytest.mark.parametrize("width", [3, 64])
@@ -247,7 +256,7 @@ def test_an_encoder_that_returns_no_tensor_is_told_of_encode() -> None:
             return {"pooled": self.inner(x)}
 
     model = nn.ModuleDict({"backbone": Encoder()})
-    with pytest.raises(ValueError, match="or encode=lambda model, images: features"):
+    with pytest.raises(TypeError, match="or to Monitor encode=lambda model, images"):
         monitor().measure(model)
     monitor(encode=lambda model, x: model["backbone"](x)["pooled"]).measure(model)
 
@@ -400,12 +409,37 @@ def test_no_more_are_taken_than_are_asked_for_from_all_classes() -> None:
     _, labels = take_images(loader, None, 20)
     assert labels is not None
     assert labels.unique().tolist() == list(range(10))
+    # a sampler of its own says which images are held out
+    for sampler in (SubsetRandomSampler(range(300, 500)), BatchSampler(range(300, 500), 8, False)):
+        key = "batch_sampler" if isinstance(sampler, BatchSampler) else "sampler"
+        loader = DataLoader(sorted_by_class, **{key: sampler})  # type: ignore[arg-type]
+        _, labels = take_images(loader, None, 150)
+        assert labels is not None
+        assert labels.unique().tolist() == [3, 4]
 
     def endless() -> Any:
         while True:
             yield torch.zeros(3, 8, 8)
 
     assert len(take_images(endless(), None, 20)[0]) == 20
+
+
+def test_a_stream_that_knows_its_length_is_read_in_order() -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __len__(self) -> int:
+            return 48
+
+        def __iter__(self) -> Any:
+            return iter(images())
+
+    for source in (Stream(), DataLoader(Stream(), 8)):
+        assert torch.equal(take_images(source, None, 20)[0], images()[:20])
+
+
+def test_of_one_class_alone_there_are_no_neighbours() -> None:
+    with pytest.warns(UserWarning, match="got class 3 alone, so k-NN is left out. Pass a dataset"):
+        found = monitor([(x, 3) for x in images()]).measure(Siamese())
+    assert "monitor/whole/knn" not in found.numbers
 
 
 @pytest.mark.parametrize(
@@ -418,7 +452,6 @@ def test_no_more_are_taken_than_are_asked_for_from_all_classes() -> None:
         (images()[0], TypeError, r"expected images \(N, C, H, W\)"),
         ([torch.zeros(3, 8, 8 + i) for i in range(20)], ValueError, "images of one size"),
         (7, TypeError, "expected images as a tensor, a dataset or a loader, got int"),
-        (((x, 3) for x in images()), ValueError, "two classes or more, got class 3 alone. Pass"),
     ],
 )
 def test_images_that_are_none_are_refused(

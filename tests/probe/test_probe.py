@@ -466,6 +466,21 @@ def test_a_model_that_trains_is_no_encoder() -> None:
     compare({"mine": model.model[0]}, split, split)
 
 
+def test_an_encoder_may_have_a_projection_of_its_patches() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_projection = nn.Conv2d(3, 8, 8, 8)
+            self.norm = nn.Flatten()
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.norm(self.patch_projection(images))
+            return found
+
+    encoder, split = Patches(), labelled(60, seed=0)
+    assert compare({"mine": encoder}, split, split)["mine"] == probe(encoder, split, split)
+
+
 def test_images_may_be_a_list_of_tensors() -> None:
     images, labels = labelled(60, seed=0)
     found = probe(pixels, (list(images), labels.tolist()), (list(images), labels.tolist()))

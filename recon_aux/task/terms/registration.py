@@ -110,7 +110,7 @@ class _Difference(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, images: Tensor) -> Tensor:
         alike, gradient = likeness(maps, images)
         best, index = alike.max(dim=1, keepdim=True)
-        factors = (index == _constants(images.device).views) * (-2 / len(maps))
+        factors = (index == _constants(images.device).views).to(gradient) * (-2 / len(maps))
         ctx.save_for_backward(factors[:, :, None, None] * gradient)
         return torch.rsub(best.mean(), 2, alpha=2)
 
