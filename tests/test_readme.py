@@ -116,8 +116,9 @@ def long_training(method: str) -> list[str]:
 
 def test_its_long_training_is_of_the_records() -> None:
     longer = README.split("- **Longer training")[1].split("\n- ")[0]
-    simclr, vicreg = map(long_training, ("SimCLR", "VICReg"))
+    simclr, byol, vicreg = map(long_training, ("SimCLR", "BYOL", "VICReg"))
     assert "SimCLR has {} % and {}. Attached it has {} % and {}".format(*simclr) in longer
+    assert "BYOL has {} % and {}, and attached {} % and {}".format(*byol) in longer
     assert "VICReg has {} % and {}, and attached {} % and {}".format(*vicreg) in longer
     setting = record("natural-long/CIFAR-10-SimCLR-0.json")["options"]
     assert f"After {setting['epochs']} epochs on all 50,000 images" in longer
@@ -211,6 +212,7 @@ def measured() -> set[str]:
     # CIFAR-10's train images
     found |= {
         *long_training("SimCLR"),
+        *long_training("BYOL"),
         *long_training("VICReg"),
         record("natural-long/CIFAR-10-SimCLR-0.json")["options"]["epochs"],
     }
