@@ -44,7 +44,7 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
         >>> images.shape, labels.shape
         (torch.Size([20, 3, 8, 8]), torch.Size([20]))
     """
-    from recon_aux.probe.inputs import check_images  # noqa: PLC0415
+    from recon_aux.probe.inputs import check_images, stacked  # noqa: PLC0415
 
     images: list[Tensor] = []
     classes: list[Tensor] = []
@@ -60,14 +60,9 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
         raise ValueError(
             f"expected {FEWEST} held-out images or more, got {len(images)}. Pass more."
         )
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"expected images of one size, got {sorted(sizes)[:3]}. Pass a dataset whose transform "
-            "ends in Resize((height, width)) or CenterCrop(size)."
-        )
-    stacked = torch.stack(images).detach().cpu()
-    check_images(stacked)
+    advice = "Pass a dataset whose transform ends in Resize((height, width)) or CenterCrop(size)."
+    taken = stacked("images", images, advice).detach().cpu()
+    check_images(taken)
     if len(classes) not in (0, len(images)):
         raise ValueError(
             f"expected a label for each image, or none, got {len(classes)} for {len(images)}. Pass "
@@ -81,8 +76,8 @@ def take_images(source: Any, labels: Any, count: int) -> tuple[Tensor, Tensor | 
             "shuffle=True to its loader.",
             stacklevel=2,
         )
-        return stacked, None
-    return stacked, found
+        return taken, None
+    return taken, found
 
 
 def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -91,7 +86,7 @@ def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tenso
         source, labels = source
     if hasattr(source, "__array_interface__"):
         source = torch.as_tensor(source)
-    if isinstance(source, DataLoader) and _is_plain(source):
+    if isinstance(source, DataLoader) and _in_order(source):
         source = source.dataset
     if isinstance(source, Tensor) and source.ndim != 4:
         raise TypeError(f"expected images (N, C, H, W), got {tuple(source.shape)}. Pass such.")
@@ -112,8 +107,8 @@ def _pairs(source: Any, labels: Any, count: int) -> Iterator[tuple[Tensor, Tenso
         yield from map(_pair, source)
 
 
-def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Whether a loader gives a dataset from its begin on: the first images may be of one class."""
+def _in_order(loader: DataLoader[Any]) -> bool:
+    """Whether a loader gives a dataset in its order: the first images may be of one class."""
     batches = loader.batch_sampler
     in_order = type(batches) is BatchSampler and isinstance(batches.sampler, SequentialSampler)
     return in_order and loader.collate_fn is default_collate and loader.worker_init_fn is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
         )
     images, labels = given
     if isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
-        images = _stacked(name, images)
+        images = stacked(f"{name}'s images", images, "Pass images that were resized to one.")
     images = None if images is None else torch.as_tensor(images)
     if images is None or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
@@ -61,12 +62,14 @@ def as_tensors(name: str, given: Any) -> tuple[Tensor, Tensor | None]:
     return images, labels
 
 
-def _stacked(name: str, images: Any) -> Tensor:
+def stacked(what: str, images: Sequence[Tensor], advice: str) -> Tensor:
+    """Make one tensor of images.
+
+    Raises:
+        ValueError: if they are of several sizes; the message begins and ends as given.
+    """
     if len(sizes := {tuple(image.shape) for image in images}) > 1:
-        raise ValueError(
-            f"expected {name}'s images of one size, got {sorted(sizes)[:3]}. Pass images that were "
-            "resized to one."
-        )
+        raise ValueError(f"expected {what} of one size, got {sorted(sizes)[:3]}. {advice}")
     return torch.stack(tuple(images))
 
 

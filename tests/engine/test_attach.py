@@ -21,7 +21,7 @@ from helpers import inside
 from helpers.data import batch
 from helpers.inside import MethodHook, hooked
 from helpers.methods import tiny_vit
-from helpers.models import PlainMethod, Siamese, plain_method, tiny_encoder
+from helpers.models import InADict, PlainMethod, Siamese, plain_method, tiny_encoder
 from helpers.watching import rebuilt_by, rebuilt_from
 from helpers.weights import assert_same, bare_state
 from recon_aux.integrations.lightly import attach
@@ -598,15 +598,6 @@ def test_detaching_waits_for_a_late_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not recon_aux.is_attached(model)
     assert not hooked(model)
     assert not hasattr(model, "recon_aux")
-
-
-class InADict(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = tiny_encoder()
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"pooled": self.encoder(x)}
 
 
 def test_an_encoder_that_returns_no_tensor() -> None:

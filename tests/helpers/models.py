@@ -103,3 +103,14 @@ class PlainMethod(nn.Module):
 def plain_method(**replaced: Any) -> Any:
     """A PlainMethod, some of whose methods are others."""
     return type("PlainMethod", (PlainMethod,), replaced)()
+
+
+class InADict(nn.Module):
+    """An encoder whose feature stands in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = tiny_encoder()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"pooled": self.encoder(x)}

@@ -30,7 +30,7 @@ from torchvision.transforms import Normalize
 
 import recon_aux
 from helpers.data import Views, batch
-from helpers.models import InALoop, Siamese, plain_encoder, siamese_loss, tiny_encoder
+from helpers.models import InADict, InALoop, Siamese, plain_encoder, siamese_loss, tiny_encoder
 from helpers.training import fit
 from recon_aux.integrations.lightly import attach
 from recon_aux.monitor.images import take_images
@@ -247,15 +247,7 @@ def test_another_feature_than_the_tasks_has_no_parts_and_no_picture(width: int) 
 
 
 def test_an_encoder_that_returns_no_tensor_is_told_of_encode() -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = plain_encoder()
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"pooled": self.inner(x)}
-
-    model = nn.ModuleDict({"backbone": Encoder()})
+    model = nn.ModuleDict({"backbone": InADict()})
     with pytest.raises(TypeError, match="or to Monitor encode=lambda model, images"):
         monitor().measure(model)
     monitor(encode=lambda model, x: model["backbone"](x)["pooled"]).measure(model)
